@@ -1,0 +1,1 @@
+"""Declared search spaces: every module here defines `SPACE`."""

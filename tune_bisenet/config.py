@@ -1,0 +1,186 @@
+"""What is trained (`Run`) and where and with what (`Job`): frozen, validated rows, and nothing that runs.
+
+A `Run` is portable: it names no path, no device and no machine, so its fingerprint means the same everywhere.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+STRIDE: Final = 32
+"""BiSeNet halves its input five times: heights and widths are multiples of this."""
+
+
+class Frozen(BaseModel):
+    """A value: frozen, hashable, and strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------
+
+
+class SGD(Frozen):
+    """Stochastic gradient descent with (heavy-ball) momentum; one rate for all parameter groups."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: NonNegativeFloat
+
+
+class AdamW(Frozen):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019), betas 0.9 and 0.999."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+
+
+Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------
+
+
+class WarmupPoly(Frozen):
+    """A linear warm-up from `start_lr` to the base rate, then a polynomial decay to 0 at the run's last iteration."""
+
+    warmup_iterations: NonNegativeInt
+    power: PositiveFloat
+    start_lr: NonNegativeFloat = 1e-6
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+
+class CrossEntropy(Frozen):
+    """`CE_main + aux_weight * (CE_aux1 + CE_aux2)`; with `lovasz_after`, the main head turns to Lovász-Softmax.
+
+    `lovasz_after` is the number of epochs trained with cross-entropy first; the auxiliary heads keep it throughout.
+    """
+
+    kind: Literal["ce"] = "ce"
+    aux_weight: NonNegativeFloat
+    lovasz_after: NonNegativeInt | None = None
+
+
+class WeightedCrossEntropy(Frozen):
+    """The same with `weight[c] = total / (num_classes * counts[c])` on all three heads."""
+
+    kind: Literal["weighted_ce"] = "weighted_ce"
+    aux_weight: NonNegativeFloat
+    lovasz_after: NonNegativeInt | None = None
+
+
+Loss = Annotated[CrossEntropy | WeightedCrossEntropy, Field(discriminator="kind")]
+
+
+# --- augmentation and expectation -------------------------------------------------------------------------------
+
+
+class Augment(Frozen):
+    """Random scale, crop to the image size, horizontal flip, and brightness, contrast and saturation jitter."""
+
+    min_scale: PositiveFloat = 0.75
+    max_scale: PositiveFloat = 2.0
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.4
+
+    @model_validator(mode="after")
+    def _scales_in_order(self) -> Self:
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale {self.min_scale} is larger than max_scale {self.max_scale}: swap them.")
+        return self
+
+
+class Expect(Frozen):
+    """What a row promises, in percentage points of mIoU on the validation split.
+
+    Either an absolute range `miou=(low, high)` or a `gain=(low, high)` over the row named `over`.
+    `sooner_than` names a row whose final mIoU this one is expected to pass in fewer epochs.
+    """
+
+    miou: tuple[float, float] | None = None
+    gain: tuple[float, float] | None = None
+    over: str | None = None
+    sooner_than: str | None = None
+
+    @model_validator(mode="after")
+    def _one_promise(self) -> Self:
+        if (self.miou is None) == (self.gain is None):
+            raise ValueError("an expectation states either miou=(low, high) or gain=(low, high), not both or neither.")
+        if (self.gain is None) != (self.over is None):
+            raise ValueError('a gain needs the row it is measured against: gain=(0.3, 0.5), over="r01".')
+        low, high = self.miou or self.gain or (0.0, 0.0)
+        if low > high:
+            raise ValueError(f"the range ({low:g}, {high:g}) is upside down: put the lower value first.")
+        return self
+
+
+# --- a run ------------------------------------------------------------------------------------------------------
+
+
+def check_image_size(size: tuple[int, int]) -> tuple[int, int]:
+    """`size` (H, W) in pixels if BiSeNet can take it; ValueError naming the nearest sizes otherwise."""
+    if all(side > 0 and side % STRIDE == 0 for side in size):
+        return size
+    down = tuple(max(side // STRIDE, 1) * STRIDE for side in size)
+    up = tuple(max(-(-side // STRIDE), 1) * STRIDE for side in size)
+    raise ValueError(
+        f"image size {size[0]}x{size[1]} is not a multiple of {STRIDE} on both sides. "
+        f"The nearest that are: {down[0]}x{down[1]} and {up[0]}x{up[1]}."
+    )
+
+
+class Run(Frozen):
+    """One row of the table: everything that decides what is trained, and what is expected of it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    optimizer: Optimizer
+    schedule: WarmupPoly
+    loss: Loss
+    accumulation: PositiveInt
+    """Micro-batches whose mean gradient makes one optimizer step."""
+    max_grad_norm: PositiveFloat | None
+    expect: Expect | None = None
+    num_epochs: PositiveInt = 50
+    batch_size: Annotated[int, Field(ge=2)] = 4
+    """Images in one micro-batch; BatchNorm needs at least two."""
+    image_size: tuple[int, int] = (512, 1024)
+    """Height and width in pixels of the images and crops trained on; multiples of 32."""
+    augment: Augment = Augment()
+    decay_norms_and_biases: bool = True
+    """Whether weight decay also acts on BatchNorm parameters and biases."""
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_image_size(self.image_size)
+        if self.loss.lovasz_after is not None and self.loss.lovasz_after >= self.num_epochs:
+            raise ValueError(
+                f"the switch to Lovász after epoch {self.loss.lovasz_after} lies outside the run's {self.num_epochs} epochs. "
+                "Train longer, switch earlier, or shrink the whole run with --proxy."
+            )
+        return self
+
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that decides what is trained: not the name, not the expectation."""
+        return fingerprint(self.model_dump(mode="json", exclude={"name", "expect"}))
+
+
+def fingerprint(value: object) -> str:
+    """16 hex digits of the SHA-256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

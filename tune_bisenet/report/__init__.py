@@ -1,0 +1,1 @@
+"""Read what a search left on storage. Imports neither Ray nor torch."""

@@ -28,6 +28,9 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Precision = Literal["fp32", "bf16"]
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +119,8 @@ class Expect(Frozen):
     gain: tuple[float, float] | None = None
     over: str | None = None
     sooner_than: str | None = None
+    note: str = ""
+    """What a reader should know beside the verdict."""
 
     @model_validator(mode="after")
     def _one_promise(self) -> Self:
@@ -142,6 +147,11 @@ def check_image_size(size: tuple[int, int]) -> tuple[int, int]:
         f"image size {size[0]}x{size[1]} is not a multiple of {STRIDE} on both sides. "
         f"The nearest that are: {down[0]}x{down[1]} and {up[0]}x{up[1]}."
     )
+
+
+def size_words(size: tuple[int, int]) -> str:
+    """`512x1024`: height, then width."""
+    return f"{size[0]}x{size[1]}"
 
 
 class Run(Frozen):
@@ -178,6 +188,38 @@ class Run(Frozen):
     def fingerprint(self) -> str:
         """16 hex digits over everything that decides what is trained: not the name, not the expectation."""
         return fingerprint(self.model_dump(mode="json", exclude={"name", "expect"}))
+
+
+class Job(Frozen):
+    """Where and with what runs are trained: everything a trial needs that is not part of its row."""
+
+    data: str
+    """`streets`, or the absolute path of a folder in Cityscapes layout."""
+    packs: dict[str, str]
+    """By image size, the folder in which the driver's node has the frames; nodes that lack it pack for themselves."""
+    data_digests: dict[str, str]
+    """By image size, of the frames' content: a trial on another machine must find the same."""
+    cache_dir: str
+    """Where each node keeps packed data."""
+    backbone: str
+    """`imagenet`, `none`, or the absolute path of a ResNet-18 under torchvision's names."""
+    backbone_digest: str
+    precision: Precision
+    storage: str
+    """The search's own folder: a local path or a URI."""
+    cpus_per_trial: PositiveInt
+    use_gpu: bool
+    several_seeds: bool
+    """Whether trials are named by row and seed instead of by row alone."""
+
+    def identity(self, run: Run) -> str:
+        """16 hex digits over all that decides the weights a trial ends with."""
+        parts = [run.fingerprint(), self.data_digests[size_words(run.image_size)], self.backbone_digest, self.precision]
+        return fingerprint(parts)
+
+    def trial_name(self, run: Run) -> str:
+        """`r01`, or `r01-s2` where the search has several seeds."""
+        return f"{run.name}-s{run.seed}" if self.several_seeds else run.name
 
 
 def fingerprint(value: object) -> str:

@@ -1,0 +1,115 @@
+"""Save and load a run's state: whole or not at all, versioned, checked, and with no code in it.
+
+A trial keeps three files: `last.pt` to go on from, `previous.pt` should that one be damaged, and `best.pt`, the
+weights of its best epoch. Each is one zip archive as torch writes it, whose CRC-32 sums reveal a flipped byte.
+"""
+
+import io
+import logging
+import zipfile
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tune_bisenet.engine import EpochEnd, Training
+from tune_bisenet.results import Epoch
+from tune_bisenet.storage import Storage
+
+FORMAT: Final = 1
+LAST: Final = "last.pt"
+PREVIOUS: Final = "previous.pt"
+BEST: Final = "best.pt"
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """The file is damaged, of another format, or of another run."""
+
+
+def save(training: Training, history: list[Epoch], folder: Storage, *, identity: str) -> None:
+    """Write `last.pt`, keeping the one before as `previous.pt`. `identity` says which run, data and precision."""
+    state = {
+        "format": FORMAT,
+        "identity": identity,
+        "run": training.run.model_dump(mode="json"),
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "history": [epoch.to_json() for epoch in history],
+    }
+    content = to_bytes(state)
+    if folder.exists(LAST):
+        folder.move(LAST, PREVIOUS)
+    folder.write(LAST, content)
+
+
+def save_best(training: Training, end: EpochEnd, folder: Storage, *, identity: str) -> None:
+    """Write `best.pt`: the weights of this epoch, what they scored, and the confusion matrix of each image."""
+    state = {
+        "format": FORMAT,
+        "identity": identity,
+        "run": training.run.model_dump(mode="json"),
+        "model": training.model.state_dict(),
+        "epoch": end.epoch.to_json(),
+        "confusion": end.confusion.to(torch.int32),
+    }
+    folder.write(BEST, to_bytes(state))
+
+
+def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]:
+    """Bring `training` to where `folder` left it and return its epochs so far; an empty list if nothing is there.
+
+    A damaged `last.pt` costs one epoch: `previous.pt` takes its place. Raises CheckpointError if the state on storage
+    belongs to another run, which must never be trained on under this one's name.
+    """
+    for name in (LAST, PREVIOUS):
+        content = folder.read(name)
+        if content is None:
+            continue
+        try:
+            state = from_bytes(content)
+        except CheckpointError as error:
+            log.warning("%s/%s is unusable (%s); going on from an older one.", folder.path, name, error)
+            continue
+        _check_identity(state, identity, f"{folder.path}/{name}")
+        return _restore(training, state)
+    return []
+
+
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """`state`, of tensors and plain values, as one archive."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def from_bytes(content: bytes) -> dict[str, Any]:
+    """The state in an archive; runs no code from it. Raises CheckpointError if it is damaged or of another format."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"its part {damaged} does not match its checksum")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"damaged: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"not of format {FORMAT}")
+    return state
+
+
+def _check_identity(state: dict[str, Any], identity: str, path: str) -> None:
+    if state["identity"] != identity:
+        raise CheckpointError(
+            f"{path} was written by another run (identity {state['identity']}, this one is {identity}): its settings, "
+            "data, backbone or precision differ. Give this search another --name, or move that folder away."
+        )
+
+
+def _restore(training: Training, state: dict[str, Tensor | Any]) -> list[Epoch]:
+    training.model.load_state_dict(state["model"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    history = [Epoch.from_json(record) for record in state["history"]]
+    training.epochs_done = len(history)
+    return history

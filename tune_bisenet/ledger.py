@@ -1,0 +1,183 @@
+"""What a search keeps in its own folder while it runs: who stands where, and what was decided.
+
+    trials.json        every trial's standing, and the scheduler's state: what `--resume` goes on from
+    leaderboard.csv    the standings as a table, kept current
+    leaderboard.md
+
+Trials themselves, with weights and epochs, lie in folders beside these, and `manifest` says how it all was made.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+from tune_bisenet.config import Run
+from tune_bisenet.report import leaderboard
+from tune_bisenet.results import ENDED_WELL, Standing
+from tune_bisenet.storage import Storage
+
+TRIALS: Final = "trials.json"
+LEADERBOARD_CSV: Final = "leaderboard.csv"
+LEADERBOARD_MD: Final = "leaderboard.md"
+
+SECONDS_BETWEEN_WRITES: Final = 1.0
+
+
+class InUseError(ValueError):
+    """Another driver is at work on the same search."""
+
+
+@contextmanager
+def exclusive(folder: Storage) -> Iterator[None]:
+    """Keep other drivers on this machine's disk out: two would train everything twice. Raises InUseError.
+
+    Object storage has no locks; there, a second driver repeats work but damages nothing.
+    """
+    if folder.local_path is None:
+        yield
+        return
+    folder.make()
+    lock = FileLock(folder.local_path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InUseError(f"another process is running the search in {folder.path}: wait for it, or stop it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Ledger:
+    """The standings of a search, in declared order, and their copies on storage."""
+
+    def __init__(
+        self,
+        folder: Storage,
+        standings: Sequence[Standing],
+        *,
+        captions: Sequence[str],
+        baseline: str | None,
+        scheduler_state: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._folder = folder
+        self._standings = {standing.trial: standing for standing in standings}
+        self._captions = tuple(captions)
+        self._baseline = baseline
+        self._scheduler_state = scheduler_state
+        self._written_at = -SECONDS_BETWEEN_WRITES
+
+    @property
+    def standings(self) -> list[Standing]:
+        return list(self._standings.values())
+
+    def __getitem__(self, trial: str) -> Standing:
+        return self._standings[trial]
+
+    def unfinished(self) -> list[str]:
+        """The trials that have not come to an end of any kind."""
+        return [name for name, standing in self._standings.items() if standing.status in ("waiting", "running")]
+
+    def started(self, trial: str) -> None:
+        self._set(trial, status="running")
+
+    def heard(self, trial: str, result: dict[str, Any]) -> None:
+        """Take over what a trial reported after an epoch."""
+        self._set(
+            trial,
+            status="running",
+            epochs=result["epoch"],
+            best_miou=result["best_miou"],
+            best_epoch=result["best_epoch"],
+            last_miou=result["miou"],
+            pixel_accuracy=result["pixel_accuracy"],
+            seconds=result["total_seconds"],
+        )
+
+    def ended(self, trial: str, *, diverged: bool, stopped_by: str) -> None:
+        """A trial has returned or was stopped by the scheduler."""
+        standing = self._standings[trial]
+        if diverged:
+            self._set(trial, status="diverged", stopped_by=stopped_by)
+        elif standing.epochs < standing.num_epochs:
+            self._set(trial, status="stopped", stopped_by=stopped_by)
+        else:
+            self._set(trial, status="finished")
+        self.write()
+
+    def failed(self, trial: str, error: str) -> None:
+        self._set(trial, status="failed", error=error)
+        self.write()
+
+    def close(self) -> None:
+        """Nothing runs any more: what was running waits for `--resume`."""
+        for name in self.unfinished():
+            self._set(name, status="waiting")
+        self.write()
+
+    def write(self) -> None:
+        """Bring the copies on storage up to date."""
+        record = {
+            "standings": [standing.to_json() for standing in self.standings],
+            "scheduler": self._scheduler_state(),
+        }
+        self._folder.write(TRIALS, to_json(record))
+        self._folder.write(LEADERBOARD_CSV, leaderboard.to_csv(self.standings, **self._baseline_argument()).encode())
+        markdown = leaderboard.to_markdown(self.standings, captions=self._captions, **self._baseline_argument())
+        self._folder.write(LEADERBOARD_MD, markdown.encode())
+        self._written_at = time.monotonic()
+
+    def write_if_due(self) -> None:
+        """The same, at most once a second: a search of many short epochs must not drown its storage."""
+        if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def _baseline_argument(self) -> dict[str, str]:
+        return {} if self._baseline is None else {"baseline": self._baseline}
+
+    def _set(self, trial: str, **changes: Any) -> None:
+        self._standings[trial] = replace(self._standings[trial], **changes)
+
+
+def read_trials(folder: Storage) -> tuple[list[Standing], dict[str, Any] | None]:
+    """Standings and the scheduler's state as last written; nothing if the file is missing or damaged.
+
+    It may be lost without loss: every trial's folder says how far that trial is.
+    """
+    try:
+        record = read_json(folder, TRIALS)
+    except ValueError:
+        return [], None
+    if record is None:
+        return [], None
+    return [Standing.from_json(standing) for standing in record["standings"]], record["scheduler"]
+
+
+def carried_over(trial: str, run: Run, earlier: Sequence[Standing]) -> Standing:
+    """Where a trial stands as a session begins: ended trials stay ended, all others wait, failed ones too."""
+    known = {other.trial: other for other in earlier}.get(trial)
+    if known is None:
+        return Standing(trial=trial, run=run.name, seed=run.seed, num_epochs=run.num_epochs)
+    return known if known.status in ENDED_WELL else replace(known, status="waiting", stopped_by="", error="")
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(folder: Storage, name: str) -> dict[str, Any] | None:
+    """A JSON object in `folder`; None if there is no such file. ValueError if it is damaged."""
+    content = folder.read(name)
+    if content is None:
+        return None
+    try:
+        record = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{folder.path}/{name} is damaged: {error}. Start a new search under another --name.") from error
+    assert isinstance(record, dict)
+    return record

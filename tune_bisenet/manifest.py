@@ -1,0 +1,92 @@
+"""`search.json`: how a search was made, so that it can be resumed, repeated and believed."""
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tune_bisenet.config import Run, size_words
+from tune_bisenet.ledger import read_json, to_json
+from tune_bisenet.storage import Storage
+
+if TYPE_CHECKING:
+    from tune_bisenet.preflight import Flight
+    from tune_bisenet.search import Resources
+
+SEARCH: Final = "search.json"
+PACKAGES: Final = ("tune-bisenet", "torch", "torchvision", "ray", "pyarrow", "numpy", "pydantic", "tensorboard")
+
+
+def read(folder: Storage) -> dict[str, Any] | None:
+    """The manifest of the search in `folder`; None if there is no search. ValueError if it is damaged."""
+    return read_json(folder, SEARCH)
+
+
+def write(folder: Storage, record: dict[str, Any]) -> None:
+    folder.make()
+    folder.write(SEARCH, to_json(record))
+
+
+def opened(
+    flight: "Flight", runs: Mapping[str, Run], *, command: list[str], resources: "Resources"
+) -> dict[str, Any]:
+    """The manifest with one more session, which has just begun."""
+    sessions = flight.earlier["sessions"] if flight.earlier else []
+    return {
+        "name": flight.name,
+        "arguments": flight.arguments.model_dump(mode="json", exclude={"resume", "address"}, exclude_none=True),
+        "space": {"name": flight.arguments.space, "title": flight.grid.title, "baseline": flight.grid.baseline},
+        "trials": {name: run.model_dump(mode="json") for name, run in runs.items()},
+        "data": {
+            "name": flight.data,
+            "digests": {size_words(size): pack.digest for size, pack in flight.packs.items()},
+            "train_images": flight.facts.num_train,
+            "val_images": flight.facts.num_val,
+        },
+        "backbone": {"name": flight.backbone, "digest": flight.backbone_digest},
+        "precision": flight.precision,
+        "scheduler": flight.scheduler,
+        "proxy": flight.caption,
+        "sessions": [*sessions, _session(command, resources)],
+    }
+
+
+def closed(record: dict[str, Any], signal_number: int | None) -> dict[str, Any]:
+    """The same after the session has ended."""
+    *before, last = record["sessions"]
+    return record | {"sessions": [*before, last | {"ended": _now(), "signal": signal_number}]}
+
+
+def _session(command: list[str], resources: "Resources") -> dict[str, Any]:
+    return {
+        "started": _now(),
+        "ended": None,
+        "signal": None,
+        "command": command,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "cpus_per_trial": resources.cpus_per_trial,
+        "gpus_per_trial": resources.gpus_per_trial,
+        "trials_at_once": resources.concurrency,
+    }
+
+
+def _commit() -> str | None:
+    """The project's git commit, with `+changes` where the tree differs from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+changes" if changes else commit
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,47 @@
+"""Optimizers from their configuration, and one step with a measured, perhaps clipped, gradient."""
+
+from collections.abc import Iterable
+from typing import assert_never
+
+import torch
+from torch import Tensor, nn
+
+from tune_bisenet.config import SGD, AdamW, Run
+
+
+def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
+    """The run's optimizer over all parameters of `model`, at the run's base rate."""
+    groups = parameter_groups(model, decay_norms_and_biases=run.decay_norms_and_biases)
+    config = run.optimizer
+    match config:
+        case SGD():
+            return torch.optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        case AdamW():
+            return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+        case _:
+            assert_never(config)
+
+
+def parameter_groups(model: nn.Module, *, decay_norms_and_biases: bool) -> list[dict[str, object]]:
+    """One group, or two of which the second (everything with at most one dimension) has no weight decay."""
+    parameters = list(model.parameters())
+    if decay_norms_and_biases:
+        return [{"params": parameters}]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One rate for all groups: the table names one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients down to an L2 norm of `max_norm` if theirs is larger; return the norm before that."""
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in with_gradient])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return norm

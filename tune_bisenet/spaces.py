@@ -1,0 +1,189 @@
+"""Search spaces: a declared grid of runs, how one is found by name or path, and its table as Markdown.
+
+A space is a Python module that defines `SPACE`. Nothing here knows how a run is trained.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import assert_never
+
+from pydantic import ValidationError
+
+import search_spaces
+from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Run, WeightedCrossEntropy
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Declared rows, each trained as it stands. ValueError if names repeat or an expectation points nowhere."""
+
+    title: str
+    runs: tuple[Run, ...]
+
+    def __post_init__(self) -> None:
+        problems = grid_problems(self.runs)
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def baseline(self) -> str | None:
+        """The row most others are measured against; None if no row is."""
+        over = Counter(run.expect.over for run in self.runs if run.expect and run.expect.over)
+        return over.most_common(1)[0][0] if over else None
+
+
+class SpaceError(ValueError):
+    """A space cannot be found or is not a space."""
+
+
+def load(name: str) -> Grid:
+    """The space of a module in `search_spaces`, or of a Python file. Raises SpaceError saying what to do."""
+    try:
+        module = _module_of(name)
+    except ValidationError as error:
+        raise SpaceError(f"a row of the space {name} is wrong: {_sentences(error)}") from error
+    except (ImportError, SyntaxError, ValueError) as error:
+        raise SpaceError(f"the space {name} cannot be used: {error}") from error
+    space = getattr(module, "SPACE", None)
+    if not isinstance(space, Grid):
+        raise SpaceError(f"the space {name} defines no SPACE of type Grid: end the file with SPACE = Grid(title, runs).")
+    return space
+
+
+def names() -> list[str]:
+    """The spaces that come with the package."""
+    return sorted(module.name for module in pkgutil.iter_modules(search_spaces.__path__))
+
+
+def select(grid: Grid, wanted: Sequence[str] | None) -> tuple[Run, ...]:
+    """The rows named in `wanted` (None: all), in declared order. ValueError names those that do not exist."""
+    if wanted is None:
+        return grid.runs
+    declared = [run.name for run in grid.runs]
+    unknown = [name for name in wanted if name not in declared]
+    if unknown:
+        raise ValueError(f"no row {', '.join(unknown)} in this space: it has {', '.join(declared)}.")
+    return tuple(run for run in grid.runs if run.name in wanted)
+
+
+def grid_problems(runs: tuple[Run, ...]) -> list[str]:
+    """What is wrong with these rows as a whole, a sentence each."""
+    counts = Counter(run.name for run in runs)
+    problems = [f"the row {name} is declared {count} times: give each row its own name." for name, count in counts.items() if count > 1]
+    for run in runs:
+        targets = (run.expect.over, run.expect.sooner_than) if run.expect else ()
+        problems += [
+            f"the expectation of {run.name} is measured against {target}, which is not a row of this space."
+            for target in targets
+            if target is not None and target not in counts
+        ]
+    return problems if runs else ["the space has no rows."]
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def to_markdown(runs: Sequence[Run]) -> str:
+    """The rows as a Markdown table, one line each, ending with a newline."""
+    header = ("run", "optimizer", "schedule", "loss", "technique", "expected")
+    rows = [header, *(_cells(run) for run in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(run: Run) -> tuple[str, ...]:
+    return (run.name, optimizer_words(run), schedule_words(run), loss_words(run), technique_words(run), _expect_words(run.expect))
+
+
+def optimizer_words(run: Run) -> str:
+    optimizer = run.optimizer
+    match optimizer:
+        case SGD():
+            return f"SGD lr {optimizer.lr:g}, momentum {optimizer.momentum:g}, wd {optimizer.weight_decay:g}"
+        case AdamW():
+            return f"AdamW lr {optimizer.lr:g}, wd {optimizer.weight_decay:g}"
+        case _:
+            assert_never(optimizer)
+
+
+def schedule_words(run: Run) -> str:
+    return f"warm-up {run.schedule.warmup_iterations} to {run.optimizer.lr:g}, poly {run.schedule.power:g}"
+
+
+def loss_words(run: Run) -> str:
+    loss = run.loss
+    match loss:
+        case CrossEntropy():
+            name = "CE"
+        case WeightedCrossEntropy():
+            name = "class-weighted CE"
+        case _:
+            assert_never(loss)
+    words = f"{name}, alpha {loss.aux_weight:.1f}"
+    return words if loss.lovasz_after is None else f"{words}; after epoch {loss.lovasz_after} Lovász on main"
+
+
+def technique_words(run: Run) -> str:
+    techniques = []
+    if run.accumulation > 1:
+        techniques.append(f"gradient accumulation × {run.accumulation}")
+    if run.max_grad_norm is not None:
+        techniques.append(f"gradient clipping, max norm {run.max_grad_norm:.1f}")
+    return ", ".join(techniques) or "–"
+
+
+def _expect_words(expect: Expect | None) -> str:
+    if expect is None:
+        return "–"
+    if expect.miou is not None:
+        words = f"mIoU {_range(expect.miou)} %"
+    else:
+        words = f"{_range(expect.gain or (0.0, 0.0), sign='+')} over {expect.over}"
+    return f"{words}, sooner than {expect.sooner_than}" if expect.sooner_than else words
+
+
+def _range(bounds: tuple[float, float], sign: str = "") -> str:
+    low, high = bounds
+    return f"{sign}{low:g}" if low == high else f"{sign}{low:g} to {sign}{high:g}"
+
+
+# --- finding a module -----------------------------------------------------------------------------------------------
+
+
+def _module_of(name: str) -> ModuleType:
+    if name.endswith(".py") or "/" in name:
+        return _module_at(Path(name))
+    if name not in names():
+        raise ImportError(f"there is none of that name. There are {', '.join(names())}; a file is given by its path.")
+    return importlib.import_module(f"search_spaces.{name}")
+
+
+def _module_at(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ImportError(f"there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"space_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _sentences(error: ValidationError) -> str:
+    """Pydantic's findings as `optimizer.sgd.lr: Input should be greater than 0 (given -1)`."""
+    findings = []
+    for finding in error.errors():
+        place = ".".join(str(part) for part in finding["loc"])
+        message = finding["msg"].removeprefix("Value error, ")
+        findings.append(f"{place}: {message} (given {finding['input']!r})" if place else message)
+    return "; ".join(findings)

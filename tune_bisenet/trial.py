@@ -1,0 +1,175 @@
+"""The Ray edge of one trial: a plain dict becomes a `Run`, epochs become reports, and storage is where it goes on.
+
+A trial's folder is the whole truth about it. Whatever killed a trial, a worker or a driver, the next attempt finds
+`last.pt` there and goes on; Tune's own checkpoints are not used (docs/decisions/0001-storage-is-the-state.md).
+"""
+
+import faulthandler
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from ray import tune
+
+from tune_bisenet import backbone, checkpoint, engine
+from tune_bisenet.config import Job, Run, size_words
+from tune_bisenet.data.catalog import open_source
+from tune_bisenet.data.packed import Packed, open_packed, prepare
+from tune_bisenet.engine import EpochEnd, Training
+from tune_bisenet.results import Epoch, best_of
+from tune_bisenet.storage import Storage
+from tune_bisenet.tracking import Tracker, triptych
+
+EPOCHS: Final = "epochs.json"
+"""The measurements of every epoch, in a trial's folder."""
+
+NUM_PICTURED_EPOCHS: Final = 8
+"""How often, in all, validation pictures are written."""
+
+FIRST_EPOCH_DEADLINE_SECONDS: Final = 4 * 3600.0
+DEADLINE_FACTOR: Final = 20.0
+MIN_DEADLINE_SECONDS: Final = 600.0
+
+log = logging.getLogger(__name__)
+
+
+def train(config: dict[str, Any], *, job: dict[str, Any]) -> None:
+    """Tune's function trainable. `config["run"]` is a `Run` and `job` a `Job`, both as plain dicts."""
+    run_trial(Run.model_validate(config["run"]), Job.model_validate(job), report=tune.report)
+
+
+def run_trial(run: Run, job: Job, *, report: Callable[[dict[str, Any]], None]) -> None:
+    """Train `run` from where its folder left off to its end, reporting each epoch after it is safe on storage."""
+    folder = Storage.at(job.storage) / job.trial_name(run)
+    folder.make()
+    training, data = _begin(run, job)
+    identity = job.identity(run)
+    history = checkpoint.resume(training, folder, identity=identity)
+    with ExitStack() as stack:
+        tracker = stack.enter_context(_Board(folder, run=run, job=job, completed_epochs=len(history)))
+        stack.callback(faulthandler.cancel_dump_traceback_later)
+        if history:  # the driver may have died before it heard of this epoch
+            report(result_of(history))
+        _die_if_hung(history)
+        for end in engine.fit(training):
+            history.append(end.epoch)
+            _keep(training, end, history, folder, identity=identity)
+            tracker.add(end, history, data)
+            report(result_of(history))
+            if end.epoch.diverged:
+                return
+            _die_if_hung(history)
+        tracker.finish()
+
+
+def result_of(history: list[Epoch]) -> dict[str, Any]:
+    """What Tune, its scheduler and the leaderboard are told: the last epoch, and the best so far. Never without mIoU."""
+    best = best_of(history)
+    return asdict(history[-1]) | {
+        "diverged": history[-1].diverged,
+        "best_miou": best.miou,
+        "best_epoch": best.epoch,
+        "total_seconds": sum(epoch.seconds for epoch in history),
+    }
+
+
+def _begin(run: Run, job: Job) -> tuple[Training, Packed]:
+    torch.set_num_threads(job.cpus_per_trial)
+    data = _open_data(run, job)
+    training = engine.begin(
+        run,
+        data,
+        device=torch.device("cuda" if job.use_gpu else "cpu"),
+        precision=job.precision,
+        backbone=backbone.load(job.backbone),
+    )
+    return training, data
+
+
+def _open_data(run: Run, job: Job) -> Packed:
+    """This node's pack of the data; packed now if the node has none. ValueError if it is not the driver's data."""
+    size = size_words(run.image_size)
+    if Path(job.packs[size]).exists():
+        data = open_packed(Path(job.packs[size]))
+    else:
+        data = prepare(open_source(job.data), image_size=run.image_size, cache_dir=Path(job.cache_dir))
+    if data.digest != job.data_digests[size]:
+        raise ValueError(
+            f"{job.data} holds other frames on this node (digest {data.digest}) than where the search was started "
+            f"({job.data_digests[size]}). Give every node the same data."
+        )
+    return data
+
+
+def _keep(training: Training, end: EpochEnd, history: list[Epoch], folder: Storage, *, identity: str) -> None:
+    """Put the epoch on storage. Weights that are no longer numbers never replace good ones."""
+    if not end.epoch.diverged:
+        if best_of(history) is end.epoch:
+            checkpoint.save_best(training, end, folder, identity=identity)
+        checkpoint.save(training, history, folder, identity=identity)
+    folder.write(EPOCHS, json.dumps([epoch.to_json() for epoch in history]).encode())
+
+
+def _die_if_hung(history: list[Epoch]) -> None:
+    """(Re)arm a timer that ends this process, with a traceback, if an epoch takes absurdly long: Ray never notices."""
+    seconds = FIRST_EPOCH_DEADLINE_SECONDS
+    if history:
+        seconds = max(MIN_DEADLINE_SECONDS, DEADLINE_FACTOR * max(epoch.seconds for epoch in history))
+    faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+class _Board:
+    """The trial's TensorBoard files in its folder; in object storage, copied there after every epoch."""
+
+    def __init__(self, folder: Storage, *, run: Run, job: Job, completed_epochs: int) -> None:
+        self._run = run
+        self._folder = folder
+        self._stack = ExitStack()
+        self._mirrored = folder.local_path is None
+        logdir = folder.local_path or Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._logdir = logdir
+        self._tracker = self._stack.enter_context(
+            Tracker(logdir, run=run, trial=job.trial_name(run), completed_epochs=completed_epochs)
+        )
+
+    def __enter__(self) -> "_Board":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is SystemExit:  # how Tune stops a trial
+            self._tracker.end("stopped")
+            self._mirror()
+        self._stack.close()
+
+    def add(self, end: EpochEnd, history: list[Epoch], data: Packed) -> None:
+        self._tracker.add_epoch(end.epoch, best_miou=best_of(history).miou)
+        interval = math.ceil(self._run.num_epochs / NUM_PICTURED_EPOCHS)
+        if end.epoch.epoch % interval == 0 or end.epoch.epoch == self._run.num_epochs:
+            self._tracker.add_triptychs(end.epoch.epoch, _triptychs(end, data))
+        if end.epoch.diverged:
+            self._tracker.end("diverged")
+        self._mirror()
+
+    def finish(self) -> None:
+        self._tracker.end("finished")
+        self._mirror()
+
+    def _mirror(self) -> None:
+        if self._mirrored:
+            for path in self._logdir.iterdir():
+                self._folder.write(path.name, path.read_bytes())
+
+
+def _triptychs(end: EpochEnd, data: Packed) -> list[tuple[str, Any]]:
+    split = data.val
+    return [
+        (split.names[index], triptych(split.images[index], split.labels[index], prediction.numpy()))
+        for index, prediction in end.samples.items()
+    ]

@@ -117,27 +117,36 @@ def test_the_quantile_equals_numpys() -> None:
 
 def test_ascending_arrivals_all_go_on_and_descending_ones_all_stop_but_the_first() -> None:
     ascending = [float(miou) for miou in range(10)]
-    assert survivors(Rungs(rungs_of=RUNGS_OF), ascending) == ascending
-    assert survivors(Rungs(rungs_of=RUNGS_OF), ascending[::-1]) == [9.0]
+    assert survivors(Rungs(rungs_of=RUNGS_OF, min_others=1), ascending) == ascending
+    assert survivors(Rungs(rungs_of=RUNGS_OF, min_others=1), ascending[::-1]) == [9.0]
+
+
+def test_nobody_is_held_against_fewer_than_three_others() -> None:
+    assert survivors(Rungs(rungs_of=RUNGS_OF), [60.0, 50.0, 40.0, 30.0]) == [60.0, 50.0, 40.0]
 
 
 def test_a_mixed_arrival_is_judged_by_the_median_of_those_before_it() -> None:
     # medians met:             -     50    40    45    50    50
-    assert survivors(Rungs(rungs_of=RUNGS_OF), [50.0, 30.0, 60.0, 50.0, 49.0, 50.0]) == [50.0, 60.0, 50.0, 50.0]
+    assert survivors(Rungs(rungs_of=RUNGS_OF, min_others=1), [50.0, 30.0, 60.0, 50.0, 49.0, 50.0]) == [
+        50.0,
+        60.0,
+        50.0,
+        50.0,
+    ]
 
 
 def test_with_factor_4_only_the_best_quarter_goes_on() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF, reduction_factor=4)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1, reduction_factor=4)
     assert survivors(rungs, [10.0, 20.0, 40.0, 80.0, 49.9]) == [10.0, 20.0, 40.0, 80.0]
     assert rungs.stops["x004"] == "mIoU 49.90 at epoch 20, below 50.00, the 75% quantile of 4 others (ASHA)"
 
 
 def test_ties_go_on() -> None:
-    assert survivors(Rungs(rungs_of=RUNGS_OF), [31.7] * 7) == [31.7] * 7
+    assert survivors(Rungs(rungs_of=RUNGS_OF, min_others=1), [31.7] * 7) == [31.7] * 7
 
 
 def test_a_stop_explains_itself() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     survivors(rungs, [33.0, 35.0, 37.0])
     assert judge(rungs, row("r07"), 20, 31.2) == Verdict(
         stop=True, reason="mIoU 31.20 at epoch 20, below 35.00, the median of 3 others (ASHA)"
@@ -147,7 +156,7 @@ def test_a_stop_explains_itself() -> None:
 
 
 def test_between_rungs_nothing_is_judged_or_recorded() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     for epoch in (*range(1, 20), *range(21, 40), *range(41, 51)):
         assert survivors(rungs, [50.0, 1.0], epoch) == [50.0, 1.0]
     assert rungs.seen == {}
@@ -157,14 +166,14 @@ def test_between_rungs_nothing_is_judged_or_recorded() -> None:
 
 
 def test_runs_of_another_length_are_not_compared() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     assert not judge(rungs, row("long", num_epochs=100), 40, 50.0).stop
     assert not judge(rungs, row("short", num_epochs=50), 40, 10.0).stop
     assert judge(rungs, row("long2", num_epochs=100), 40, 49.0).stop
 
 
 def test_a_trial_that_jumps_over_a_rung_is_not_recorded_there_late() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     for epoch in (19, 21, 39):
         judge(rungs, row("resumed"), epoch, 55.0)
     assert not judge(rungs, row("fresh"), 20, 30.0).stop
@@ -172,7 +181,7 @@ def test_a_trial_that_jumps_over_a_rung_is_not_recorded_there_late() -> None:
 
 
 def test_a_trial_whose_loss_switch_lies_ahead_is_neither_judged_nor_recorded() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     judge(rungs, row("r01"), 20, 40.0)
     assert not judge(rungs, row("r05", lovasz_after=35), 20, 1.0).stop
     assert rungs.seen == {(50, 20): {"r01": 40.0}}
@@ -191,7 +200,7 @@ def test_rows_that_others_are_measured_against_are_spared() -> None:
 
 
 def test_every_seed_of_a_spared_row_is_recorded_but_never_stopped() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF, spared=frozenset({"r01"}))
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1, spared=frozenset({"r01"}))
     assert not judge(rungs, row("r02"), 20, 50.0).stop
     assert not judge(rungs, row("r01"), 20, 1.0, trial="r01").stop
     assert not judge(rungs, row("r01", seed=1), 20, 2.0, trial="r01-s1").stop
@@ -202,14 +211,14 @@ def test_every_seed_of_a_spared_row_is_recorded_but_never_stopped() -> None:
 
 
 def test_seeds_of_one_row_are_trials_of_their_own() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     judge(rungs, row("r02", seed=0), 20, 50.0, trial="r02-s0")
     assert judge(rungs, row("r02", seed=1), 20, 49.0, trial="r02-s1").stop
     assert rungs.stops.keys() == {"r02-s1"}
 
 
 def test_a_diverged_trial_stops_at_once_even_a_spared_one_and_is_not_recorded() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF, spared=frozenset({"r01"}))
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1, spared=frozenset({"r01"}))
     for run, epoch in ((row("r01"), 3), (row("r02"), 20)):
         verdict = judge(rungs, run, epoch, 2.0, diverged=True)
         assert verdict == Verdict(stop=True, reason=f"the loss was no longer a number at epoch {epoch}")
@@ -224,14 +233,14 @@ def test_without_rungs_only_divergence_stops() -> None:
 
 def test_a_miou_that_is_no_number_is_a_broken_promise() -> None:
     with pytest.raises(AssertionError, match="trial r02 reported mIoU nan at epoch 7"):
-        judge(Rungs(rungs_of=RUNGS_OF), row(), 7, math.nan)
+        judge(Rungs(rungs_of=RUNGS_OF, min_others=1), row(), 7, math.nan)
 
 
 # --- restarts ---------------------------------------------------------------------------------------------------
 
 
 def test_a_replay_is_neither_judged_against_itself_nor_recorded_twice() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     survivors(rungs, [30.0, 40.0])
     before = rungs.to_json()
     assert not judge(rungs, rows(1)[0], 20, 30.0).stop  # 30 would be stopped now; it went on when it came
@@ -240,7 +249,7 @@ def test_a_replay_is_neither_judged_against_itself_nor_recorded_twice() -> None:
 
 
 def test_a_stopped_trial_stays_stopped_wherever_it_resumes() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     judge(rungs, row("r02"), 20, 40.0)
     verdict = judge(rungs, row("r03"), 20, 30.0)
     for epoch in (19, 20, 21, 40):
@@ -251,7 +260,11 @@ def test_a_stopped_trial_stays_stopped_wherever_it_resumes() -> None:
 def reload(rungs: Rungs) -> Rungs:
     record = json.loads(json.dumps(rungs.to_json(), allow_nan=False))
     return Rungs.from_json(
-        record, rungs_of=rungs.rungs_of, spared=rungs.spared, reduction_factor=rungs.reduction_factor
+        record,
+        rungs_of=rungs.rungs_of,
+        spared=rungs.spared,
+        reduction_factor=rungs.reduction_factor,
+        min_others=rungs.min_others,
     )
 
 
@@ -259,7 +272,9 @@ def test_a_judge_interrupted_at_any_time_judges_like_one_never_stopped() -> None
     chance = random.Random(7)
     runs = [row(f"x{number}", num_epochs=chance.choice([6, 50])) for number in range(12)]
     for _ in range(50):
-        straight = Rungs(rungs_of=RUNGS_OF, spared=frozenset({"x0"}), reduction_factor=chance.choice([2, 3]))
+        straight = Rungs(
+            rungs_of=RUNGS_OF, min_others=1, spared=frozenset({"x0"}), reduction_factor=chance.choice([2, 3])
+        )
         interrupted = reload(straight)
         for _ in range(100):
             run = chance.choice(runs)
@@ -274,7 +289,7 @@ def test_a_judge_interrupted_at_any_time_judges_like_one_never_stopped() -> None
 
 
 def test_the_state_is_readable_and_is_a_copy() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     survivors(rungs, [30.0])
     state = rungs.to_json()
     survivors(rungs, [30.0, 20.0])
@@ -282,7 +297,7 @@ def test_the_state_is_readable_and_is_a_copy() -> None:
 
 
 def test_the_judge_can_be_pickled() -> None:
-    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
     survivors(rungs, [30.0, 20.0])
     copied = pickle.loads(pickle.dumps(rungs))
     assert copied.to_json() == rungs.to_json()
@@ -295,7 +310,9 @@ def test_the_judge_can_be_pickled() -> None:
 def test_the_best_of_two_is_stopped_as_often_as_sheppards_formula_says() -> None:
     # One rung: the best is stopped if it comes second and its rung's score is lower, so P = acos(r) / 2 pi.
     for correlation in (0.0, 0.3, 0.7, 0.95):
-        seen = forecast(rows(2, num_epochs=6), ITERATIONS_PER_EPOCH, correlation=correlation, simulations=20_000)
+        seen = forecast(
+            rows(2, num_epochs=6), ITERATIONS_PER_EPOCH, correlation=correlation, min_others=1, simulations=20_000
+        )
         assert seen.probability_best_stopped == pytest.approx(math.acos(correlation) / (2 * math.pi), abs=0.01)
         assert seen.epochs_share_saved == pytest.approx(0.5 * 3 / 12, abs=0.01)
 
@@ -303,13 +320,13 @@ def test_the_best_of_two_is_stopped_as_often_as_sheppards_formula_says() -> None
 @pytest.mark.parametrize("count", [2, 4, 9])
 def test_one_rung_stops_every_second_trial_after_the_first(count: int) -> None:
     # A score less the median of others alike is symmetric about 0: each but the first falls below it half the time.
-    seen = forecast(rows(count, num_epochs=6), ITERATIONS_PER_EPOCH, simulations=5_000)
+    seen = forecast(rows(count, num_epochs=6), ITERATIONS_PER_EPOCH, min_others=1, simulations=5_000)
     assert seen.epochs_share_saved == pytest.approx((count - 1) / 2 * 3 / (6 * count), abs=0.005)
 
 
 def test_a_forecast_of_two_rungs_equals_a_brute_force_one() -> None:
     runs = [*rows(6), row("r04", expect=Expect(gain=(0.5, 0.5), over="r01")), row("r01")]
-    seen = forecast(runs, ITERATIONS_PER_EPOCH, correlation=0.6, simulations=5_000)
+    seen = forecast(runs, ITERATIONS_PER_EPOCH, correlation=0.6, min_others=1, simulations=5_000)
     saved, best_stopped = brute_force(count=len(runs), correlation=0.6, simulations=20_000)
     assert seen.epochs_share_saved == pytest.approx(saved, abs=0.01)
     assert seen.probability_best_stopped == pytest.approx(best_stopped, abs=0.02)

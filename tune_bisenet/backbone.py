@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
+from tune_bisenet.arguments import NO_BACKBONE
 from tune_bisenet.model import backbone_problems
 
 IMAGENET: Final = "imagenet"
-NONE: Final = "none"
 _WEIGHTS: Final = ResNet18_Weights.IMAGENET1K_V1
 
 
@@ -23,20 +23,22 @@ class BackboneError(ValueError):
 
 def load(backbone: str) -> dict[str, Tensor] | None:
     """The weights of `imagenet`, of a file, or None for `none`. Raises BackboneError saying what to do."""
-    if backbone == NONE:
+    if backbone == NO_BACKBONE:
         return None
     weights = _fetched() if backbone == IMAGENET else _read(Path(backbone))
     features = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     problems = backbone_problems(features)
     if problems:
-        raise BackboneError(f"--backbone {backbone} is not a ResNet-18 under torchvision's names: {'; '.join(problems)}.")
+        raise BackboneError(
+            f"--backbone {backbone} is not a ResNet-18 under torchvision's names: {'; '.join(problems)}."
+        )
     return features
 
 
 def digest(backbone: str) -> str:
     """What stands for the weights in a run's identity: the same on every machine that has the same weights."""
-    if backbone == NONE:
-        return NONE
+    if backbone == NO_BACKBONE:
+        return NO_BACKBONE
     if backbone == IMAGENET:
         return f"torchvision {_WEIGHTS}"
     return hashlib.sha256(Path(backbone).read_bytes()).hexdigest()[:16]

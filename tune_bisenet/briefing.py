@@ -1,22 +1,19 @@
 """What the terminal says before and after a search: the plan, and what came of it."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from tune_bisenet import plan, rungs
-from tune_bisenet.config import Run, size_words
+from tune_bisenet.arguments import NO_BACKBONE
+from tune_bisenet.config import Resources, Run, size_words
+from tune_bisenet.preflight import Flight
 from tune_bisenet.report import leaderboard
 from tune_bisenet.results import Standing
 
-if TYPE_CHECKING:
-    from tune_bisenet.preflight import Flight
-    from tune_bisenet.search import Resources
 
-
-def print_plan(console: Console, flight: "Flight", resources: "Resources", runs: Mapping[str, Run]) -> None:
+def print_plan(console: Console, flight: Flight, resources: Resources, runs: Mapping[str, Run]) -> None:
     """What will be done, with what, where the results go, and how to watch."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -28,16 +25,18 @@ def print_plan(console: Console, flight: "Flight", resources: "Resources", runs:
     console.print()
 
 
-def plan_lines(flight: "Flight", resources: "Resources", runs: Mapping[str, Run]) -> list[tuple[str, str]]:
+def plan_lines(flight: Flight, resources: Resources, runs: Mapping[str, Run]) -> list[tuple[str, str]]:
     """The plan as (title, text) pairs."""
     epochs = sum(run.num_epochs for run in runs.values())
     iterations = sum(run.num_epochs * plan.iterations_per_epoch(run, flight.facts) for run in runs.values())
+    choices, facts = flight.choices, flight.facts
     sizes = ", ".join(size_words(size) for size in flight.packs)
+    start = "from scratch" if choices.backbone == NO_BACKBONE else choices.backbone
     lines = [
         ("search", f"{flight.name}: {flight.grid.title}"),
         ("trials", f"{len(runs)} ({_shortened(list(runs))}), {epochs} epochs, {iterations:,} iterations in all"),
-        ("data", f"{flight.data}: {flight.facts.num_train} training and {flight.facts.num_val} validation images, {sizes}"),
-        ("backbone", f"ResNet-18, {'from scratch' if flight.backbone == 'none' else flight.backbone}"),
+        ("data", f"{choices.data}: {facts.num_train} training and {facts.num_val} validation images, {sizes}"),
+        ("backbone", f"ResNet-18, {start}"),
         ("device", _device(flight, resources)),
         ("scheduler", _scheduler(flight)),
         ("results", flight.folder.uri),
@@ -47,9 +46,7 @@ def plan_lines(flight: "Flight", resources: "Resources", runs: Mapping[str, Run]
     return [*lines, *(("note", caption) for caption in flight.captions)]
 
 
-def print_results(
-    console: Console, flight: "Flight", standings: Sequence[Standing], signal_number: int | None
-) -> None:
+def print_results(console: Console, flight: Flight, standings: Sequence[Standing], signal_number: int | None) -> None:
     """The leaderboard, where it lies, and what to do if the search is not whole."""
     console.print()
     if flight.grid.baseline is None:
@@ -59,19 +56,21 @@ def print_results(
     console.print(f"results: {flight.folder.uri}", highlight=False, soft_wrap=True)
     failed = [standing.trial for standing in standings if standing.status == "failed"]
     if failed:
-        console.print(f"failed: {', '.join(failed)}. Try these again with --resume --name {flight.name}.", highlight=False)
+        console.print(
+            f"failed: {', '.join(failed)}. Try these again with --resume --name {flight.name}.", highlight=False
+        )
     if signal_number is not None:
         console.print(f"interrupted. Go on with --resume --name {flight.name}.", highlight=False)
 
 
-def _device(flight: "Flight", resources: "Resources") -> str:
+def _device(flight: Flight, resources: Resources) -> str:
     each = f"{resources.gpus_per_trial:g} GPU, " if resources.gpus_per_trial else ""
     cores = f"{resources.cpus_per_trial} CPU core{'s' if resources.cpus_per_trial > 1 else ''}"
-    return f"{resources.concurrency} trials at once, {each}{cores} each, {flight.precision}"
+    return f"{resources.concurrency} trials at once, {each}{cores} each, {flight.choices.precision}"
 
 
-def _scheduler(flight: "Flight") -> str:
-    if flight.scheduler == "fifo":
+def _scheduler(flight: Flight) -> str:
+    if flight.choices.scheduler == "fifo":
         return "fifo: every run is trained to its end, unless its loss diverges"
     forecast = rungs.forecast(flight.runs, plan.iterations_per_epoch(flight.runs[0], flight.facts))
     return f"asha: {forecast} (--scheduler fifo trains all to the end)"

@@ -10,7 +10,6 @@ import zipfile
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from tune_bisenet.engine import EpochEnd, Training
 from tune_bisenet.results import Epoch
@@ -42,6 +41,12 @@ def save(training: Training, history: list[Epoch], folder: Storage, *, identity:
     if folder.exists(LAST):
         folder.move(LAST, PREVIOUS)
     folder.write(LAST, content)
+
+
+def end(folder: Storage) -> None:
+    """The run has ended: what was kept in case `last.pt` is damaged while it goes on can go."""
+    if folder.exists(PREVIOUS):
+        folder.delete(PREVIOUS)
 
 
 def save_best(training: Training, end: EpochEnd, folder: Storage, *, identity: str) -> None:
@@ -107,7 +112,7 @@ def _check_identity(state: dict[str, Any], identity: str, path: str) -> None:
         )
 
 
-def _restore(training: Training, state: dict[str, Tensor | Any]) -> list[Epoch]:
+def _restore(training: Training, state: dict[str, Any]) -> list[Epoch]:
     training.model.load_state_dict(state["model"])
     training.optimizer.load_state_dict(state["optimizer"])
     history = [Epoch.from_json(record) for record in state["history"]]

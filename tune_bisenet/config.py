@@ -180,7 +180,7 @@ class Run(Frozen):
         check_image_size(self.image_size)
         if self.loss.lovasz_after is not None and self.loss.lovasz_after >= self.num_epochs:
             raise ValueError(
-                f"the switch to Lovász after epoch {self.loss.lovasz_after} lies outside the run's {self.num_epochs} epochs. "
+                f"the switch to Lovász after epoch {self.loss.lovasz_after} lies outside {self.num_epochs} epochs. "
                 "Train longer, switch earlier, or shrink the whole run with --proxy."
             )
         return self
@@ -220,6 +220,17 @@ class Job(Frozen):
     def trial_name(self, run: Run) -> str:
         """`r01`, or `r01-s2` where the search has several seeds."""
         return f"{run.name}-s{run.seed}" if self.several_seeds else run.name
+
+
+class Resources(Frozen):
+    """What Ray gives each trial, and how many it runs at once."""
+
+    cpus_per_trial: PositiveInt
+    gpus_per_trial: NonNegativeFloat
+    max_concurrent: PositiveInt | None
+    """A bound that was asked for; None for as many as fit."""
+    concurrency: PositiveInt
+    """How many trials fit at once."""
 
 
 def fingerprint(value: object) -> str:

@@ -148,9 +148,7 @@ def _backward(training: Training, images: Tensor, labels: Tensor, *, epoch: int,
     """Add `scale` times the gradient of one micro-batch; return total, main, aux1 and aux2 loss, unscaled."""
     with _autocast(training):
         logits = training.model(_laid_out(images, training.device))
-    parts = losses.head_losses(
-        logits, labels, training.run.loss, class_weights=training.class_weights, epoch=epoch
-    )
+    parts = losses.head_losses(logits, labels, training.run.loss, class_weights=training.class_weights, epoch=epoch)
     (parts.total * scale).backward()  # type: ignore[no-untyped-call]
     return torch.stack(parts).detach()
 

@@ -21,6 +21,7 @@ from tune_bisenet.report import leaderboard
 from tune_bisenet.results import ENDED_WELL, Standing
 from tune_bisenet.storage import Storage
 
+SEARCH: Final = "search.json"
 TRIALS: Final = "trials.json"
 LEADERBOARD_CSV: Final = "leaderboard.csv"
 LEADERBOARD_MD: Final = "leaderboard.md"
@@ -144,6 +145,11 @@ class Ledger:
         self._standings[trial] = replace(self._standings[trial], **changes)
 
 
+def read_search(folder: Storage) -> dict[str, Any] | None:
+    """The manifest of the search in `folder`; None if there is no search. ValueError if it is damaged."""
+    return read_json(folder, SEARCH)
+
+
 def read_trials(folder: Storage) -> tuple[list[Standing], dict[str, Any] | None]:
     """Standings and the scheduler's state as last written; nothing if the file is missing or damaged.
 
@@ -178,6 +184,8 @@ def read_json(folder: Storage, name: str) -> dict[str, Any] | None:
     try:
         record = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{folder.path}/{name} is damaged: {error}. Start a new search under another --name.") from error
+        raise ValueError(
+            f"{folder.path}/{name} is damaged: {error}. Start a new search under another --name."
+        ) from error
     assert isinstance(record, dict)
     return record

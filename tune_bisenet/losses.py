@@ -55,10 +55,7 @@ def cross_entropy(scores: Tensor, targets: Tensor, class_weights: Tensor | None 
     scores = scores.float()
     total = F.cross_entropy(scores, targets, weight=class_weights, ignore_index=VOID, reduction="sum")
     labelled = targets != VOID
-    if class_weights is None:
-        weight = labelled.sum()
-    else:
-        weight = (class_weights[targets.where(labelled, 0)] * labelled).sum()
+    weight = labelled.sum() if class_weights is None else (class_weights[targets.where(labelled, 0)] * labelled).sum()
     return total / weight.clamp_min(torch.finfo(scores.dtype).tiny)
 
 

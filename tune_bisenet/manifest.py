@@ -6,23 +6,14 @@ import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from tune_bisenet.config import Run, size_words
-from tune_bisenet.ledger import read_json, to_json
+from tune_bisenet.config import Resources, Run, size_words
+from tune_bisenet.ledger import SEARCH, to_json
+from tune_bisenet.preflight import Flight
 from tune_bisenet.storage import Storage
 
-if TYPE_CHECKING:
-    from tune_bisenet.preflight import Flight
-    from tune_bisenet.search import Resources
-
-SEARCH: Final = "search.json"
 PACKAGES: Final = ("tune-bisenet", "torch", "torchvision", "ray", "pyarrow", "numpy", "pydantic", "tensorboard")
-
-
-def read(folder: Storage) -> dict[str, Any] | None:
-    """The manifest of the search in `folder`; None if there is no search. ValueError if it is damaged."""
-    return read_json(folder, SEARCH)
 
 
 def write(folder: Storage, record: dict[str, Any]) -> None:
@@ -30,26 +21,22 @@ def write(folder: Storage, record: dict[str, Any]) -> None:
     folder.write(SEARCH, to_json(record))
 
 
-def opened(
-    flight: "Flight", runs: Mapping[str, Run], *, command: list[str], resources: "Resources"
-) -> dict[str, Any]:
+def opened(flight: Flight, runs: Mapping[str, Run], *, command: list[str], resources: Resources) -> dict[str, Any]:
     """The manifest with one more session, which has just begun."""
     sessions = flight.earlier["sessions"] if flight.earlier else []
     return {
         "name": flight.name,
-        "arguments": flight.arguments.model_dump(mode="json", exclude={"resume", "address"}, exclude_none=True),
-        "space": {"name": flight.arguments.space, "title": flight.grid.title, "baseline": flight.grid.baseline},
+        "choices": flight.choices.model_dump(mode="json"),
+        "space": {"name": flight.choices.space, "title": flight.grid.title, "baseline": flight.grid.baseline},
         "trials": {name: run.model_dump(mode="json") for name, run in runs.items()},
         "data": {
-            "name": flight.data,
+            "name": flight.choices.data,
             "digests": {size_words(size): pack.digest for size, pack in flight.packs.items()},
             "train_images": flight.facts.num_train,
             "val_images": flight.facts.num_val,
         },
-        "backbone": {"name": flight.backbone, "digest": flight.backbone_digest},
-        "precision": flight.precision,
-        "scheduler": flight.scheduler,
-        "proxy": flight.caption,
+        "backbone": {"name": flight.choices.backbone, "digest": flight.backbone_digest},
+        "proxy": flight.captions[0] if flight.choices.proxy else None,
         "sessions": [*sessions, _session(command, resources)],
     }
 
@@ -60,7 +47,7 @@ def closed(record: dict[str, Any], signal_number: int | None) -> dict[str, Any]:
     return record | {"sessions": [*before, last | {"ended": _now(), "signal": signal_number}]}
 
 
-def _session(command: list[str], resources: "Resources") -> dict[str, Any]:
+def _session(command: list[str], resources: Resources) -> dict[str, Any]:
     return {
         "started": _now(),
         "ended": None,

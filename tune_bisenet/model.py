@@ -50,7 +50,8 @@ class ChannelGate(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.conv(features.mean((2, 3), keepdim=True))).sigmoid()
+        gate: Tensor = self.norm(self.conv(features.mean((2, 3), keepdim=True))).sigmoid()
+        return gate
 
 
 class AttentionRefinement(nn.Module):
@@ -63,7 +64,8 @@ class AttentionRefinement(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.conv(features)
-        return features * self.gate(features)
+        refined: Tensor = features * self.gate(features)
+        return refined
 
 
 class SpatialPath(nn.Sequential):
@@ -112,7 +114,8 @@ class FeatureFusion(nn.Module):
 
     def forward(self, spatial: Tensor, context: Tensor) -> Tensor:
         features = self.conv(torch.cat((spatial, context), dim=1))
-        return features + features * self.gate(features)
+        fused: Tensor = features + features * self.gate(features)
+        return fused
 
 
 class Head(nn.Sequential):

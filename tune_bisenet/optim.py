@@ -41,7 +41,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients down to an L2 norm of `max_norm` if theirs is larger; return the norm before that."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in with_gradient])
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
     return norm

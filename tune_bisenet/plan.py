@@ -21,6 +21,8 @@ class Settings:
 
     seeds: tuple[int, ...] = (0,)
     num_epochs: int | None = None
+    max_epochs: int | None = None
+    """A bound on what rows say; `num_epochs` overrides both."""
     image_size: tuple[int, int] | None = None
     proxy: bool = False
 
@@ -88,7 +90,7 @@ def proxy_caption(run: Run, data: DataFacts) -> str:
 
 
 def _resolve(row: Run, settings: Settings, data: DataFacts) -> Run:
-    num_epochs = settings.num_epochs or row.num_epochs
+    num_epochs = settings.num_epochs or min(row.num_epochs, settings.max_epochs or row.num_epochs)
     image_size = settings.image_size or row.image_size
     if settings.image_size is None and "image_size" not in row.model_fields_set:
         image_size = data.suggested_image_size

@@ -4,19 +4,18 @@
 """
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
-from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
-
-from tune_bisenet import manifest, plan, spaces
-from tune_bisenet.config import Frozen, Job, Precision, Run, check_image_size, size_words
-from tune_bisenet.data.catalog import STREETS, open_source
-from tune_bisenet.data.packed import Packed, prepare, suggested_image_size
+from tune_bisenet import ledger, plan, spaces
+from tune_bisenet.arguments import NO_BACKBONE, STREETS, Arguments, Choices, InputError, asked_for, choose
+from tune_bisenet.config import Job, Precision, Run, size_words
+from tune_bisenet.data.catalog import open_source
+from tune_bisenet.data.packed import Packed, suggested_image_size
+from tune_bisenet.data.packing import prepare
 from tune_bisenet.data.source import DataError, Source
 from tune_bisenet.storage import Storage
 
@@ -25,116 +24,49 @@ STREETS_EPOCHS: Final = 8
 
 DATASET_VARIABLE: Final = "CITYSCAPES_DATASET"
 CACHE_VARIABLE: Final = "TUNE_BISENET_CACHE"
-NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 
 Value = TypeVar("Value")
 
 
-# --- the command line, typed -----------------------------------------------------------------------------------------
-
-
-def _split(text: object) -> object:
-    return [part.strip() for part in text.split(",")] if isinstance(text, str) else text
-
-
-def _size(text: object) -> object:
-    if not isinstance(text, str):
-        return text
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise ValueError(f"{text} is not a size: write height x width, as in 512x1024.")
-    return check_image_size((int(match[1]), int(match[2])))
-
-
-def _name(text: str) -> str:
-    if re.fullmatch(NAME_PATTERN, text) is None:
-        raise ValueError(f"{text!r} is no name for a search: use letters, digits, '.', '_' and '-', no path, at most 100.")
-    return text
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split)]
-Size = Annotated[tuple[int, int], BeforeValidator(_size)]
-
-
-class Arguments(Frozen):
-    """The flags as given; None where one was left out. The first group decides what is trained."""
-
-    space: str = "runs10"
-    data: str | None = None
-    backbone: str | None = None
-    runs: Names | None = None
-    seeds: Seeds | None = None
-    epochs: PositiveInt | None = None
-    image_size: Size | None = None
-    proxy: bool | None = None
-    scheduler: Literal["asha", "fifo"] | None = None
-    precision: Precision | None = None
-
-    gpus_per_trial: NonNegativeFloat | None = None
-    cpus_per_trial: PositiveInt | None = None
-    max_concurrent: PositiveInt | None = None
-    storage: str = "results"
-    name: Annotated[str, BeforeValidator(_name)] | None = None
-    resume: bool = False
-    address: str | None = None
-
-
-SCIENCE: Final = ("space", "data", "backbone", "runs", "seeds", "epochs", "image_size", "proxy", "scheduler", "precision")
-"""The arguments that a resumed search must share with the one it continues."""
-
-
-# --- the result --------------------------------------------------------------------------------------------------------
+# --- the result ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flight:
     """A search that has nothing wrong with it, ready for resources."""
 
+    name: str
+    folder: Storage
     arguments: Arguments
+    choices: Choices
     grid: spaces.Grid
     runs: tuple[Run, ...]
-    packs: dict[tuple[int, int], Packed]  # by image size
     facts: plan.DataFacts
-    data: str
+    packs: dict[tuple[int, int], Packed]  # by image size
     cache_dir: Path
-    backbone: str
     backbone_digest: str
-    precision: Precision
-    scheduler: Literal["asha", "fifo"]
-    folder: Storage
-    name: str
     earlier: dict[str, Any] | None  # the manifest of the search that is resumed
-    caption: str | None  # what to say of a proxy
 
     @property
     def captions(self) -> list[str]:
         """What every table of this search must say."""
-        return [self.caption] if self.caption else []
+        return [plan.proxy_caption(self.runs[0], self.facts)] if self.choices.proxy else []
 
     def job(self, *, cpus_per_trial: int, use_gpu: bool) -> Job:
         """What each trial is told besides its run."""
         return Job(
-            data=self.data,
+            data=self.choices.data,
             packs={size_words(size): str(pack.path) for size, pack in self.packs.items()},
             data_digests={size_words(size): pack.digest for size, pack in self.packs.items()},
             cache_dir=str(self.cache_dir),
-            backbone=self.backbone,
+            backbone=self.choices.backbone,
             backbone_digest=self.backbone_digest,
-            precision=self.precision,
+            precision=self.choices.precision,
             storage=self.folder.uri,
             cpus_per_trial=cpus_per_trial,
             use_gpu=use_gpu,
             several_seeds=len({run.seed for run in self.runs}) > 1,
         )
-
-
-class PreflightError(ValueError):
-    """The input was wrong. `problems` holds one sentence each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
 
 
 @dataclass
@@ -159,70 +91,42 @@ class _Problems:
         return None
 
 
-# --- the checks --------------------------------------------------------------------------------------------------------
+# --- the checks ---------------------------------------------------------------------------------------------------
 
 
-def parse(flags: dict[str, Any]) -> Arguments:
-    """Typed arguments from the flags that were given. Raises PreflightError naming every flag that is wrong."""
-    try:
-        return Arguments.model_validate(flags)
-    except ValidationError as error:
-        problems = []
-        for finding in error.errors():
-            flag = "--" + str(finding["loc"][0]).replace("_", "-")
-            message = finding["msg"].removeprefix("Value error, ")
-            problems.append(f"{flag}: {message}" if "Value error" in finding["msg"] else f"{flag} {finding['input']}: {message}.")
-        raise PreflightError(problems) from error
-
-
-def check(arguments: Arguments, *, default_name: str, progress: Callable[[int, int], None]) -> Flight:
-    """All checks, cheap ones first; frames are decoded last. Raises PreflightError with everything found."""
+def check(given: Arguments, *, default_name: str, progress: Callable[[int, int], None]) -> Flight:
+    """All checks, cheap ones first; frames are decoded last. Raises InputError with everything found."""
     problems = _Problems()
-    name = arguments.name or default_name
-    folder = problems.attempt(lambda: _folder(arguments, name))
-    earlier = problems.attempt(lambda: _earlier(arguments, folder, name)) if folder else None
-    if earlier is not None:
-        arguments = problems.attempt(lambda: _continued(arguments, earlier)) or arguments
-    grid = problems.attempt(lambda: spaces.load(arguments.space))
-    rows = problems.attempt(lambda: spaces.select(grid, arguments.runs)) if grid else None
-    data = _data(arguments)
-    precision = arguments.precision or "fp32"
-    problems.attempt(lambda: _check_precision(precision, arguments))
-    backbone = _backbone(arguments, data)
-    backbone_digest = problems.attempt(lambda: _check_backbone(backbone))
-    source = problems.attempt(lambda: open_source(data))
-    settings = _settings(arguments, data)
+    name = given.name or default_name
+    folder = problems.attempt(lambda: _folder(given, name))
+    earlier = problems.attempt(lambda: _earlier(given, folder, name)) if folder else None
+    choices = problems.attempt(lambda: _continued(given, earlier)) if earlier else None
+    choices = choices or choose(given, default_data=os.environ.get(DATASET_VARIABLE) or STREETS)
+    grid = problems.attempt(lambda: spaces.load(choices.space))
+    rows = problems.attempt(lambda: spaces.select(grid, choices.runs)) if grid else None
+    problems.attempt(lambda: _check_precision(choices.precision, given))
+    backbone_digest = problems.attempt(lambda: _check_backbone(choices.backbone))
+    source = problems.attempt(lambda: open_source(choices.data))
     facts = problems.attempt(lambda: _facts(source)) if source else None
-    runs = problems.attempt(lambda: plan.plan_runs(rows, settings, facts)) if rows and facts else None
-    if problems.found:
-        raise PreflightError(problems.found)
-    assert folder and grid and source and facts and runs and backbone_digest
-    cache_dir = _cache_dir()
-    sizes = sorted({run.image_size for run in runs})
-    packs = problems.attempt(
-        lambda: {size: prepare(source, image_size=size, cache_dir=cache_dir, progress=progress) for size in sizes}
-    )
-    if packs is not None and earlier is not None:
+    runs = problems.attempt(lambda: plan.plan_runs(rows, _settings(choices), facts)) if rows and facts else None
+    packs = problems.attempt(lambda: _pack(source, runs, progress)) if source and runs and not problems.found else None
+    if packs and earlier:
         problems.attempt(lambda: _check_same_data(packs, earlier))
     if problems.found:
-        raise PreflightError(problems.found)
-    assert packs is not None
+        raise InputError(problems.found)
+    assert folder and grid and facts and runs and packs and backbone_digest  # noqa: PT018
     return Flight(
-        arguments=arguments,
+        name=name,
+        folder=folder,
+        arguments=given,
+        choices=choices,
         grid=grid,
         runs=runs,
-        packs=packs,
         facts=facts,
-        data=data,
-        cache_dir=cache_dir,
-        backbone=backbone,
+        packs=packs,
+        cache_dir=_cache_dir(),
         backbone_digest=backbone_digest,
-        precision=precision,
-        scheduler=arguments.scheduler or "asha",
-        folder=folder,
-        name=name,
         earlier=earlier,
-        caption=plan.proxy_caption(runs[0], facts) if settings.proxy else None,
     )
 
 
@@ -230,9 +134,7 @@ def _folder(arguments: Arguments, name: str) -> Storage:
     """The search's folder, whose storage can be written to."""
     storage = Storage.at(arguments.storage)
     try:
-        storage.make()
-        storage.write(".writable", b"")
-        storage.delete(".writable")
+        storage.check_writable()
     except OSError as error:
         raise ValueError(f"--storage {arguments.storage} cannot be written to: {error}") from error
     return storage / name
@@ -241,54 +143,52 @@ def _folder(arguments: Arguments, name: str) -> Storage:
 def _earlier(arguments: Arguments, folder: Storage, name: str) -> dict[str, Any] | None:
     if arguments.resume and arguments.name is None:
         raise ValueError("--resume needs the --name of the search to go on with.")
-    earlier = manifest.read(folder)
+    earlier = ledger.read_search(folder)
     if arguments.resume and earlier is None:
         raise ValueError(f"there is no search {name} in {arguments.storage} to resume. Check --name and --storage.")
     if earlier is not None and not arguments.resume:
         raise ValueError(
-            f"there is a search {name} in {arguments.storage} already. Go on with it by --resume, or take another --name."
+            f"there is a search {name} in {arguments.storage} already. "
+            "Go on with it by --resume, or take another --name."
         )
     return earlier
 
 
-def _continued(given: Arguments, earlier: dict[str, Any]) -> Arguments:
-    """The earlier search's arguments with this session's resources. ValueError if a flag asks for something else."""
-    before = Arguments.model_validate(earlier["arguments"])
-    changed = [
-        f"--{name.replace('_', '-')}"
-        for name in SCIENCE
-        if name in given.model_fields_set and getattr(given, name) != getattr(before, name)
-    ]
+def _continued(given: Arguments, earlier: dict[str, Any]) -> Choices:
+    """The choices of the search that is resumed. ValueError if a flag asks for something else."""
+    before = Choices.model_validate(earlier["choices"])
+    changed = [name for name, value in asked_for(given).items() if value != getattr(before, name)]
     if changed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         raise ValueError(
-            f"{', '.join(changed)} differ from what this search was started with. Leave them out to resume it, "
-            "or start another search under another --name."
+            f"{flags} differs from what this search was started with. Leave it out to resume the search, "
+            "or start another under another --name."
         )
-    return given.model_copy(update={name: getattr(before, name) for name in SCIENCE})
+    return before
 
 
 def _check_same_data(packs: dict[tuple[int, int], Packed], earlier: dict[str, Any]) -> None:
-    digests = {pack.digest for pack in packs.values()}
-    if digests != set(earlier["data"]["digests"]):
+    digests = {size_words(size): pack.digest for size, pack in packs.items()}
+    if digests != earlier["data"]["digests"]:
         raise ValueError(
             f"the frames in {earlier['data']['name']} have changed since this search was started. "
             "Bring them back to resume it, or start another search under another --name."
         )
 
 
-def _data(arguments: Arguments) -> str:
-    data = arguments.data or os.environ.get(DATASET_VARIABLE) or STREETS
-    return data if data == STREETS else str(Path(data).expanduser().absolute())
-
-
-def _settings(arguments: Arguments, data: str) -> plan.Settings:
-    streets = data == STREETS
+def _settings(choices: Choices) -> plan.Settings:
     return plan.Settings(
-        seeds=arguments.seeds or (0,),
-        num_epochs=arguments.epochs or (STREETS_EPOCHS if streets else None),
-        image_size=arguments.image_size,
-        proxy=bool(arguments.proxy) or streets,
+        seeds=choices.seeds,
+        num_epochs=choices.epochs,
+        max_epochs=STREETS_EPOCHS if choices.data == STREETS else None,
+        image_size=choices.image_size,
+        proxy=choices.proxy,
     )
+
+
+def _pack(source: Source, runs: tuple[Run, ...], progress: Callable[[int, int], None]) -> dict[tuple[int, int], Packed]:
+    sizes = sorted({run.image_size for run in runs})
+    return {size: prepare(source, image_size=size, cache_dir=_cache_dir(), progress=progress) for size in sizes}
 
 
 def _facts(source: Source) -> plan.DataFacts:
@@ -299,15 +199,10 @@ def _facts(source: Source) -> plan.DataFacts:
     )
 
 
-def _backbone(arguments: Arguments, data: str) -> str:
-    chosen = arguments.backbone or ("none" if data == STREETS else "imagenet")
-    return chosen if chosen in ("none", "imagenet") else str(Path(chosen).expanduser().absolute())
-
-
 def _check_backbone(name: str) -> str:
     """Fetch or read the weights once, now; their digest. Without any, torch is not even imported."""
-    if name == "none":
-        return "none"
+    if name == NO_BACKBONE:
+        return NO_BACKBONE
     from tune_bisenet import backbone
 
     backbone.load(name)

@@ -17,11 +17,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_bisenet.asha import FairASHA
-    from tune_bisenet.config import Run
+    from tune_bisenet.config import Resources, Run
     from tune_bisenet.plan import DataFacts
     from tune_bisenet.preflight import Flight
     from tune_bisenet.results import Standing
-    from tune_bisenet.search import Resources
 
 OK: Final = 0
 SOME_FAILED: Final = 1
@@ -42,14 +41,14 @@ def main(argv: list[str] | None = None) -> int:
         return _show(flags)
     from rich.console import Console
 
-    from tune_bisenet import preflight
+    from tune_bisenet import arguments, preflight
 
     console = Console()
     try:
-        arguments = preflight.parse(flags)
-        name = f"{Path(arguments.space).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        flight = preflight.check(arguments, default_name=name, progress=_packing(console))
-    except preflight.PreflightError as error:
+        asked = arguments.parse(flags)
+        name = f"{Path(asked.space or 'runs10').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        flight = preflight.check(asked, default_name=name, progress=_packing(console))
+    except arguments.InputError as error:
         return _refuse(list(error.problems))
     command = ["python", "-m", "tune_bisenet.run", *(sys.argv[1:] if argv is None else argv)]
     return _search(flight, console, command)
@@ -69,16 +68,34 @@ def _parser() -> argparse.ArgumentParser:
     add("--space", metavar="NAME", help="a module of search_spaces, or the path of a Python file (default: runs10)")
     add("--runs", metavar="r01,r05", help="only these rows")
     add("--seeds", metavar="0,1,2", help="every row once with each of these seeds (default: 0)")
-    add("--data", metavar="DIR|streets", help="Cityscapes or other data in its layout (default: $CITYSCAPES_DATASET, else the built-in streets)")
-    add("--backbone", metavar="imagenet|none|FILE", help="where the ResNet-18 starts (default: imagenet with real data, none with streets)")
+    add(
+        "--data",
+        metavar="DIR|streets",
+        help="Cityscapes or other data in its layout (default: $CITYSCAPES_DATASET, else the built-in streets)",
+    )
+    add(
+        "--backbone",
+        metavar="imagenet|none|FILE",
+        help="where the ResNet-18 starts (default: imagenet with real data, none with streets)",
+    )
     add("--epochs", metavar="N", help="instead of what the rows say (streets: 8)")
     add("--image-size", metavar="HxW", help="train and predict at this size (default: fits the frames into 512x1024)")
-    add("--proxy", action="store_true", help="a short search: warm-up and loss switch keep the table's proportions (streets imply it)")
-    add("--scheduler", metavar="asha|fifo", help="asha stops hopeless runs early; fifo trains all to the end, for judging expectations (default: asha)")
+    add(
+        "--proxy",
+        action="store_true",
+        help="a short search: warm-up and loss switch keep the table's proportions (streets imply it)",
+    )
+    add(
+        "--scheduler",
+        metavar="asha|fifo",
+        help="asha stops hopeless runs early; fifo trains all to the end, for judging expectations (default: asha)",
+    )
     add("--precision", metavar="fp32|bf16", help="default: fp32")
     where = parser.add_argument_group("where and how")
     add = where.add_argument
-    add("--gpus-per-trial", metavar="X", help="may be a fraction: trials then share a GPU (default: 1 if there are any)")
+    add(
+        "--gpus-per-trial", metavar="X", help="may be a fraction: trials then share a GPU (default: 1 if there are any)"
+    )
     add("--cpus-per-trial", metavar="N", help="default: the machine's cores divided by the trials that run at once")
     add("--max-concurrent", metavar="N", help="at most so many trials at once")
     add("--storage", metavar="DIR_OR_URI", help="where searches are kept (default: results)")
@@ -166,7 +183,7 @@ def _scheduler(flight: "Flight", state: dict[str, Any] | None) -> "FairASHA":
     from tune_bisenet.asha import FairASHA
 
     rungs_of = rungs.no_rungs
-    if flight.scheduler == "asha":
+    if flight.choices.scheduler == "asha":
         rungs_of = partial(_rungs_on, flight.facts)
     return FairASHA(
         rungs.Rungs.from_json(

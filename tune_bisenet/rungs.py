@@ -22,6 +22,9 @@ FIRST_SHARE: Final = 0.4
 """The share of its epochs a run has before anything is decided: poly decay makes earlier mIoU a poor guide."""
 REDUCTION_FACTOR: Final = 2
 """Rungs double, and about one trial in two goes on. Li et al. take 4; ten rows are few for that."""
+MIN_OTHERS: Final = 3
+"""Nobody is held against fewer: the median of one or two is chance. On ten rows and at a correlation of 0.7 this stops
+the best row in 12 instead of 19 % of simulated searches, and saves 21 instead of 28 % of the epochs (`forecast`)."""
 SWITCH_GRACE_SHARE: Final = 0.1
 """The share of its epochs a run has after its loss switch before it is judged."""
 SIMULATED_TRIALS: Final = 50_000
@@ -105,6 +108,7 @@ class Rungs:
     spared: frozenset[str] = frozenset()
     """Rows that are recorded, so that others are compared with them, but stopped only if their loss diverges."""
     reduction_factor: int = REDUCTION_FACTOR
+    min_others: int = MIN_OTHERS
     seen: dict[tuple[int, int], dict[str, float]] = field(default_factory=dict)
     """mIoU by (num_epochs, rung epoch), then by trial."""
     stops: dict[str, str] = field(default_factory=dict)
@@ -143,6 +147,7 @@ class Rungs:
         rungs_of: Callable[[Run], tuple[int, ...]],
         spared: frozenset[str] = frozenset(),
         reduction_factor: int = REDUCTION_FACTOR,
+        min_others: int = MIN_OTHERS,
     ) -> Self:
         """Go on from `to_json`. The settings come from the space, which may have grown since."""
         seen: dict[tuple[int, int], dict[str, float]] = {}
@@ -152,18 +157,19 @@ class Rungs:
             rungs_of=rungs_of,
             spared=spared,
             reduction_factor=reduction_factor,
+            min_others=min_others,
             seen=seen,
             stops=dict(record["stops"]),
         )
 
     def _compare(self, run: Run, trial: str, epoch: int, miou: float) -> Verdict:
-        """Record `miou` and hold it against the others' (1 - 1/rf) quantile; ties and first arrivals go on."""
+        """Record `miou` and hold it against the others' (1 - 1/rf) quantile; ties and the first few to arrive go on."""
         mious = self.seen.setdefault((run.num_epochs, epoch), {})
         if trial in mious:
             return GO_ON
         others = tuple(mious.values())
         mious[trial] = miou
-        if not others or run.name in self.spared:
+        if len(others) < self.min_others or run.name in self.spared:
             return GO_ON
         share = 1 - 1 / self.reduction_factor
         cutoff = quantile(others, share)
@@ -218,6 +224,7 @@ def forecast(
     iterations_per_epoch: int,
     *,
     correlation: float = 0.7,
+    min_others: int = MIN_OTHERS,
     simulations: int = 2000,
     seed: int = 0,
 ) -> Forecast:
@@ -238,7 +245,7 @@ def forecast(
     trained = best_stopped = 0
     for _ in range(simulations):
         final, scores = _draw(rng, len(runs), num_rungs, correlation)
-        judge = Rungs(rungs_of=rungs_of, spared=spared)
+        judge = Rungs(rungs_of=rungs_of, spared=spared, min_others=min_others)
         trained += sum(map(_trained_epochs, runs, names, scores, repeat(judge)))
         best_stopped += names[final.argmax()] in judge.stops
     return Forecast(

@@ -27,10 +27,10 @@ from ray.tune.experiment import Trial
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 
 from tune_bisenet import trial as trial_edge
+from tune_bisenet.arguments import Arguments
 from tune_bisenet.asha import FairASHA, trial_name
-from tune_bisenet.config import Job, Run
+from tune_bisenet.config import Job, Resources, Run
 from tune_bisenet.ledger import Ledger
-from tune_bisenet.preflight import Arguments
 from tune_bisenet.progress import Progress
 from tune_bisenet.results import Epoch
 from tune_bisenet.storage import Storage
@@ -45,17 +45,6 @@ RESTARTABLE: Final = 75
 WATCH_SECONDS: Final = 5.0
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What Ray gives each trial, and how many it runs at once (None: as many as fit)."""
-
-    cpus_per_trial: int
-    gpus_per_trial: float
-    max_concurrent: int | None
-    concurrency: int
-    """How many trials fit at once."""
 
 
 @dataclass
@@ -85,7 +74,7 @@ def ray_session(address: str | None) -> Iterator[Mapping[str, float]]:
     )
     try:
         with _watchdog():
-            yield ray.cluster_resources()
+            yield ray.cluster_resources()  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()
 
@@ -118,12 +107,13 @@ def _configure_environment() -> None:
     for name, value in _worker_environment().items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours tells apart who asked, for the exit code
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its reporter prints a box of its own, even when silent
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its HParams show the last mIoU, not the best
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 
 def _worker_environment() -> dict[str, str]:
-    """Paths stay relative to where the user stands, and a stopped trial has time to leave before its actor is reused."""
+    """Paths stay relative to where the user stands; a stopped trial has time to leave before its actor is reused."""
     return {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
 
 
@@ -134,7 +124,8 @@ def _watchdog() -> Iterator[None]:
 
     def watch() -> None:
         while not done.wait(WATCH_SECONDS):
-            if not any(node["Alive"] for node in ray.nodes()):
+            nodes = ray.nodes()  # type: ignore[no-untyped-call]
+            if not any(node["Alive"] for node in nodes):
                 log.error("Ray has died under this search. Run the same command again with --resume.")
                 os._exit(RESTARTABLE)
 
@@ -220,7 +211,7 @@ def _fit(runs: list[Run], job: Job, resources: Resources, scheduler: FairASHA, r
             storage_path=storage.path,
             storage_filesystem=storage.filesystem,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
-            callbacks=[recorder, JsonLoggerCallback(), CSVLoggerCallback()],
+            callbacks=[recorder, JsonLoggerCallback(), CSVLoggerCallback()],  # type: ignore[no-untyped-call]
             verbose=0,
         ),
     )

@@ -53,7 +53,9 @@ def load(name: str) -> Grid:
         raise SpaceError(f"the space {name} cannot be used: {error}") from error
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Grid):
-        raise SpaceError(f"the space {name} defines no SPACE of type Grid: end the file with SPACE = Grid(title, runs).")
+        raise SpaceError(
+            f"the space {name} defines no SPACE of type Grid: end the file with SPACE = Grid(title, runs)."
+        )
     return space
 
 
@@ -76,7 +78,11 @@ def select(grid: Grid, wanted: Sequence[str] | None) -> tuple[Run, ...]:
 def grid_problems(runs: tuple[Run, ...]) -> list[str]:
     """What is wrong with these rows as a whole, a sentence each."""
     counts = Counter(run.name for run in runs)
-    problems = [f"the row {name} is declared {count} times: give each row its own name." for name, count in counts.items() if count > 1]
+    problems = [
+        f"the row {name} is declared {count} times: give each row its own name."
+        for name, count in counts.items()
+        if count > 1
+    ]
     for run in runs:
         targets = (run.expect.over, run.expect.sooner_than) if run.expect else ()
         problems += [
@@ -95,13 +101,22 @@ def to_markdown(runs: Sequence[Run]) -> str:
     header = ("run", "optimizer", "schedule", "loss", "technique", "expected")
     rows = [header, *(_cells(run) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _cells(run: Run) -> tuple[str, ...]:
-    return (run.name, optimizer_words(run), schedule_words(run), loss_words(run), technique_words(run), _expect_words(run.expect))
+    return (
+        run.name,
+        optimizer_words(run),
+        schedule_words(run),
+        loss_words(run),
+        technique_words(run),
+        _expect_words(run.expect),
+    )
 
 
 def optimizer_words(run: Run) -> str:

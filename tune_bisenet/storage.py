@@ -1,5 +1,6 @@
 """A folder on local disk or in object storage, as pyarrow reaches it; files in it change whole or not at all."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -40,6 +41,18 @@ class Storage:
     def make(self) -> None:
         """Create the folder, and those above it, where missing."""
         self.filesystem.create_dir(self.path, recursive=True)
+
+    def check_writable(self) -> None:
+        """Raise OSError if nothing can be written here. On a local disk nothing is created for it."""
+        if self.local_path is None:
+            self.write(".writable", b"")
+            self.delete(".writable")
+            return
+        existing = next(place for place in (self.local_path, *self.local_path.parents) if place.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is not a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(f"{existing} belongs to somebody else")
 
     def exists(self, name: str = "") -> bool:
         target = f"{self.path}/{name}" if name else self.path

@@ -21,7 +21,8 @@ from ray import tune
 from tune_bisenet import backbone, checkpoint, engine
 from tune_bisenet.config import Job, Run, size_words
 from tune_bisenet.data.catalog import open_source
-from tune_bisenet.data.packed import Packed, open_packed, prepare
+from tune_bisenet.data.packed import Packed, open_packed
+from tune_bisenet.data.packing import prepare
 from tune_bisenet.engine import EpochEnd, Training
 from tune_bisenet.results import Epoch, best_of
 from tune_bisenet.storage import Storage
@@ -66,11 +67,12 @@ def run_trial(run: Run, job: Job, *, report: Callable[[dict[str, Any]], None]) -
             if end.epoch.diverged:
                 return
             _die_if_hung(history)
+        checkpoint.end(folder)
         tracker.finish()
 
 
 def result_of(history: list[Epoch]) -> dict[str, Any]:
-    """What Tune, its scheduler and the leaderboard are told: the last epoch, and the best so far. Never without mIoU."""
+    """What Tune, its scheduler and the leaderboard are told: the last epoch, and the best so far. mIoU never lacks."""
     best = best_of(history)
     return asdict(history[-1]) | {
         "diverged": history[-1].diverged,

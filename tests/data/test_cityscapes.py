@@ -1,6 +1,7 @@
 """The Cityscapes layout on disk, with real PNG files in it: what is read, and what is said of files in the way."""
 
 import os
+import pickle
 import shutil
 import struct
 import warnings
@@ -262,12 +263,19 @@ def test_all_problems_are_reported_at_once(root: Path) -> None:
         assert str(path) in said
 
 
-def test_a_long_list_of_problems_is_cut_and_says_how_many_more(root: Path) -> None:
+def test_a_long_list_of_problems_is_kept_whole_and_cut_where_it_is_read(root: Path) -> None:
     for number in range(50):
         save(image_path(root, "val", f"ulm/x_{number:02}"), np.zeros((*SIZE, 3)))
-    *first, last = problems_of(root)
-    assert len(first) == 20
-    assert last == "and 30 more problems of this data."
+    with pytest.raises(DataError) as caught:
+        open_cityscapes(root)
+    *first, last = str(caught.value).splitlines()
+    assert (first, last) == ([*caught.value.problems[:20]], "and 30 more")
+    assert len(caught.value.problems) == 50
+
+
+def test_an_error_stays_whole_when_it_is_pickled() -> None:
+    error = pickle.loads(pickle.dumps(DataError(["one", "two"])))
+    assert (error.problems, str(error)) == (("one", "two"), "one\ntwo")
 
 
 # --- what only decoding shows -----------------------------------------------------------------------------------

@@ -15,9 +15,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from tune_bisenet.data import packed as module
+from tune_bisenet.data import packed as packed_module
+from tune_bisenet.data import packing
 from tune_bisenet.data.cityscapes import open_cityscapes
-from tune_bisenet.data.packed import Packed, open_packed, prepare, suggested_image_size
+from tune_bisenet.data.packed import Packed, open_packed, suggested_image_size
+from tune_bisenet.data.packing import prepare
 from tune_bisenet.data.source import SPLITS, DataError, Frame, Split
 
 SIZE = (16, 24)
@@ -53,7 +55,7 @@ class Same(Noise):
 
     frame: Frame = field(default_factory=lambda: Noise().load("train", 0))
 
-    def load(self, split: Split, index: int) -> Frame:  # noqa: ARG002
+    def load(self, split: Split, index: int) -> Frame:
         return self.frame
 
 
@@ -92,7 +94,7 @@ def write_cityscapes(root: Path) -> None:
 def test_pixels_and_labels_come_back_exactly_where_nothing_is_resized(
     tmp_path: Path, max_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_BATCH_ROWS", max_rows)
+    monkeypatch.setattr(packing, "MAX_BATCH_ROWS", max_rows)
     packed = pack(tmp_path)
     for split, rows in zip(SPLITS, (packed.train, packed.val), strict=True):
         assert (len(rows), rows.names) == (len(NAMES[split]), NAMES[split])
@@ -202,7 +204,7 @@ def test_opening_a_truncated_file_says_so(tmp_path: Path, num_bytes: int) -> Non
 
 def test_opening_a_pack_of_another_format_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pack(tmp_path).path
-    monkeypatch.setattr(module, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(packed_module, "FORMAT_VERSION", 2)
     with pytest.raises(DataError, match="it has format 1, this program reads 2"):
         open_packed(path)
 

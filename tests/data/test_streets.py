@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,8 +55,9 @@ def test_streets_are_a_source() -> None:
 def test_a_frame_has_the_size_and_types_asked_for() -> None:
     for size in ((64, 128), (70, 110), (600, 400)):
         image, label = scene(0, "train", 0, size=size)
-        assert (image.shape, image.dtype) == ((*size, 3), np.uint8)
-        assert (label.shape, label.dtype) == (size, np.uint8)
+        assert image.shape == (*size, 3)
+        assert label.shape == size
+        assert image.dtype == label.dtype == np.uint8
 
 
 def test_another_process_paints_the_same_bytes() -> None:
@@ -95,9 +97,15 @@ def test_the_fingerprint_changes_with_every_parameter() -> None:
 @pytest.mark.parametrize(
     "streets", [{"num_train": 0}, {"num_val": 0}, {"frame_size": (8, 192)}, {"seed": -1}], ids=lambda wrong: str(wrong)
 )
-def test_impossible_streets_are_refused(streets: dict[str, int]) -> None:
+def test_impossible_streets_are_refused(streets: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="each split needs 1 frame or more"):
         Streets(**streets)
+
+
+@pytest.mark.parametrize(("split", "index"), [("train", 3), ("val", 2), ("val", -1)])
+def test_a_frame_outside_its_split_is_refused(split: Split, index: int) -> None:
+    with pytest.raises(IndexError, match=f"no frame {index} in {split}: there are 0 to [12]"):
+        Streets(num_train=3, num_val=2, frame_size=(32, 64)).load(split, index)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -138,15 +146,15 @@ def test_the_road_widens_towards_the_bottom(frames: dict[Split, list[Frame]]) ->
 
 @pytest.mark.parametrize("name", ["car", "person"])
 def test_what_stands_lower_in_the_picture_is_nearer_and_so_larger(frames: dict[Split, list[Frame]], name: str) -> None:
-    """Between rows, the longest unbroken run of pixels stands for a thing's width: it grows with the lowest row."""
-    low, widths = [], []
+    """Column by column: the lower the foot of a thing stands, the taller the thing."""
+    feet, heights = [], []
     for frame in frames["train"]:
         mask = frame.label == CLASS_NAMES.index(name)
-        for run in np.flatnonzero(mask.any(axis=0)):
-            rows = np.flatnonzero(mask[:, run])
-            low.append(int(rows.max()))
-            widths.append(len(rows))
-    assert np.corrcoef(low, widths)[0, 1] > 0.6
+        for column in np.flatnonzero(mask.any(axis=0)):
+            rows = np.flatnonzero(mask[:, column])
+            feet.append(rows.max())
+            heights.append(len(rows))
+    assert np.corrcoef(feet, heights)[0, 1] > 0.6
 
 
 def test_colour_alone_does_not_give_the_classes_away(frames: dict[Split, list[Frame]]) -> None:

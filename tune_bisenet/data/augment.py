@@ -36,7 +36,9 @@ class Draw:
         return type(self)(self.window[images], self.brightness[images], self.contrast[images], self.saturation[images])
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(*(values.to(device) for values in (self.window, self.brightness, self.contrast, self.saturation)))
+        return type(self)(
+            *(values.to(device) for values in (self.window, self.brightness, self.contrast, self.saturation))
+        )
 
 
 def epoch_order(num_images: int, *, seed: int, epoch: int) -> Tensor:

@@ -1,13 +1,11 @@
 """The data sets a person can name."""
 
 from pathlib import Path
-from typing import Final
 
+from tune_bisenet.arguments import STREETS
 from tune_bisenet.data.cityscapes import open_cityscapes
 from tune_bisenet.data.source import Source
 from tune_bisenet.data.streets import Streets
-
-STREETS: Final = "streets"
 
 
 def open_source(name: str) -> Source:

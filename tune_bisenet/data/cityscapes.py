@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tune_bisenet.config import size_words
 from tune_bisenet.data.classes import MAX_LABEL_ID, NUM_CLASSES, VOID, train_id_table
 from tune_bisenet.data.source import SPLITS, DataError, Frame, Split
 
@@ -31,7 +32,6 @@ IMAGE_SUFFIX: Final = "_leftImg8bit.png"
 DOWNLOAD: Final = {IMAGES: "leftImg8bit_trainvaltest.zip", LABELS: "gtFine_trainvaltest.zip"}
 
 MAX_FRAME_PIXELS: Final = 64 * 2**20
-MAX_LISTED_PROBLEMS: Final = 20
 NUM_PROBE_THREADS: Final = 16  # for storage over a network, where a header costs a round trip
 
 IMAGE_MODES: Final = {"RGB": "an image is 8-bit RGB"}
@@ -109,7 +109,7 @@ def open_cityscapes(root: Path) -> Cityscapes:
     sizes = _header_sizes(images, labels, problems)
     problems += _size_problems(pairs, sizes)
     if problems:
-        raise DataError(_first(problems))
+        raise DataError(problems)
     return Cityscapes(
         root=root,
         label_kind=kind,
@@ -230,19 +230,15 @@ def _size_problems(pairs: Sequence[tuple[Path, Path]], sizes: Mapping[Path, tupl
     for image, label in readable:
         if sizes[label] != sizes[image]:
             problems.append(
-                f"{label} is {_x(sizes[label])} but its image {image} is {_x(sizes[image])} (height x width): "
-                "both must agree. Replace one of them."
+                f"{label} is {size_words(sizes[label])} but its image {image} is {size_words(sizes[image])} "
+                "(height x width): both must agree. Replace one of them."
             )
         elif sizes[image] != usual:
             problems.append(
-                f"{image} is {_x(sizes[image])} but most frames are {_x(usual)} (height x width): "
+                f"{image} is {size_words(sizes[image])} but most frames are {size_words(usual)} (height x width): "
                 "all frames must have one size. Resize it and its label, or remove both."
             )
     return problems
-
-
-def _x(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _fingerprint(root: Path, paths: Iterable[Path]) -> str:
@@ -250,11 +246,6 @@ def _fingerprint(root: Path, paths: Iterable[Path]) -> str:
     stats = ((path.relative_to(root).as_posix(), path.stat()) for path in sorted(paths))
     lines = [f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}" for name, stat in stats]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _first(problems: Sequence[str]) -> Sequence[str]:
-    more = len(problems) - MAX_LISTED_PROBLEMS
-    return problems if more <= 0 else [*problems[:MAX_LISTED_PROBLEMS], f"and {more:,} more problems of this data."]
 
 
 @contextmanager

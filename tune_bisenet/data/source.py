@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 Split = Literal["train", "val"]
 SPLITS: Final[tuple[Split, ...]] = ("train", "val")
+MAX_LISTED_PROBLEMS: Final = 20
 
 
 class Frame(NamedTuple):
@@ -18,11 +19,16 @@ class Frame(NamedTuple):
 
 
 class DataError(ValueError):
-    """The data cannot be used. `problems` holds one sentence each, naming the file and what to do."""
+    """The data cannot be used. `problems` holds one sentence each, naming the file and what to do; str() the first."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__(tuple(problems))  # not joined, so that the error can be pickled on its way out of a worker
         self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        num_more = len(self.problems) - MAX_LISTED_PROBLEMS
+        more = [f"and {num_more:,} more"] if num_more > 0 else []
+        return "\n".join([*self.problems[:MAX_LISTED_PROBLEMS], *more])
 
 
 class Source(Protocol):

@@ -1,0 +1,53 @@
+# The project's verbs. A new machine needs Python 3.11 or newer, git and make; everything else is brought here.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?= streets
+
+.DEFAULT_GOAL := help
+.PHONY: help setup runs10 smoke test lint format lock tensorboard clean
+
+help:  ## this list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: .venv/.complete  ## the locked environment in .venv
+
+.uv/bin/uv: requirements-uv.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .uv
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-uv.lock
+	@touch $@
+
+.venv/.complete: .uv/bin/uv requirements.lock pyproject.toml
+	.uv/bin/uv venv --quiet --allow-existing --python $(PYTHON) .venv
+	.uv/bin/uv pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements.lock
+	.uv/bin/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+runs10: setup  ## the ten runs on the built-in streets, or on DATA=folder
+	$(BIN)/python -m tune_bisenet.run --space runs10 --data $(DATA)
+
+smoke: setup  ## three short rows: does everything work here?
+	$(BIN)/python -m tune_bisenet.run --space smoke --epochs 2 --scheduler fifo
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## formatting, lint, types, import layers
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## let ruff format and fix
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lock: .uv/bin/uv  ## bring requirements.lock up to date with pyproject.toml
+	.uv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --group dev pyproject.toml --output-file requirements.lock
+
+tensorboard: setup  ## TensorBoard over all searches in results/
+	$(BIN)/tensorboard --logdir results
+
+clean:  ## remove the environments and caches, not the results
+	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -1,0 +1,357 @@
+"""Whole searches under a real Ray, each driver a process of its own, as a person starts it.
+
+The frames are eleven, of 32 x 64 pixels: an epoch takes a fifth of a second, so that time goes into Ray's start.
+`test_crashes` and `test_run` use the helpers at the top.
+"""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+from PIL import Image
+
+from tune_bisenet.data.streets import Streets
+
+PROJECT = Path(__file__).parent.parent
+
+SPACE = """
+from tune_bisenet.config import SGD, Augment, CrossEntropy, Expect, Run, WarmupPoly
+from tune_bisenet.spaces import Grid
+
+
+def row(name, lr, over=None):
+    return Run(
+        name=name,
+        optimizer=SGD(lr=lr, momentum=0.9, weight_decay=1e-4),
+        schedule=WarmupPoly(warmup_iterations=1, power=0.9),
+        loss=CrossEntropy(aux_weight=1.0),
+        accumulation=1,
+        max_grad_norm=None,
+        num_epochs={num_epochs},
+        expect=Expect(gain=(0, 5), over=over) if over else None,
+    )
+
+
+SPACE = Grid("rows of a test", ({rows}))
+"""
+
+
+# --- a place to search in -------------------------------------------------------------------------------------------
+
+
+def write_space(path: Path, rows: dict[str, float], *, num_epochs: int, baseline: str | None = None) -> None:
+    """A space of plain SGD, one row for each name and rate."""
+    calls = (f"row({name!r}, {lr}, {None if name == baseline else baseline!r})," for name, lr in rows.items())
+    path.write_text(SPACE.replace("{num_epochs}", str(num_epochs)).replace("{rows}", " ".join(calls)))
+
+
+def write_frames(root: Path) -> None:
+    """Eight training and three validation frames in Cityscapes layout."""
+    source = Streets(num_train=8, num_val=3, frame_size=(32, 64))
+    for split in ("train", "val"):
+        for index, name in enumerate(source.names(split)):
+            frame = source.load(split, index)
+            images, labels = root / "leftImg8bit" / split / "town", root / "gtFine" / split / "town"
+            images.mkdir(parents=True, exist_ok=True)
+            labels.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(frame.image).save(images / f"{name}_leftImg8bit.png")
+            Image.fromarray(frame.label).save(labels / f"{name}_gtFine_labelTrainIds.png")
+
+
+def make_place() -> Iterator[Path]:
+    """A folder with frames in it, removed afterwards: a trial leaves 200 MB. Ray's sockets demand its short name."""
+    place = Path(tempfile.mkdtemp(prefix="tb-"))
+    write_frames(place / "frames")
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+place = pytest.fixture(scope="module")(make_place)
+
+
+def environment(place: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_", "CITYSCAPES"))}
+    return kept | {"TUNE_BISENET_CACHE": str(place / "cache"), "RAY_TMPDIR": str(place)}
+
+
+def on_frames(place: Path, space: str = "space.py") -> list[str]:
+    """The flags of a search in `place`."""
+    here = ["--space", str(place / space), "--data", str(place / "frames"), "--backbone", "none"]
+    return [*here, "--storage", str(place)]
+
+
+# --- a driver -------------------------------------------------------------------------------------------------------
+
+
+class Driver:
+    """`python -m tune_bisenet.run`, with all that Ray starts for it in one session; nothing of it is left behind."""
+
+    def __init__(self, place: Path, *flags: str) -> None:
+        self._log = place / f"{time.time_ns()}.log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tune_bisenet.run", *flags],
+                cwd=PROJECT,
+                env=environment(place),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        deadline = time.monotonic() + 30
+        while self.kill() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self.process.wait(timeout=30)
+        if error is not None:
+            print(self.log)  # noqa: T201 - pytest shows it with the failure
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def until(self, condition: Callable[[], bool], *, seconds: float = 90) -> None:
+        """Wait for `condition` while the driver runs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"the driver ended with {self.process.returncode} too early"
+            assert time.monotonic() < deadline, f"nothing happened for {seconds} s"
+            time.sleep(0.02)
+
+    def end(self, *, seconds: float = 120) -> int:
+        """Wait for the driver's own end; its exit code."""
+        return self.process.wait(timeout=seconds)
+
+    def processes(self) -> dict[int, str]:
+        """The title of every process of the session, by id; the driver is among them. Zombies are not."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _parent, _group, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(session) == self.process.pid and state != "Z":
+                found[int(folder.name)] = title
+        return found
+
+    def trainers(self) -> list[int]:
+        """The processes that train."""
+        return [pid for pid, title in self.processes().items() if title.startswith("ray::ImplicitFunc")]
+
+    def raylet(self) -> int:
+        return next(pid for pid, title in self.processes().items() if "/raylet/raylet " in title)
+
+    def kill(self) -> int:
+        """SIGKILL for whatever is left; how many that were."""
+        left = self.processes()
+        for pid in left:
+            end_process(pid, signal.SIGKILL)
+        return len(left)
+
+
+def end_process(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it has ended by itself in the meantime
+
+
+# --- what it left ---------------------------------------------------------------------------------------------------
+
+
+def leaderboard(folder: Path) -> list[dict[str, str]]:
+    """The rows of leaderboard.csv; none before it is there."""
+    path = folder / "leaderboard.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def results(folder: Path) -> list[dict[str, str]]:
+    """The same without what differs from one machine's hour to the next."""
+    return [{column: value for column, value in row.items() if column != "seconds"} for row in leaderboard(folder)]
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    return {row["trial"]: row["status"] for row in leaderboard(folder)}
+
+
+def epochs(folder: Path) -> list[dict[str, Any]]:
+    """What a trial's folder says of its epochs; none before the first."""
+    path = folder / "epochs.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def epoch_numbers(folder: Path) -> list[int]:
+    return [epoch["epoch"] for epoch in epochs(folder)]
+
+
+# --- one search, seen from all sides --------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What was seen of one search: while its first driver ran, after it, and after a second driver resumed it."""
+
+    folder: Path
+    code: int = -1
+    log: str = ""
+    board: list[dict[str, str]] = field(default_factory=list)
+    while_it_ran: list[dict[str, str]] = field(default_factory=list)
+    most_at_once: int = 0
+    intruder_code: int = -1
+    intruder_log: str = ""
+    resumed_code: int = -1
+    resumed_log: str = ""
+
+
+@pytest.fixture(scope="module")
+def seen(place: Path) -> Seen:
+    """Three rows with two seeds, one of which diverges; in one trial's folder lies the state of another run."""
+    from tune_bisenet import checkpoint
+
+    write_space(place / "space.py", {"good": 0.01, "hot": 1e9, "mild": 0.001}, num_epochs=3, baseline="good")
+    flags = [*on_frames(place), "--scheduler", "fifo", "--seeds", "0,1", "--name", "seen"]
+    seen = Seen(place / "seen")
+    foreign = seen.folder / "mild-s1" / "last.pt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(checkpoint.to_bytes({"format": checkpoint.FORMAT, "identity": "of another run"}))
+    with Driver(place, *flags) as driver:
+        driver.until(lambda: "running" in statuses(seen.folder).values())
+        with Driver(place, "--storage", str(place), "--resume", "--name", "seen") as intruder:
+            while driver.process.poll() is None:
+                board = leaderboard(seen.folder)
+                seen.most_at_once = max(seen.most_at_once, [row["status"] for row in board].count("running"))
+                if any(row["epochs"] != "0" for row in board) and any(row["status"] == "waiting" for row in board):
+                    seen.while_it_ran = seen.while_it_ran or board
+                time.sleep(0.02)
+            seen.intruder_code, seen.intruder_log = intruder.end(), intruder.log
+        seen.code, seen.log, seen.board = driver.end(), driver.log, leaderboard(seen.folder)
+    foreign.unlink()
+    with Driver(place, "--storage", str(place), "--resume", "--name", "seen") as driver:
+        seen.resumed_code, seen.resumed_log = driver.end(), driver.log
+    return seen
+
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def test_trials_are_named_by_row_and_seed_and_stand_in_declared_order(seen: Seen) -> None:
+    assert list(statuses(seen.folder)) == ["good-s0", "hot-s0", "mild-s0", "good-s1", "hot-s1", "mild-s1"]
+
+
+def test_the_leaderboard_has_its_columns_in_order(seen: Seen) -> None:
+    columns = "run,seed,status,stopped_by,epochs,best_miou,best_epoch,last_miou,pixel_accuracy,seconds"
+    header = (seen.folder / "leaderboard.csv").read_text().splitlines()[0]
+    assert header.startswith(columns)
+    good = seen.board[0]
+    assert (good["run"], good["seed"], good["status"], good["epochs"]) == ("good", "0", "finished", "3")
+    assert 0 < float(good["best_miou"]) <= float(good["pixel_accuracy"]) <= 100
+    assert 1 <= int(good["best_epoch"]) <= 3
+    assert float(good["seconds"]) > 0
+    assert "good" in (seen.folder / "leaderboard.md").read_text()
+
+
+def test_the_leaderboard_is_current_while_the_search_runs(seen: Seen) -> None:
+    assert {row["status"] for row in seen.while_it_ran} >= {"waiting"}
+    assert any(row["best_miou"] for row in seen.while_it_ran)
+
+
+def test_a_trial_that_diverges_leaves_the_others_alone(seen: Seen) -> None:
+    board = {row["trial"]: row for row in seen.board}
+    assert board["hot-s0"]["status"] == board["hot-s1"]["status"] == "diverged"
+    assert "no longer a number" in board["hot-s0"]["stopped_by"]
+    assert board["mild-s0"]["status"] == board["good-s1"]["status"] == "finished"
+
+
+def test_a_trial_that_fails_says_why_and_leaves_the_others_alone(seen: Seen) -> None:
+    failed = seen.board[-1]
+    assert (failed["trial"], failed["status"]) == ("mild-s1", "failed")
+    assert "was written by another run" in failed["error"]
+    assert "mild-s1 failed" in seen.log
+    assert [row["status"] for row in seen.board].count("failed") == 1
+    assert seen.code == 1
+
+
+def test_resume_finishes_what_failed_and_repeats_nothing_else(seen: Seen) -> None:
+    assert seen.resumed_code == 0
+    after = {row["trial"]: row for row in leaderboard(seen.folder)}
+    assert after["mild-s1"]["status"] == "finished"
+    assert after["mild-s1"]["error"] == ""
+    assert [row for row in seen.board if row["trial"] != "mild-s1"] == [
+        row for row in after.values() if row["trial"] != "mild-s1"
+    ]
+    second_session = sorted((seen.folder / "tune").iterdir())[-1]
+    assert [path.name for path in second_session.iterdir() if path.is_dir()] == ["mild-s1"]
+
+
+def test_a_second_driver_is_refused_while_the_first_runs(seen: Seen) -> None:
+    assert seen.intruder_code == 2
+    assert f"another process is running the search in {seen.folder}" in seen.intruder_log
+
+
+def test_no_more_trials_run_at_once_than_there_are_cores_for(seen: Seen) -> None:
+    assert 1 <= seen.most_at_once <= (os.cpu_count() or 1)
+
+
+def test_without_a_terminal_progress_is_plain_lines(seen: Seen) -> None:
+    assert "good-s0  epoch 1/3" in seen.log
+    assert "\x1b" not in seen.log
+    assert "Traceback" not in seen.log
+
+
+def test_seeds_differ_and_a_seed_repeats_itself(seen: Seen) -> None:
+    losses = {trial: epochs(seen.folder / trial)[0]["loss"] for trial in ("good-s0", "mild-s0", "good-s1", "mild-s1")}
+    assert losses["good-s0"] != losses["good-s1"]
+    assert losses["mild-s0"] != losses["mild-s1"]
+
+
+def test_tune_keeps_its_own_files(seen: Seen) -> None:
+    first_session = sorted((seen.folder / "tune").iterdir())[0]
+    trial = first_session / "good-s0"
+    assert json.loads((trial / "params.json").read_text())["run"]["name"] == "good"
+    lines = [json.loads(line) for line in (trial / "result.json").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    rows = list(csv.DictReader((trial / "progress.csv").read_text().splitlines()))
+    assert [float(row["miou"]) for row in rows] == pytest.approx([line["miou"] for line in lines])
+
+
+def test_the_manifest_says_how_the_search_was_made(seen: Seen) -> None:
+    manifest = json.loads((seen.folder / "search.json").read_text())
+    assert set(manifest["trials"]) == set(statuses(seen.folder))
+    assert set(manifest["data"]["digests"]) == {"32x64"}
+    assert (manifest["data"]["train_images"], manifest["data"]["val_images"]) == (8, 3)
+    first, second = manifest["sessions"]
+    assert first["command"][:3] == ["python", "-m", "tune_bisenet.run"]
+    assert "--seeds" in first["command"]
+    assert "--resume" in second["command"]
+    assert {"torch", "ray", "numpy"} <= set(first["packages"])
+    assert first["started"] <= first["ended"] <= second["started"] <= second["ended"]
+    assert "commit" in first
+    assert manifest["proxy"] is None
+
+
+def test_each_trial_keeps_weights_and_epochs_and_event_files(seen: Seen) -> None:
+    for trial in ("good-s0", "mild-s1"):
+        names = {path.name for path in (seen.folder / trial).iterdir()}
+        assert {"last.pt", "best.pt", "epochs.json"} <= names
+        assert any(".tfevents." in name for name in names)
+        assert not any(name.endswith(".part") for name in names)
+        assert epoch_numbers(seen.folder / trial) == [1, 2, 3]

@@ -1,0 +1,147 @@
+"""The flags of the command line, typed. Knows what a flag may say, not whether it fits the data or the machine."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+
+from tune_bisenet.config import Frozen, Precision, check_image_size
+
+STREETS: Final = "streets"
+NO_BACKBONE: Final = "none"
+NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
+
+
+class InputError(ValueError):
+    """The input was wrong. `problems` holds one sentence each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+def _split(text: object) -> object:
+    return [part.strip() for part in text.split(",")] if isinstance(text, str) else text
+
+
+def _size(text: object) -> object:
+    if not isinstance(text, str):
+        return text
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise ValueError(f"{text} is not a size: write height x width, as in 512x1024.")
+    return check_image_size((int(match[1]), int(match[2])))
+
+
+def _name(text: str) -> str:
+    if re.fullmatch(NAME_PATTERN, text) is None:
+        raise ValueError(
+            f"{text!r} is no name for a search: use letters, digits, '.', '_' and '-', no path, at most 100."
+        )
+    return text
+
+
+def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{', '.join(map(str, values))} names something twice: each once is enough.")
+    return values
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_unique)]
+Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(_unique)]
+Size = Annotated[tuple[int, int], BeforeValidator(_size)]
+Scheduler = Literal["asha", "fifo"]
+
+
+class Arguments(Frozen):
+    """The flags as given; None where one was left out."""
+
+    space: str | None = None
+    data: str | None = None
+    backbone: str | None = None
+    runs: Names | None = None
+    seeds: Seeds | None = None
+    epochs: PositiveInt | None = None
+    image_size: Size | None = None
+    proxy: bool | None = None
+    scheduler: Scheduler | None = None
+    precision: Precision | None = None
+
+    gpus_per_trial: NonNegativeFloat | None = None
+    cpus_per_trial: PositiveInt | None = None
+    max_concurrent: PositiveInt | None = None
+    storage: str = "results"
+    name: Annotated[str, BeforeValidator(_name)] | None = None
+    resume: bool = False
+    address: str | None = None
+
+
+class Choices(Frozen):
+    """What a search trains and how it is judged, nothing left open. A resumed search has those it was started with."""
+
+    space: str
+    data: str
+    """`streets`, or the absolute path of a folder."""
+    backbone: str
+    """`imagenet`, `none`, or the absolute path of a file."""
+    runs: Names | None
+    """None for all rows."""
+    seeds: Seeds
+    epochs: PositiveInt | None
+    """None for what each row says."""
+    image_size: Size | None
+    """None for what fits the frames."""
+    proxy: bool
+    scheduler: Scheduler
+    precision: Precision
+
+
+def choose(given: Arguments, *, default_data: str) -> Choices:
+    """Fill in what was not given. The built-in streets are trained from scratch, and always as a proxy."""
+    asked = asked_for(given)
+    streets = asked.get("data", default_data) == STREETS
+    defaults = {
+        "space": "runs10",
+        "data": absolute("data", default_data),
+        "backbone": NO_BACKBONE if streets else "imagenet",
+        "runs": None,
+        "seeds": (0,),
+        "epochs": None,
+        "image_size": None,
+        "proxy": streets,
+        "scheduler": "asha",
+        "precision": "fp32",
+    }
+    return Choices.model_validate(defaults | asked)
+
+
+def asked_for(given: Arguments) -> dict[str, Any]:
+    """The choices that were given as flags, paths made absolute."""
+    choices = {name: getattr(given, name) for name in Choices.model_fields}
+    return {name: absolute(name, value) for name, value in choices.items() if value is not None}
+
+
+def absolute(name: str, value: Any) -> Any:
+    """A path stays valid when a search is resumed from another folder; words such as `streets` are no paths."""
+    is_path = (
+        (name == "data" and value != STREETS)
+        or (name == "backbone" and value not in (NO_BACKBONE, "imagenet"))
+        or (name == "space" and (value.endswith(".py") or "/" in value))
+    )
+    return str(Path(value).expanduser().absolute()) if is_path else value
+
+
+def parse(flags: dict[str, Any]) -> Arguments:
+    """Typed arguments from the flags that were given. Raises InputError naming every flag that is wrong."""
+    try:
+        return Arguments.model_validate(flags)
+    except ValidationError as error:
+        problems = []
+        for finding in error.errors():
+            flag = "--" + str(finding["loc"][0]).replace("_", "-")
+            message = finding["msg"].removeprefix("Value error, ")
+            problems.append(
+                f"{flag}: {message}" if "Value error" in finding["msg"] else f"{flag} {finding['input']}: {message}."
+            )
+        raise InputError(problems) from error

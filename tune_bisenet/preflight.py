@@ -80,7 +80,9 @@ class _Problems:
         """Take note of a user's mistake, ValueError in this project, and go on after the block."""
         try:
             yield
-        except (DataError, plan.PlanError) as error:
+        except DataError as error:
+            self.found += str(error).splitlines()  # a broken download has thousands; the message stops at some
+        except plan.PlanError as error:
             self.found += error.problems
         except ValueError as error:
             self.found.append(str(error))

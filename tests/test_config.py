@@ -1,0 +1,261 @@
+"""Rows are frozen, strict and portable; what is wrong with one is said in words that help."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tune_bisenet.config import SGD, AdamW, Augment, Expect, Job, Run, check_image_size, fingerprint, size_words
+
+ROW: dict[str, Any] = {
+    "name": "r01",
+    "optimizer": {"kind": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4},
+    "schedule": {"warmup_iterations": 1100, "power": 0.9},
+    "loss": {"kind": "ce", "aux_weight": 1.0},
+    "accumulation": 1,
+    "max_grad_norm": None,
+}
+
+
+def row(**changes: object) -> Run:
+    return Run.model_validate(ROW | changes)
+
+
+def job(**changes: object) -> Job:
+    fields: dict[str, Any] = {
+        "data": "streets",
+        "packs": {"512x1024": "/cache/pack"},
+        "data_digests": {"512x1024": "abc", "256x512": "def"},
+        "cache_dir": "/cache",
+        "backbone": "none",
+        "backbone_digest": "none",
+        "precision": "fp32",
+        "storage": "/results/search",
+        "cpus_per_trial": 1,
+        "use_gpu": False,
+        "several_seeds": False,
+    }
+    return Job.model_validate(fields | changes)
+
+
+# --- a row ------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_row_leaves_out_is_what_the_table_says_of_all_rows() -> None:
+    run = row()
+    assert (run.num_epochs, run.batch_size, run.image_size) == (50, 4, (512, 1024))
+    assert run.schedule.start_lr == 1e-6
+    assert run.loss.lovasz_after is None
+    assert run.decay_norms_and_biases
+    assert run.seed == 0
+
+
+@pytest.mark.parametrize("place", ["optimizer", "schedule", "loss", "accumulation", "max_grad_norm", "name"])
+def test_no_column_of_the_table_may_be_left_out(place: str) -> None:
+    fields = {key: value for key, value in ROW.items() if key != place}
+    with pytest.raises(ValidationError, match=rf"(?m)^{place}\n  Field required"):
+        Run.model_validate(fields)
+
+
+def test_a_row_cannot_be_changed() -> None:
+    run = row()
+    with pytest.raises(ValidationError, match="frozen"):
+        run.num_epochs = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        run.optimizer.lr = 3.0  # type: ignore[misc]
+
+
+def test_a_row_can_be_a_key() -> None:
+    assert len({row(), row(), row(seed=1)}) == 2
+
+
+def test_a_row_survives_the_way_through_plain_values() -> None:
+    for changes in (
+        {},
+        {"optimizer": {"kind": "adamw", "lr": 0.001, "weight_decay": 0.1}, "loss": {"kind": "weighted_ce", "aux_weight": 0.4}},
+        {"expect": {"gain": (0.3, 0.5), "over": "r00"}, "max_grad_norm": 1.0, "image_size": (64, 128)},
+    ):
+        run = row(**changes)
+        assert Run.model_validate(run.model_dump()) == run
+        assert Run.model_validate(run.model_dump(mode="json")) == run
+        assert Run.model_validate(run.model_dump(mode="json")).fingerprint() == run.fingerprint()
+
+
+def test_the_kind_says_which_optimizer_it_is() -> None:
+    assert isinstance(row().optimizer, SGD)
+    assert isinstance(row(optimizer={"kind": "adamw", "lr": 0.001, "weight_decay": 0.1}).optimizer, AdamW)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.1}, r"learning_rate\n  Extra inputs are not permitted"),
+        ({"optimizer": ROW["optimizer"] | {"nesterov": True}}, r"optimizer\.sgd\.nesterov\n  Extra inputs"),
+        ({"optimizer": ROW["optimizer"] | {"lr": -1}}, r"optimizer\.sgd\.lr\n  Input should be greater than 0"),
+        ({"optimizer": ROW["optimizer"] | {"lr": float("nan")}}, r"optimizer\.sgd\.lr\n  Input should be a finite number"),
+        ({"optimizer": ROW["optimizer"] | {"momentum": 1.0}}, r"optimizer\.sgd\.momentum\n  Input should be less than 1"),
+        ({"optimizer": ROW["optimizer"] | {"kind": "lion"}}, r"optimizer\n  Input tag 'lion' found .*'sgd', 'adamw'"),
+        ({"optimizer": {"kind": "adamw", "lr": 1, "weight_decay": 0, "momentum": 0.9}}, r"momentum\n  Extra inputs"),
+        ({"schedule": {"warmup_iterations": -1, "power": 0.9}}, r"schedule\.warmup_iterations\n  .*greater than or equal to 0"),
+        ({"loss": {"kind": "ce", "aux_weight": -0.1}}, r"loss\.ce\.aux_weight\n  .*greater than or equal to 0"),
+        ({"accumulation": 0}, r"accumulation\n  Input should be greater than 0"),
+        ({"max_grad_norm": 0}, r"max_grad_norm\n  Input should be greater than 0"),
+        ({"batch_size": 1}, r"batch_size\n  Input should be greater than or equal to 2"),
+        ({"num_epochs": 0}, r"num_epochs\n  Input should be greater than 0"),
+        ({"seed": -1}, r"seed\n  Input should be greater than or equal to 0"),
+        ({"name": "../r01"}, r"name\n  String should match pattern"),
+        ({"name": ""}, r"name\n  String should match pattern"),
+        ({"image_size": (500, 1000)}, r"500x1000 is not a multiple of 32 .*480x992 and 512x1024"),
+    ],
+)
+def test_a_wrong_row_is_refused_with_the_place_and_the_rule(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        row(**changes)
+
+
+def test_all_that_is_wrong_with_a_row_is_said_at_once() -> None:
+    with pytest.raises(ValidationError) as refusal:
+        row(accumulation=0, batch_size=1, optimizer=ROW["optimizer"] | {"lr": -1})
+    assert refusal.value.error_count() == 3
+
+
+def test_a_loss_switch_outside_the_run_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"after epoch 35 lies outside .*35 epochs.*--proxy"):
+        row(loss={"kind": "ce", "aux_weight": 1.0, "lovasz_after": 35}, num_epochs=35)
+    assert row(loss={"kind": "ce", "aux_weight": 1.0, "lovasz_after": 35}, num_epochs=36).loss.lovasz_after == 35
+
+
+def test_scales_upside_down_are_refused() -> None:
+    with pytest.raises(ValidationError, match="min_scale 2.0 is larger than max_scale 1.0: swap them"):
+        Augment(min_scale=2.0, max_scale=1.0)
+
+
+# --- expectations -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"either miou=\(low, high\) or gain=\(low, high\), not both or neither"),
+        ({"miou": (55, 57), "gain": (1, 2), "over": "r01"}, r"either miou=\(low, high\) or gain=\(low, high\)"),
+        ({"gain": (0.3, 0.5)}, r'a gain needs the row it is measured against: gain=\(0.3, 0.5\), over="r01"'),
+        ({"miou": (55, 57), "over": "r01"}, "a gain needs the row it is measured against"),
+        ({"miou": (57, 55)}, r"the range \(57, 55\) is upside down: put the lower value first"),
+        ({"gain": (0.5, 0.3), "over": "r01"}, r"the range \(0.5, 0.3\) is upside down"),
+    ],
+)
+def test_an_expectation_that_promises_nothing_clear_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Expect.model_validate(fields)
+
+
+def test_an_expectation_is_a_range_or_a_gain_over_a_row() -> None:
+    assert Expect(miou=(55, 57)).miou == (55.0, 57.0)
+    assert Expect(gain=(0.0, 0.0), over="r01", sooner_than="r01").over == "r01"
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------
+
+
+def test_multiples_of_32_are_taken_as_they_are() -> None:
+    for size in ((32, 32), (512, 1024), (96, 2048)):
+        assert check_image_size(size) == size
+    assert size_words((512, 1024)) == "512x1024"
+
+
+@pytest.mark.parametrize(
+    ("size", "down", "up"),
+    [((33, 64), "32x64", "64x64"), ((512, 1000), "512x992", "512x1024"), ((0, 64), "32x64", "32x64"), ((-5, 1), "32x32", "32x32")],
+)
+def test_other_sizes_are_refused_naming_their_neighbours(size: tuple[int, int], down: str, up: str) -> None:
+    with pytest.raises(ValueError, match=rf"nearest that are: {down} and {up}\."):
+        check_image_size(size)
+
+
+# --- fingerprints -----------------------------------------------------------------------------------------------
+
+OTHER_TRAINING: dict[str, Any] = {
+    "optimizer lr": {"optimizer": ROW["optimizer"] | {"lr": 0.02}},
+    "optimizer momentum": {"optimizer": ROW["optimizer"] | {"momentum": 0.8}},
+    "optimizer weight_decay": {"optimizer": ROW["optimizer"] | {"weight_decay": 0.0}},
+    "optimizer kind": {"optimizer": {"kind": "adamw", "lr": 0.01, "weight_decay": 1e-4}},
+    "schedule warmup_iterations": {"schedule": ROW["schedule"] | {"warmup_iterations": 1099}},
+    "schedule power": {"schedule": ROW["schedule"] | {"power": 1.0}},
+    "schedule start_lr": {"schedule": ROW["schedule"] | {"start_lr": 0.0}},
+    "loss aux_weight": {"loss": ROW["loss"] | {"aux_weight": 0.4}},
+    "loss lovasz_after": {"loss": ROW["loss"] | {"lovasz_after": 35}},
+    "loss kind": {"loss": ROW["loss"] | {"kind": "weighted_ce"}},
+    "accumulation": {"accumulation": 2},
+    "max_grad_norm": {"max_grad_norm": 1.0},
+    "num_epochs": {"num_epochs": 49},
+    "batch_size": {"batch_size": 8},
+    "image_size": {"image_size": (256, 512)},
+    "augment min_scale": {"augment": {"min_scale": 0.5}},
+    "augment max_scale": {"augment": {"max_scale": 1.5}},
+    "augment flip": {"augment": {"flip": 0.0}},
+    "augment jitter": {"augment": {"jitter": 0.0}},
+    "decay_norms_and_biases": {"decay_norms_and_biases": False},
+    "seed": {"seed": 1},
+}
+
+
+def test_each_field_that_decides_what_is_trained_changes_the_fingerprint() -> None:
+    prints = [row().fingerprint(), *(row(**changes).fingerprint() for changes in OTHER_TRAINING.values())]
+    assert len(set(prints)) == len(prints)
+
+
+def test_the_list_above_knows_every_field() -> None:
+    listed = {place.split()[0] for place in OTHER_TRAINING}
+    assert listed == set(Run.model_fields) - {"name", "expect"}
+    run = row()
+    for part in ("optimizer", "schedule", "loss", "augment"):
+        assert {place.split()[1] for place in OTHER_TRAINING if place.startswith(part)} == set(run.model_dump()[part]) | (
+            {"kind"} if part in ("optimizer", "loss") else set()
+        )
+
+
+def test_name_and_expectation_do_not_change_the_fingerprint() -> None:
+    assert row().fingerprint() == row(name="other", expect={"miou": (55, 57)}).fingerprint()
+
+
+def test_equal_numbers_have_one_fingerprint_however_they_are_written() -> None:
+    assert row(max_grad_norm=1).fingerprint() == row(max_grad_norm=1.0).fingerprint()
+    assert row(image_size=[512, 1024]).fingerprint() == row().fingerprint()
+
+
+def test_a_fingerprint_is_16_hex_digits_and_does_not_heed_the_order_of_keys() -> None:
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert len(row().fingerprint()) == 16
+    int(row().fingerprint(), 16)
+
+
+# --- a job ------------------------------------------------------------------------------------------------------
+
+
+def test_the_identity_follows_everything_that_decides_the_weights_and_nothing_else() -> None:
+    same = job().identity(row())
+    others = [
+        job().identity(row(seed=1)),
+        job(data_digests={"512x1024": "other"}).identity(row()),
+        job(backbone_digest="other").identity(row()),
+        job(precision="bf16").identity(row()),
+    ]
+    assert len({same, *others}) == 5
+    elsewhere = job(cache_dir="/tmp", storage="s3://bucket", cpus_per_trial=8, use_gpu=True, several_seeds=True)
+    assert elsewhere.identity(row(name="other")) == same
+
+
+def test_the_identity_looks_at_the_data_of_the_runs_own_size() -> None:
+    small = row(image_size=(256, 512))
+    assert job().identity(small) == job(data_digests={"256x512": "def"}).identity(small)
+
+
+def test_a_trial_is_named_by_its_row_and_by_its_seed_where_there_are_several() -> None:
+    assert job().trial_name(row(seed=2)) == "r01"
+    assert job(several_seeds=True).trial_name(row(seed=2)) == "r01-s2"
+
+
+@pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"cpus_per_trial": 0}, {"gpu": True}])
+def test_a_wrong_job_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        job(**changes)

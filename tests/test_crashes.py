@@ -1,0 +1,189 @@
+"""What kills a search, done to it for real: afterwards its results equal those of a search that nothing happened to.
+
+Every search here has the same three rows. `undisturbed` is what they give; CPU arithmetic makes that exact.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_search import (
+    Driver,
+    end_process,
+    epoch_numbers,
+    epochs,
+    leaderboard,
+    make_place,
+    on_frames,
+    results,
+    statuses,
+    write_space,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+NUM_EPOCHS = 8
+TRIALS = ("a", "b", "c")
+
+place = pytest.fixture(scope="module")(make_place)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> list[dict[str, str]]:
+    """The leaderboard of a search without any mishap, first in first out."""
+    write_space(place / "space.py", {"a": 0.01, "b": 0.001, "c": 0.05}, num_epochs=NUM_EPOCHS, baseline="a")
+    with start(place, "undisturbed") as driver:
+        assert driver.end() == 0
+    board = results(place / "undisturbed")
+    assert [row["status"] for row in board] == ["finished"] * 3
+    shutil.rmtree(place / "undisturbed")
+    return board
+
+
+@pytest.fixture
+def folder(place: Path, request: pytest.FixtureRequest) -> Path:
+    """The folder of this test's search."""
+    folder = place / request.node.name
+    request.addfinalizer(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return folder
+
+
+def start(place: Path, name: str, scheduler: str = "fifo") -> Driver:
+    return Driver(place, *on_frames(place), "--scheduler", scheduler, "--name", name)
+
+
+def resume(folder: Path) -> Driver:
+    return Driver(folder.parent, "--storage", str(folder.parent), "--resume", "--name", folder.name)
+
+
+def epochs_done(folder: Path) -> int:
+    return sum(len(epochs(folder / trial)) for trial in TRIALS)
+
+
+def has_done(folder: Path, count: int) -> Callable[[], bool]:
+    """Whether that many epochs, of all trials together, are safe on storage."""
+    return lambda: epochs_done(folder) >= count
+
+
+def assert_as_if_nothing_had_happened(folder: Path, undisturbed: list[dict[str, str]]) -> None:
+    assert results(folder) == undisturbed
+    for trial in TRIALS:
+        assert epoch_numbers(folder / trial) == list(range(1, NUM_EPOCHS + 1))
+    assert set(json.loads((folder / "search.json").read_text())["trials"]) == set(TRIALS)
+
+
+def test_killed_workers_and_killed_drivers_change_no_result(
+    place: Path, folder: Path, undisturbed: list[dict[str, str]]
+) -> None:
+    moment = random.SystemRandom().uniform(0, 1)
+    print(f"the first driver is killed {moment:.3f} s after epoch 8")  # noqa: T201 - for whoever has to repeat it
+    with start(place, folder.name) as driver:
+        driver.until(has_done(folder, 3))
+        end_process(driver.trainers()[0], signal.SIGKILL)
+        driver.until(has_done(folder, 8))
+        time.sleep(moment)
+        end_process(driver.process.pid, signal.SIGKILL)
+        assert driver.end() == -signal.SIGKILL
+        assert_gone_soon(driver)
+    with resume(folder) as driver:  # killed before any trial has gone on
+        driver.until(lambda: "search " in driver.log)
+        end_process(driver.process.pid, signal.SIGKILL)
+    damage_last_weights(folder)
+    with resume(folder) as driver:
+        assert driver.end() == 0
+    assert_as_if_nothing_had_happened(folder, undisturbed)
+
+
+def assert_gone_soon(driver: Driver) -> None:
+    """Without their driver, Ray and the trainers end by themselves: nothing goes on writing to the search."""
+    deadline = time.monotonic() + 20
+    while driver.processes():
+        assert time.monotonic() < deadline, f"still there: {driver.processes()}"
+        time.sleep(0.1)
+
+
+def damage_last_weights(folder: Path) -> None:
+    """Flip a byte in the state of a trial that has an older one to fall back on."""
+    unfinished = [trial for trial in TRIALS if (folder / trial / "previous.pt").exists()]
+    last = folder / unfinished[0] / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+
+
+def test_signals_end_a_search_within_seconds_and_it_goes_on_over_damaged_files(
+    place: Path, folder: Path, undisturbed: list[dict[str, str]]
+) -> None:
+    with start(place, folder.name) as driver:
+        driver.until(has_done(folder, 3))
+        end_process(driver.process.pid, signal.SIGTERM)  # a spot notice, a cluster's job that is stopped
+        assert driver.end(seconds=25) == 128 + signal.SIGTERM
+        assert not driver.processes()
+        assert f"--resume --name {folder.name}" in driver.log
+    assert set(statuses(folder).values()) <= {"waiting", "finished"}
+    assert "waiting" in statuses(folder).values()
+    damage_what_is_not_needed(folder)
+    with resume(folder) as driver:
+        driver.until(has_done(folder, epochs_done(folder) + 3))
+        os.killpg(driver.process.pid, signal.SIGINT)  # as a terminal does at Ctrl-C: all hear it
+        assert driver.end(seconds=25) == 128 + signal.SIGINT
+        assert "Traceback" not in driver.log
+    standings = json.loads((folder / "trials.json").read_text())["standings"]
+    assert {standing["status"] for standing in standings} <= {"waiting", "finished"}
+    with resume(folder) as driver:
+        assert driver.end() == 0
+    assert_as_if_nothing_had_happened(folder, undisturbed)
+    signals = [session["signal"] for session in json.loads((folder / "search.json").read_text())["sessions"]]
+    assert signals == [signal.SIGTERM, signal.SIGINT, None]
+
+
+def damage_what_is_not_needed(folder: Path) -> None:
+    """Tune's own state, the standings and the leaderboard: none of them may matter."""
+    for path in folder.glob("tune/*/experiment_state-*.json"):
+        path.write_text("no state")
+        path.with_name("experiment_state-2099-01-01_00-00-00.json").write_text("{}")
+    content = (folder / "trials.json").read_bytes()
+    (folder / "trials.json").write_bytes(content[: len(content) // 2])
+    (folder / "leaderboard.csv").write_text("run,se")
+
+
+def test_when_ray_dies_the_driver_ends_and_says_that_it_can_be_resumed(
+    place: Path, folder: Path, undisturbed: list[dict[str, str]]
+) -> None:
+    with start(place, folder.name) as driver:
+        driver.until(has_done(folder, 4))
+        end_process(driver.raylet(), signal.SIGKILL)
+        assert driver.end(seconds=75) == 75
+        assert "--resume" in driver.log
+    with resume(folder) as driver:
+        assert driver.end() == 0
+    assert_as_if_nothing_had_happened(folder, undisturbed)
+
+
+def test_what_asha_saw_and_decided_survives_the_driver(place: Path, folder: Path) -> None:
+    rows = {"weak": 1e-6, "good": 0.01, "poor": 2e-6, "last": 0.02}
+    write_space(place / "judged.py", rows, num_epochs=NUM_EPOCHS)
+    flags = [*on_frames(place, "judged.py"), "--scheduler", "asha", "--name", folder.name]
+    with Driver(place, *flags) as driver:
+        driver.until(lambda: "stopped" in statuses(folder).values())
+        end_process(driver.process.pid, signal.SIGKILL)
+    before = json.loads((folder / "trials.json").read_text())
+    stopped = {row["trial"]: row for row in leaderboard(folder) if row["status"] == "stopped"}
+    with resume(folder) as driver:
+        assert driver.end() == 0
+    after = json.loads((folder / "trials.json").read_text())
+    for trial, row in stopped.items():
+        assert row["epochs"] == str(len(epochs(folder / trial))) == "4"
+        assert "below" in row["stopped_by"]
+        assert row in leaderboard(folder), "a stopped trial stays as it was"
+    assert before["scheduler"]["seen"] == after["scheduler"]["seen"][: len(before["scheduler"]["seen"])]
+    assert before["scheduler"]["stops"].items() <= after["scheduler"]["stops"].items()
+    assert {rung["trial"] for rung in after["scheduler"]["seen"] if rung["epoch"] == 4} == set(rows)
+    assert statuses(folder)["good"] == "finished"
+    assert len(epochs(folder / "good")) == NUM_EPOCHS

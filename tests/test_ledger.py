@@ -1,0 +1,179 @@
+"""The ledger: who stands where, its copies on storage, what a resumed search takes over, and who may write."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tune_bisenet import ledger
+from tune_bisenet.config import Run
+from tune_bisenet.ledger import Ledger
+from tune_bisenet.results import Standing, Status
+from tune_bisenet.storage import Storage
+
+
+def standing(trial: str, **known: Any) -> Standing:
+    return Standing(trial=trial, run=trial, seed=0, num_epochs=4, **known)
+
+
+def result(epoch: int, miou: float = 10.0) -> dict[str, Any]:
+    best = {"best_miou": miou, "best_epoch": epoch}
+    return {"epoch": epoch, "miou": miou, "pixel_accuracy": 50.0, "total_seconds": 2.0 * epoch} | best
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Storage:
+    return Storage.at(str(tmp_path))
+
+
+@pytest.fixture
+def book(folder: Storage) -> Ledger:
+    state = {"seen": [], "stops": {"b": "too slow"}}
+    return Ledger(
+        folder, [standing("a"), standing("b")], captions=["A proxy."], baseline="a", scheduler_state=lambda: state
+    )
+
+
+def test_a_trial_goes_from_waiting_over_running_to_finished(book: Ledger) -> None:
+    assert book["a"].status == "waiting"
+    book.started("a")
+    assert book["a"].status == "running"
+    book.heard("a", result(1))
+    assert (book["a"].epochs, book["a"].best_miou, book["a"].seconds) == (1, 10.0, 2.0)
+    book.heard("a", result(4, miou=20.0))
+    book.ended("a", diverged=False, stopped_by="")
+    assert (book["a"].status, book["a"].best_epoch, book["a"].stopped_by) == ("finished", 4, "")
+    assert book.unfinished() == ["b"]
+
+
+def test_a_trial_that_ends_before_its_last_epoch_was_stopped_or_diverged(book: Ledger) -> None:
+    book.heard("a", result(2))
+    book.ended("a", diverged=False, stopped_by="below the median (ASHA)")
+    book.heard("b", result(2))
+    book.ended("b", diverged=True, stopped_by="the loss was no longer a number at epoch 2")
+    assert (book["a"].status, book["a"].stopped_by) == ("stopped", "below the median (ASHA)")
+    assert (book["b"].status, book["b"].stopped_by) == ("diverged", "the loss was no longer a number at epoch 2")
+    assert book.unfinished() == []
+
+
+def test_a_loss_that_diverges_in_the_last_epoch_is_not_finished(book: Ledger) -> None:
+    book.heard("a", result(4))
+    book.ended("a", diverged=True, stopped_by="the loss was no longer a number at epoch 4")
+    assert book["a"].status == "diverged"
+
+
+def test_a_failed_trial_says_why_and_has_ended(book: Ledger) -> None:
+    book.failed("a", "ValueError: no")
+    assert (book["a"].status, book["a"].error) == ("failed", "ValueError: no")
+    assert book.unfinished() == ["b"]
+
+
+def test_when_a_session_ends_what_was_running_waits(book: Ledger) -> None:
+    book.started("a")
+    book.close()
+    assert [standing.status for standing in book.standings] == ["waiting", "waiting"]
+
+
+def test_its_copies_on_storage_agree(book: Ledger, folder: Storage, tmp_path: Path) -> None:
+    book.heard("a", result(1))
+    book.write()
+    standings, state = ledger.read_trials(folder)
+    assert standings == book.standings
+    assert state == {"seen": [], "stops": {"b": "too slow"}}
+    rows = list(csv.DictReader((tmp_path / "leaderboard.csv").read_text().splitlines()))
+    assert [(row["trial"], row["epochs"], row["best_miou"]) for row in rows] == [("a", "1", "10.00"), ("b", "0", "")]
+    assert (tmp_path / "leaderboard.md").read_text().startswith("A proxy.")
+
+
+def test_storage_is_not_drowned_by_short_epochs(book: Ledger, tmp_path: Path) -> None:
+    book.write()
+    before = (tmp_path / "trials.json").stat().st_mtime_ns
+    for epoch in range(1, 4):
+        book.heard("a", result(epoch))
+        book.write_if_due()
+    assert (tmp_path / "trials.json").stat().st_mtime_ns == before
+
+
+def test_a_missing_file_of_standings_is_no_error(folder: Storage) -> None:
+    assert ledger.read_trials(folder) == ([], None)
+
+
+DAMAGED = [
+    b"",
+    b"\0" * 20,
+    b"\xff\xfe",
+    b'{"standings": [',
+    b"[]",
+    b"null",
+    b"{}",
+    b'{"standings": [{}], "scheduler": {}}',
+]
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGED, b'{"standings": 3, "scheduler": {}}', b'{"standings": [3], "scheduler": {}}']
+)
+def test_a_damaged_file_of_standings_is_as_good_as_none(folder: Storage, content: bytes) -> None:
+    folder.write(ledger.TRIALS, content)
+    assert ledger.read_trials(folder) == ([], None)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_a_damaged_manifest_is_named(folder: Storage, content: bytes) -> None:
+    folder.write("search.json", content)
+    with pytest.raises(ValueError, match=r"search\.json is damaged.*another --name"):
+        ledger.read_json(folder, "search.json")
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped", "diverged"])
+def test_a_resumed_search_keeps_what_has_ended(tiny_run: Run, status: Status) -> None:
+    earlier = standing("tiny", status=status, stopped_by="somebody", epochs=2, best_miou=3.0)
+    assert ledger.carried_over("tiny", tiny_run, [standing("other"), earlier]) == earlier
+
+
+@pytest.mark.parametrize("status", ["waiting", "running", "failed"])
+def test_a_resumed_search_goes_on_with_all_others(tiny_run: Run, status: Status) -> None:
+    earlier = standing("tiny", status=status, error="no memory", epochs=1, best_miou=3.0)
+    carried = ledger.carried_over("tiny", tiny_run, [earlier])
+    assert (carried.status, carried.error, carried.epochs, carried.best_miou) == ("waiting", "", 1, 3.0)
+
+
+def test_a_trial_that_nobody_knows_begins_anew(tiny_run: Run) -> None:
+    fresh = ledger.carried_over("tiny-s3", tiny_run.model_copy(update={"seed": 3}), [])
+    assert (fresh.trial, fresh.run, fresh.seed, fresh.num_epochs) == ("tiny-s3", "tiny", 3, tiny_run.num_epochs)
+    assert (fresh.status, fresh.epochs, fresh.best_miou) == ("waiting", 0, None)
+
+
+HOLDER = """
+import sys
+from tune_bisenet import ledger
+from tune_bisenet.storage import Storage
+with ledger.exclusive(Storage.at(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_works_on_a_search_and_a_killed_one_does_not_block_it(folder: Storage) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ledger.InUseError, match="another process is running"), ledger.exclusive(folder):
+            pass
+        holder.kill()
+    with ledger.exclusive(folder):
+        pass
+
+
+def test_numbers_that_are_none_survive_json(book: Ledger, folder: Storage) -> None:
+    book.write()
+    record = json.loads(folder.read(ledger.TRIALS) or b"")
+    assert record["standings"][0]["best_miou"] is None
+    assert ledger.read_trials(folder)[0][0].best_miou is None

@@ -157,11 +157,11 @@ def read_trials(folder: Storage) -> tuple[list[Standing], dict[str, Any] | None]
     """
     try:
         record = read_json(folder, TRIALS)
-    except ValueError:
+        if record is None:
+            return [], None
+        return [Standing.from_json(standing) for standing in record["standings"]], record["scheduler"]
+    except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or JSON of another shape
         return [], None
-    if record is None:
-        return [], None
-    return [Standing.from_json(standing) for standing in record["standings"]], record["scheduler"]
 
 
 def carried_over(trial: str, run: Run, earlier: Sequence[Standing]) -> Standing:
@@ -183,9 +183,10 @@ def read_json(folder: Storage, name: str) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(content)
+        if not isinstance(record, dict):
+            raise ValueError("it holds no JSON object")
     except ValueError as error:
         raise ValueError(
             f"{folder.path}/{name} is damaged: {error}. Start a new search under another --name."
         ) from error
-    assert isinstance(record, dict)
     return record

@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 
     console = Console()
     try:
-        asked = arguments.parse(flags)
+        asked, mistyped = arguments.parse(flags)
         name = f"{Path(asked.space or 'runs10').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        flight = preflight.check(asked, default_name=name, progress=_packing(console))
+        flight = preflight.check(asked, mistyped, default_name=name, progress=_packing(console))
     except arguments.InputError as error:
         return _refuse(list(error.problems))
     command = ["python", "-m", "tune_bisenet.run", *(sys.argv[1:] if argv is None else argv)]

@@ -42,7 +42,8 @@ MAX_FAILURES: Final = 3
 RESTARTABLE: Final = 75
 """The exit code of a driver whose Ray has died under it (EX_TEMPFAIL): run it again with --resume."""
 
-WATCH_SECONDS: Final = 5.0
+WATCH_SECONDS: Final = 1.0
+"""Short: a driver that hears of it from Ray's own code may be ended by that, with exit code 1."""
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ def _configure_environment() -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours tells apart who asked, for the exit code
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its reporter prints a box of its own, even when silent
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner even when told to be silent
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its HParams show the last mIoU, not the best
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 

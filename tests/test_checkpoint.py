@@ -159,7 +159,7 @@ def test_a_damaged_state_costs_one_epoch(
     )
     assert len(checkpoint.resume(training, folder, identity="one")) == 1
     assert mark_of(training) == 1.0
-    assert "last.pt is unusable" in caplog.text
+    assert "last.pt is put aside" in caplog.text
 
 
 def small_state() -> dict[str, Any]:

@@ -21,7 +21,7 @@ BAND_ELEMENTS: Final = {"cpu": 2**20, "cuda": 2**25}
 """Numbers in a band, B C b W: what stays in a CPU's cache; on a GPU enough to keep it busy."""
 
 
-def upsampled_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Mean over the labelled pixels, each weighted by its class (C weights, or all alike); 0 where there are none.
 
     `logits` are B x C x h x w of any float type, `targets` B x H x W int64 trainIds with void 255; a float32 scalar.
@@ -33,7 +33,7 @@ def upsampled_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tens
     return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """The likeliest class of each pixel: B x C x h x w to uint8 B x H x W, `size` being (H, W)."""
     height, width = size
     wide = logits.float() @ bilinear(width, logits.shape[3], logits.device).T  # B x C x h x W

@@ -4,8 +4,8 @@ import io
 from pathlib import Path
 
 import pytest
+from driving import write_frames, write_space
 from rich.console import Console
-from test_search import write_frames, write_space
 
 from tune_bisenet import arguments, briefing, preflight
 from tune_bisenet.config import Resources, Run

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_search import (
+from driving import (
     Driver,
     end_process,
     epoch_numbers,

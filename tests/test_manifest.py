@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from test_search import write_frames, write_space
+from driving import write_frames, write_space
 
 from tune_bisenet import arguments, ledger, manifest, preflight
 from tune_bisenet.config import Resources, Run

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_search import PROJECT, Driver, environment, epoch_numbers, leaderboard, make_place
+from driving import PROJECT, Driver, environment, epoch_numbers, leaderboard, make_place
 
 from tune_bisenet import run
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 import pytest
-from test_search import write_frames
+from driving import write_frames
 
 from tune_bisenet import checkpoint
 from tune_bisenet.config import Job, Run

@@ -45,10 +45,7 @@ def plan_lines(flight: Flight, resources: Resources, runs: Mapping[str, Run]) ->
 def print_results(console: Console, flight: Flight, standings: Sequence[Standing], signal_number: int | None) -> None:
     """The leaderboard, where it lies, and what to do if the search is not whole."""
     console.print()
-    if flight.grid.baseline is None:
-        console.print(leaderboard.to_rich(standings, captions=flight.captions))
-    else:
-        console.print(leaderboard.to_rich(standings, baseline=flight.grid.baseline, captions=flight.captions))
+    console.print(leaderboard.to_rich(standings, baseline=flight.grid.baseline, captions=flight.captions))
     _print_line(console, f"results: {flight.folder.uri}")
     failed = [standing.trial for standing in standings if standing.status == "failed"]
     if failed:

@@ -84,6 +84,7 @@ def result_of(history: list[Epoch]) -> dict[str, Any]:
 
 def _begin(run: Run, job: Job) -> tuple[Training, Packed]:
     torch.set_num_threads(job.cpus_per_trial)
+    torch.backends.cudnn.benchmark = True  # crops and batches keep their size
     data = _open_data(run, job)
     training = engine.begin(
         run,

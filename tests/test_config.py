@@ -72,7 +72,10 @@ def test_a_row_can_be_a_key() -> None:
 def test_a_row_survives_the_way_through_plain_values() -> None:
     for changes in (
         {},
-        {"optimizer": {"kind": "adamw", "lr": 0.001, "weight_decay": 0.1}, "loss": {"kind": "weighted_ce", "aux_weight": 0.4}},
+        {
+            "optimizer": {"kind": "adamw", "lr": 0.001, "weight_decay": 0.1},
+            "loss": {"kind": "weighted_ce", "aux_weight": 0.4},
+        },
         {"expect": {"gain": (0.3, 0.5), "over": "r00"}, "max_grad_norm": 1.0, "image_size": (64, 128)},
     ):
         run = row(**changes)
@@ -92,11 +95,20 @@ def test_the_kind_says_which_optimizer_it_is() -> None:
         ({"learning_rate": 0.1}, r"learning_rate\n  Extra inputs are not permitted"),
         ({"optimizer": ROW["optimizer"] | {"nesterov": True}}, r"optimizer\.sgd\.nesterov\n  Extra inputs"),
         ({"optimizer": ROW["optimizer"] | {"lr": -1}}, r"optimizer\.sgd\.lr\n  Input should be greater than 0"),
-        ({"optimizer": ROW["optimizer"] | {"lr": float("nan")}}, r"optimizer\.sgd\.lr\n  Input should be a finite number"),
-        ({"optimizer": ROW["optimizer"] | {"momentum": 1.0}}, r"optimizer\.sgd\.momentum\n  Input should be less than 1"),
+        (
+            {"optimizer": ROW["optimizer"] | {"lr": float("nan")}},
+            r"optimizer\.sgd\.lr\n  Input should be a finite number",
+        ),
+        (
+            {"optimizer": ROW["optimizer"] | {"momentum": 1.0}},
+            r"optimizer\.sgd\.momentum\n  Input should be less than 1",
+        ),
         ({"optimizer": ROW["optimizer"] | {"kind": "lion"}}, r"optimizer\n  Input tag 'lion' found .*'sgd', 'adamw'"),
         ({"optimizer": {"kind": "adamw", "lr": 1, "weight_decay": 0, "momentum": 0.9}}, r"momentum\n  Extra inputs"),
-        ({"schedule": {"warmup_iterations": -1, "power": 0.9}}, r"schedule\.warmup_iterations\n  .*greater than or equal to 0"),
+        (
+            {"schedule": {"warmup_iterations": -1, "power": 0.9}},
+            r"schedule\.warmup_iterations\n  .*greater than or equal to 0",
+        ),
         ({"loss": {"kind": "ce", "aux_weight": -0.1}}, r"loss\.ce\.aux_weight\n  .*greater than or equal to 0"),
         ({"accumulation": 0}, r"accumulation\n  Input should be greater than 0"),
         ({"max_grad_norm": 0}, r"max_grad_norm\n  Input should be greater than 0"),
@@ -126,7 +138,7 @@ def test_a_loss_switch_outside_the_run_is_refused() -> None:
 
 
 def test_scales_upside_down_are_refused() -> None:
-    with pytest.raises(ValidationError, match="min_scale 2.0 is larger than max_scale 1.0: swap them"):
+    with pytest.raises(ValidationError, match=r"min_scale 2\.0 is larger than max_scale 1\.0: swap them"):
         Augment(min_scale=2.0, max_scale=1.0)
 
 
@@ -165,7 +177,12 @@ def test_multiples_of_32_are_taken_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("size", "down", "up"),
-    [((33, 64), "32x64", "64x64"), ((512, 1000), "512x992", "512x1024"), ((0, 64), "32x64", "32x64"), ((-5, 1), "32x32", "32x32")],
+    [
+        ((33, 64), "32x64", "64x64"),
+        ((512, 1000), "512x992", "512x1024"),
+        ((0, 64), "32x64", "32x64"),
+        ((-5, 1), "32x32", "32x32"),
+    ],
 )
 def test_other_sizes_are_refused_naming_their_neighbours(size: tuple[int, int], down: str, up: str) -> None:
     with pytest.raises(ValueError, match=rf"nearest that are: {down} and {up}\."):
@@ -209,9 +226,9 @@ def test_the_list_above_knows_every_field() -> None:
     assert listed == set(Run.model_fields) - {"name", "expect"}
     run = row()
     for part in ("optimizer", "schedule", "loss", "augment"):
-        assert {place.split()[1] for place in OTHER_TRAINING if place.startswith(part)} == set(run.model_dump()[part]) | (
-            {"kind"} if part in ("optimizer", "loss") else set()
-        )
+        assert {place.split()[1] for place in OTHER_TRAINING if place.startswith(part)} == set(
+            run.model_dump()[part]
+        ) | ({"kind"} if part in ("optimizer", "loss") else set())
 
 
 def test_name_and_expectation_do_not_change_the_fingerprint() -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tune_bisenet.config import CrossEntropy, WeightedCrossEntropy
 from tune_bisenet.data.classes import CLASS_NAMES, NUM_CLASSES, VOID
-from tune_bisenet.losses import class_weights_from, cross_entropy, head_losses, lovasz_softmax, uses_lovasz
+from tune_bisenet.losses import class_weights_from, head_losses, lovasz_softmax, uses_lovasz
 from tune_bisenet.model import Logits, upsample
+from tune_bisenet.upsampled import cross_entropy
 
 
 def random_scores(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:

@@ -70,7 +70,9 @@ def test_without_a_proxy_iterations_mean_what_they_say() -> None:
 
 
 def test_a_warmup_that_does_not_fit_is_an_error_that_names_the_proxy() -> None:
-    with pytest.raises(PlanError, match=r"a: a warm-up of 1100 iterations does not fit into 192 \(8 epochs of 24\).*--proxy"):
+    with pytest.raises(
+        PlanError, match=r"a: a warm-up of 1100 iterations does not fit into 192 \(8 epochs of 24\).*--proxy"
+    ):
         planned(row(), STREETS, num_epochs=8)
 
 
@@ -91,7 +93,7 @@ def test_data_that_do_not_fill_one_batch_are_an_error() -> None:
 
 
 def test_a_size_off_the_grid_is_an_error_that_names_its_neighbours() -> None:
-    with pytest.raises(PlanError, match="a: image size 100x200 is not a multiple of 32.* 96x192 and 128x224"):
+    with pytest.raises(PlanError, match=r"a: image size 100x200 is not a multiple of 32.* 96x192 and 128x224"):
         planned(row(), image_size=(100, 200))
 
 

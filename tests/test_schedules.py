@@ -1,6 +1,7 @@
 """The rate of every iteration, against numbers worked out apart from the code."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -58,8 +59,8 @@ def test_the_rate_rises_over_the_warmup_and_falls_ever_after(warmup_iterations: 
     schedule = WarmupPoly(warmup_iterations=warmup_iterations, power=0.9)
     rates = [lr_at(schedule, 0.01, iteration, TOTAL) for iteration in range(TOTAL + 1)]
     rising, falling = rates[: warmup_iterations + 1], rates[warmup_iterations:]
-    assert all(left < right for left, right in zip(rising, rising[1:], strict=False))
-    assert all(left > right for left, right in zip(falling, falling[1:], strict=False))
+    assert all(left < right for left, right in pairwise(rising))
+    assert all(left > right for left, right in pairwise(falling))
     assert max(rates) == 0.01
 
 

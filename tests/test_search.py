@@ -1,205 +1,28 @@
 """Whole searches under a real Ray, each driver a process of its own, as a person starts it.
 
 The frames are eleven, of 32 x 64 pixels: an epoch takes a fifth of a second, so that time goes into Ray's start.
-`test_crashes` and `test_run` use the helpers at the top.
 """
 
 import csv
 import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import pytest
-from PIL import Image
-
-from tune_bisenet.data.streets import Streets
-
-PROJECT = Path(__file__).parent.parent
-
-SPACE = """
-from tune_bisenet.config import SGD, Augment, CrossEntropy, Expect, Run, WarmupPoly
-from tune_bisenet.spaces import Grid
-
-
-def row(name, lr, over=None):
-    return Run(
-        name=name,
-        optimizer=SGD(lr=lr, momentum=0.9, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=1, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0),
-        accumulation=1,
-        max_grad_norm=None,
-        num_epochs={num_epochs},
-        expect=Expect(gain=(0, 5), over=over) if over else None,
-    )
-
-
-SPACE = Grid("rows of a test", ({rows}))
-"""
-
-
-# --- a place to search in -------------------------------------------------------------------------------------------
-
-
-def write_space(path: Path, rows: dict[str, float], *, num_epochs: int, baseline: str | None = None) -> None:
-    """A space of plain SGD, one row for each name and rate."""
-    calls = (f"row({name!r}, {lr}, {None if name == baseline else baseline!r})," for name, lr in rows.items())
-    path.write_text(SPACE.replace("{num_epochs}", str(num_epochs)).replace("{rows}", " ".join(calls)))
-
-
-def write_frames(root: Path) -> None:
-    """Eight training and three validation frames in Cityscapes layout."""
-    source = Streets(num_train=8, num_val=3, frame_size=(32, 64))
-    for split in ("train", "val"):
-        for index, name in enumerate(source.names(split)):
-            frame = source.load(split, index)
-            images, labels = root / "leftImg8bit" / split / "town", root / "gtFine" / split / "town"
-            images.mkdir(parents=True, exist_ok=True)
-            labels.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(frame.image).save(images / f"{name}_leftImg8bit.png")
-            Image.fromarray(frame.label).save(labels / f"{name}_gtFine_labelTrainIds.png")
-
-
-def make_place() -> Iterator[Path]:
-    """A folder with frames in it, removed afterwards: a trial leaves 200 MB. Ray's sockets demand its short name."""
-    place = Path(tempfile.mkdtemp(prefix="tb-"))
-    write_frames(place / "frames")
-    yield place
-    shutil.rmtree(place, ignore_errors=True)
-
+from driving import (
+    Driver,
+    epoch_numbers,
+    epochs,
+    leaderboard,
+    make_place,
+    on_frames,
+    statuses,
+    write_space,
+)
 
 place = pytest.fixture(scope="module")(make_place)
-
-
-def environment(place: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_", "CITYSCAPES"))}
-    return kept | {"TUNE_BISENET_CACHE": str(place / "cache"), "RAY_TMPDIR": str(place)}
-
-
-def on_frames(place: Path, space: str = "space.py") -> list[str]:
-    """The flags of a search in `place`."""
-    here = ["--space", str(place / space), "--data", str(place / "frames"), "--backbone", "none"]
-    return [*here, "--storage", str(place)]
-
-
-# --- a driver -------------------------------------------------------------------------------------------------------
-
-
-class Driver:
-    """`python -m tune_bisenet.run`, with all that Ray starts for it in one session; nothing of it is left behind."""
-
-    def __init__(self, place: Path, *flags: str) -> None:
-        self._log = place / f"{time.time_ns()}.log"
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tune_bisenet.run", *flags],
-                cwd=PROJECT,
-                env=environment(place),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        deadline = time.monotonic() + 30
-        while self.kill() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        self.process.wait(timeout=30)
-        if error is not None:
-            print(self.log)  # noqa: T201 - pytest shows it with the failure
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def until(self, condition: Callable[[], bool], *, seconds: float = 90) -> None:
-        """Wait for `condition` while the driver runs."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, f"the driver ended with {self.process.returncode} too early"
-            assert time.monotonic() < deadline, f"nothing happened for {seconds} s"
-            time.sleep(0.02)
-
-    def end(self, *, seconds: float = 120) -> int:
-        """Wait for the driver's own end; its exit code."""
-        return self.process.wait(timeout=seconds)
-
-    def processes(self) -> dict[int, str]:
-        """The title of every process of the session, by id; the driver is among them. Zombies are not."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                state, _parent, _group, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-                title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(session) == self.process.pid and state != "Z":
-                found[int(folder.name)] = title
-        return found
-
-    def trainers(self) -> list[int]:
-        """The processes that train."""
-        return [pid for pid, title in self.processes().items() if title.startswith("ray::ImplicitFunc")]
-
-    def raylet(self) -> int:
-        return next(pid for pid, title in self.processes().items() if "/raylet/raylet " in title)
-
-    def kill(self) -> int:
-        """SIGKILL for whatever is left; how many that were."""
-        left = self.processes()
-        for pid in left:
-            end_process(pid, signal.SIGKILL)
-        return len(left)
-
-
-def end_process(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # it may have ended by itself in the meantime
-        os.kill(pid, number)
-
-
-# --- what it left ---------------------------------------------------------------------------------------------------
-
-
-def leaderboard(folder: Path) -> list[dict[str, str]]:
-    """The rows of leaderboard.csv; none before it is there."""
-    path = folder / "leaderboard.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
-def results(folder: Path) -> list[dict[str, str]]:
-    """The same without what differs from one machine's hour to the next."""
-    return [{column: value for column, value in row.items() if column != "seconds"} for row in leaderboard(folder)]
-
-
-def statuses(folder: Path) -> dict[str, str]:
-    return {row["trial"]: row["status"] for row in leaderboard(folder)}
-
-
-def epochs(folder: Path) -> list[dict[str, Any]]:
-    """What a trial's folder says of its epochs; none before the first."""
-    path = folder / "epochs.json"
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def epoch_numbers(folder: Path) -> list[int]:
-    return [epoch["epoch"] for epoch in epochs(folder)]
 
 
 # --- one search, seen from all sides --------------------------------------------------------------------------------

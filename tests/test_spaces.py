@@ -118,7 +118,9 @@ def test_names_must_differ() -> None:
 
 
 def test_an_expectation_must_point_at_a_row() -> None:
-    with pytest.raises(ValueError, match="the expectation of a is measured against r01, which is not a row of this space"):
+    with pytest.raises(
+        ValueError, match="the expectation of a is measured against r01, which is not a row of this space"
+    ):
         Grid("nowhere", (row("a", Expect(gain=(0, 1), over="r01")),))
     with pytest.raises(ValueError, match="the expectation of a is measured against b, which is not a row"):
         Grid("nowhere", (row("a", Expect(miou=(0, 1), sooner_than="b")),))
@@ -153,8 +155,9 @@ from tune_bisenet.config import SGD, CrossEntropy, Run, WarmupPoly
 from tune_bisenet.spaces import Grid
 
 SPACE = Grid("Mine", (
-    Run(name="mine", optimizer=SGD(lr={lr}, momentum=0.9, weight_decay=0), schedule=WarmupPoly(warmup_iterations=5, power=1),
-        loss=CrossEntropy(aux_weight=1), accumulation=1, max_grad_norm=None),
+    Run(name="mine", optimizer=SGD(lr={lr}, momentum=0.9, weight_decay=0),
+        schedule=WarmupPoly(warmup_iterations=5, power=1), loss=CrossEntropy(aux_weight=1),
+        accumulation=1, max_grad_norm=None),
 ))
 """
 
@@ -186,23 +189,27 @@ def test_a_space_that_was_changed_is_read_again(tmp_path: Path) -> None:
 
 
 def test_an_unknown_space_is_answered_with_those_there_are() -> None:
-    with pytest.raises(SpaceError, match="the space runs11 cannot be used: there is none of that name.*runs10.*by its path"):
+    with pytest.raises(
+        SpaceError, match=r"the space runs11 cannot be used: there is none of that name.*runs10.*by its path"
+    ):
         spaces.load("runs11")
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match="there is no file .*nowhere.py"):
+    with pytest.raises(SpaceError, match=r"there is no file .*nowhere\.py"):
         spaces.load(str(tmp_path / "nowhere.py"))
 
 
 @pytest.mark.parametrize("text", ["x = 1", "SPACE = 3", ""])
 def test_a_file_without_a_space_is_refused_saying_what_to_write(tmp_path: Path, text: str) -> None:
-    with pytest.raises(SpaceError, match=r"defines no SPACE of type Grid: end the file with SPACE = Grid\(title, runs\)"):
+    with pytest.raises(
+        SpaceError, match=r"defines no SPACE of type Grid: end the file with SPACE = Grid\(title, runs\)"
+    ):
         spaces.load(written(tmp_path, text))
 
 
 def test_a_file_that_is_no_python_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match="my_space.py cannot be used"):
+    with pytest.raises(SpaceError, match=r"my_space\.py cannot be used"):
         spaces.load(written(tmp_path, "SPACE = Grid("))
 
 
@@ -231,8 +238,12 @@ def test_the_table_of_the_ten_runs_says_all_that_tells_them_apart() -> None:
     lines = spaces.to_markdown(spaces.load("runs10").runs).splitlines()
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
     assert cells["r01"] == [
-        "SGD lr 0.01, momentum 0.9, wd 0.0001", "warm-up 1100 to 0.01, poly 0.9", "CE, alpha 1.0", "–", "mIoU 55 to 57 %"
-    ]  # fmt: skip
+        "SGD lr 0.01, momentum 0.9, wd 0.0001",
+        "warm-up 1100 to 0.01, poly 0.9",
+        "CE, alpha 1.0",
+        "–",
+        "mIoU 55 to 57 %",
+    ]
     assert cells["r04"][2] == "CE, alpha 0.4"
     assert cells["r05"][2] == "CE, alpha 1.0; after epoch 35 Lovász on main"
     assert cells["r06"][3:] == ["gradient accumulation × 2", "+1 to +2 over r01"]

@@ -80,7 +80,7 @@ def test_a_folder_is_named_below_its_uri(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["nosuch://bucket/x", "s3//x://", "file://relative path"])
 def test_a_place_that_cannot_be_storage_is_refused(place: str) -> None:
-    with pytest.raises(ValueError, match="cannot use .* as storage"):
+    with pytest.raises(ValueError, match=r"cannot use .* as storage"):
         Storage.at(place)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic_core import ErrorDetails
 
 from tune_bisenet.config import Frozen, Precision, check_image_size
 
@@ -132,16 +133,16 @@ def absolute(name: str, value: Any) -> Any:
     return str(Path(value).expanduser().absolute()) if is_path else value
 
 
-def parse(flags: dict[str, Any]) -> Arguments:
-    """Typed arguments from the flags that were given. Raises InputError naming every flag that is wrong."""
+def parse(flags: dict[str, Any]) -> tuple[Arguments, dict[str, str]]:
+    """Typed arguments from the flags that were given; and, by argument, what is wrong with those left out of them."""
     try:
-        return Arguments.model_validate(flags)
+        return Arguments.model_validate(flags), {}
     except ValidationError as error:
-        problems = []
-        for finding in error.errors():
-            flag = "--" + str(finding["loc"][0]).replace("_", "-")
-            message = finding["msg"].removeprefix("Value error, ")
-            problems.append(
-                f"{flag}: {message}" if "Value error" in finding["msg"] else f"{flag} {finding['input']}: {message}."
-            )
-        raise InputError(problems) from error
+        mistyped = {str(finding["loc"][0]): _in_words(finding) for finding in error.errors()}
+    return Arguments.model_validate({name: value for name, value in flags.items() if name not in mistyped}), mistyped
+
+
+def _in_words(finding: ErrorDetails) -> str:
+    flag = "--" + str(finding["loc"][0]).replace("_", "-")
+    message = finding["msg"].removeprefix("Value error, ")
+    return f"{flag}: {message}" if "Value error" in finding["msg"] else f"{flag} {finding['input']}: {message}."

@@ -1,10 +1,8 @@
 """Weights for the ResNet-18: from a file, or torchvision's, fetched once before trials start."""
 
 import hashlib
-import pickle
 from pathlib import Path
 from typing import Final
-from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -46,8 +44,11 @@ def digest(backbone: str) -> str:
 
 def _fetched() -> dict[str, Tensor]:
     try:
-        weights: dict[str, Tensor] = _WEIGHTS.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+        weights: dict[str, Tensor] = _WEIGHTS.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # from the network, or as in `_read`
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(_WEIGHTS.url).name
+        if cached.exists():
+            raise BackboneError(f"{cached} cannot be read ({error}): delete it, and it is fetched again.") from error
         raise BackboneError(
             f"torchvision's ImageNet weights cannot be fetched from {_WEIGHTS.url} ({error}). Without a network, "
             "pass --backbone FILE with a ResNet-18 saved elsewhere, or --backbone none to train from scratch."
@@ -60,7 +61,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise BackboneError(f"--backbone {path}: there is no such file. Pass imagenet, none or a file.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a file of another kind is taken for a pickle, whose reader fails in any way it likes
         raise BackboneError(f"--backbone {path} cannot be read as weights saved by torch.save: {error}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise BackboneError(f"--backbone {path} does not hold a state dict of tensors.")

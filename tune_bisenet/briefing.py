@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from tune_bisenet import plan, rungs
 from tune_bisenet.arguments import NO_BACKBONE
@@ -15,13 +15,9 @@ from tune_bisenet.results import Standing
 
 def print_plan(console: Console, flight: Flight, resources: Resources, runs: Mapping[str, Run]) -> None:
     """What will be done, with what, where the results go, and how to watch."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for title, text in plan_lines(flight, resources, runs):
-        table.add_row(title, text)
     console.print()
-    console.print(table, highlight=False, markup=False)
+    for title, text in plan_lines(flight, resources, runs):
+        _print_line(console, Text.assemble((f"{title:<11}", "bold"), text))
     console.print()
 
 
@@ -49,18 +45,18 @@ def plan_lines(flight: Flight, resources: Resources, runs: Mapping[str, Run]) ->
 def print_results(console: Console, flight: Flight, standings: Sequence[Standing], signal_number: int | None) -> None:
     """The leaderboard, where it lies, and what to do if the search is not whole."""
     console.print()
-    if flight.grid.baseline is None:
-        console.print(leaderboard.to_rich(standings, captions=flight.captions))
-    else:
-        console.print(leaderboard.to_rich(standings, baseline=flight.grid.baseline, captions=flight.captions))
-    console.print(f"results: {flight.folder.uri}", highlight=False, soft_wrap=True)
+    console.print(leaderboard.to_rich(standings, baseline=flight.grid.baseline, captions=flight.captions))
+    _print_line(console, f"results: {flight.folder.uri}")
     failed = [standing.trial for standing in standings if standing.status == "failed"]
     if failed:
-        console.print(
-            f"failed: {', '.join(failed)}. Try these again with --resume --name {flight.name}.", highlight=False
-        )
+        _print_line(console, f"failed: {', '.join(failed)}. Try these again with --resume --name {flight.name}.")
     if signal_number is not None:
-        console.print(f"interrupted. Go on with --resume --name {flight.name}.", highlight=False)
+        _print_line(console, f"interrupted. Go on with --resume --name {flight.name}.")
+
+
+def _print_line(console: Console, line: str | Text) -> None:
+    """Never broken over lines by us: a path or a command must survive copying, also out of a log."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _device(flight: Flight, resources: Resources) -> str:

@@ -21,12 +21,17 @@ FORMAT: Final = 1
 LAST: Final = "last.pt"
 PREVIOUS: Final = "previous.pt"
 BEST: Final = "best.pt"
+ASIDE: Final = ".damaged"
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
     """The file is damaged, of another format, or of another run."""
+
+
+class DamagedError(CheckpointError):
+    """The file's bytes are not those that were written."""
 
 
 def save(training: Training, history: list[Epoch], folder: Storage, *, identity: str) -> None:
@@ -67,8 +72,8 @@ def save_best(training: Training, end: EpochEnd, folder: Storage, *, identity: s
 def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]:
     """Bring `training` to where `folder` left it and return its epochs so far; an empty list if nothing is there.
 
-    A damaged `last.pt` costs one epoch: `previous.pt` takes its place. Raises CheckpointError if the state on storage
-    belongs to another run, which must never be trained on under this one's name.
+    A damaged `last.pt` costs one epoch: `previous.pt` takes its place; if both are, the run begins anew. Raises
+    CheckpointError if the state belongs to another run, which must never be trained on under this one's name.
     """
     for name in (LAST, PREVIOUS):
         content = folder.read(name)
@@ -76,8 +81,9 @@ def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]
             continue
         try:
             state = from_bytes(content)
-        except CheckpointError as error:
-            log.warning("%s/%s is unusable (%s); going on from an older one.", folder.path, name, error)
+        except DamagedError as error:
+            log.warning("%s/%s is put aside as %s%s: %s", folder.path, name, name, ASIDE, error)
+            folder.move(name, f"{name}{ASIDE}")  # or the next save would put it in place of the one that is whole
             continue
         _check_identity(state, identity, f"{folder.path}/{name}")
         return _restore(training, state)
@@ -93,10 +99,10 @@ def to_bytes(state: dict[str, Any]) -> bytes:
 
 
 def from_bytes(content: bytes) -> dict[str, Any]:
-    """The state `to_bytes` was given; runs no code from it. CheckpointError if it is damaged or of another format."""
+    """The state `to_bytes` was given; runs no code from it. DamagedError, or CheckpointError if it is another thing."""
     digest_size = hashlib.sha256().digest_size
     if hashlib.sha256(memoryview(content)[:-digest_size]).digest() != content[-digest_size:]:
-        raise CheckpointError("damaged: its SHA-256 is another")
+        raise DamagedError("its SHA-256 is another")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:

@@ -16,12 +16,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tune_bisenet import losses, metrics, optim
+from tune_bisenet import losses, metrics, optim, upsampled
 from tune_bisenet.config import Precision, Run
 from tune_bisenet.data.augment import augment_batch, epoch_draw, epoch_order, normalise
 from tune_bisenet.data.frames import Frames
 from tune_bisenet.data.packed import Packed
-from tune_bisenet.model import BiSeNet, upsample
+from tune_bisenet.model import BiSeNet
 from tune_bisenet.results import Epoch
 from tune_bisenet.schedules import lr_at
 
@@ -187,7 +187,7 @@ def predict(training: Training, images: Tensor, size: tuple[int, int]) -> Tensor
     training.model.eval()
     with _autocast(training):
         logits = training.model(_laid_out(normalise(images), training.device))
-    return upsample(logits.main.float(), size).argmax(dim=1).to(torch.uint8)
+    return upsampled.argmax(logits.main, size)
 
 
 def _measured(training: Training, sums: _TrainSums, confusion: Tensor, val_seconds: float) -> Epoch:

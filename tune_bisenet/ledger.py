@@ -128,8 +128,8 @@ class Ledger:
             "scheduler": self._scheduler_state(),
         }
         self._folder.write(TRIALS, to_json(record))
-        self._folder.write(LEADERBOARD_CSV, leaderboard.to_csv(self.standings, **self._baseline_argument()).encode())
-        markdown = leaderboard.to_markdown(self.standings, captions=self._captions, **self._baseline_argument())
+        self._folder.write(LEADERBOARD_CSV, leaderboard.to_csv(self.standings, baseline=self._baseline).encode())
+        markdown = leaderboard.to_markdown(self.standings, captions=self._captions, baseline=self._baseline)
         self._folder.write(LEADERBOARD_MD, markdown.encode())
         self._written_at = time.monotonic()
 
@@ -137,9 +137,6 @@ class Ledger:
         """The same, at most once a second: a search of many short epochs must not drown its storage."""
         if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
             self.write()
-
-    def _baseline_argument(self) -> dict[str, str]:
-        return {} if self._baseline is None else {"baseline": self._baseline}
 
     def _set(self, trial: str, **changes: Any) -> None:
         self._standings[trial] = replace(self._standings[trial], **changes)
@@ -157,11 +154,11 @@ def read_trials(folder: Storage) -> tuple[list[Standing], dict[str, Any] | None]
     """
     try:
         record = read_json(folder, TRIALS)
-    except ValueError:
+        if record is None:
+            return [], None
+        return [Standing.from_json(standing) for standing in record["standings"]], record["scheduler"]
+    except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or JSON of another shape
         return [], None
-    if record is None:
-        return [], None
-    return [Standing.from_json(standing) for standing in record["standings"]], record["scheduler"]
 
 
 def carried_over(trial: str, run: Run, earlier: Sequence[Standing]) -> Standing:
@@ -183,9 +180,10 @@ def read_json(folder: Storage, name: str) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(content)
+        if not isinstance(record, dict):
+            raise ValueError("it holds no JSON object")
     except ValueError as error:
         raise ValueError(
             f"{folder.path}/{name} is damaged: {error}. Start a new search under another --name."
         ) from error
-    assert isinstance(record, dict)
     return record

@@ -14,6 +14,7 @@ from torch import Tensor
 from tune_bisenet.config import CrossEntropy, WeightedCrossEntropy
 from tune_bisenet.data.classes import VOID
 from tune_bisenet.model import Logits, upsample
+from tune_bisenet.upsampled import cross_entropy
 
 
 class HeadLosses(NamedTuple):
@@ -36,27 +37,17 @@ def head_losses(
     """The loss of each head in `epoch` (from 1); from `lovasz_after` on, the main head's is Lovász-Softmax."""
     size = (labels.shape[1], labels.shape[2])
     targets = labels.long()
-    main_scores = upsample(logits.main, size)
     if uses_lovasz(loss, epoch):
-        main = lovasz_softmax(main_scores, targets)
+        main = lovasz_softmax(upsample(logits.main, size), targets)
     else:
-        main = cross_entropy(main_scores, targets, class_weights)
-    aux1, aux2 = (cross_entropy(upsample(aux, size), targets, class_weights) for aux in logits.aux)
+        main = cross_entropy(logits.main, targets, class_weights)
+    aux1, aux2 = (cross_entropy(aux, targets, class_weights) for aux in logits.aux)
     return HeadLosses(main + loss.aux_weight * (aux1 + aux2), main, aux1, aux2)
 
 
 def uses_lovasz(loss: CrossEntropy | WeightedCrossEntropy, epoch: int) -> bool:
     """Whether the main head has switched by `epoch` (from 1)."""
     return loss.lovasz_after is not None and epoch > loss.lovasz_after
-
-
-def cross_entropy(scores: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Mean over the labelled pixels, each weighted by its class; 0 where there are none."""
-    scores = scores.float()
-    total = F.cross_entropy(scores, targets, weight=class_weights, ignore_index=VOID, reduction="sum")
-    labelled = targets != VOID
-    weight = labelled.sum() if class_weights is None else (class_weights[targets.where(labelled, 0)] * labelled).sum()
-    return total / weight.clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 def class_weights_from(counts: Tensor) -> Tensor:

@@ -64,13 +64,15 @@ def _session(command: list[str], resources: Resources) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The project's git commit, with `+changes` where the tree differs from it; None outside a checkout."""
-    here = Path(__file__).parent
+    project = Path(__file__).resolve().parents[1]
     try:
-        commit, changes = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        root, commit, changes = (
+            subprocess.run(["git", *words], cwd=project, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--show-toplevel"], ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
         )
     except (OSError, subprocess.CalledProcessError):
+        return None
+    if Path(root) != project:  # installed inside somebody else's checkout
         return None
     return f"{commit}+changes" if changes else commit
 

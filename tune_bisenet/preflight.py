@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,12 +96,17 @@ class _Problems:
 # --- the checks ---------------------------------------------------------------------------------------------------
 
 
-def check(given: Arguments, *, default_name: str, progress: Callable[[int, int], None]) -> Flight:
-    """All checks, cheap ones first; frames are decoded last. Raises InputError with everything found."""
-    problems = _Problems()
+def check(
+    given: Arguments, mistyped: Mapping[str, str], *, default_name: str, progress: Callable[[int, int], None]
+) -> Flight:
+    """All checks, cheap ones first; frames are decoded last. Raises InputError with everything found.
+
+    `mistyped` is from `arguments.parse`: with any, nothing is planned, since the plan may lack just what they say.
+    """
+    problems = _Problems(list(mistyped.values()))
     name = given.name or default_name
     folder = problems.attempt(lambda: _folder(given, name))
-    earlier = problems.attempt(lambda: _earlier(given, folder, name)) if folder else None
+    earlier = problems.attempt(lambda: _earlier(given, folder, name)) if folder and "name" not in mistyped else None
     choices = problems.attempt(lambda: _continued(given, earlier)) if earlier else None
     choices = choices or choose(given, default_data=os.environ.get(DATASET_VARIABLE) or STREETS)
     grid = problems.attempt(lambda: spaces.load(choices.space))
@@ -110,7 +115,13 @@ def check(given: Arguments, *, default_name: str, progress: Callable[[int, int],
     backbone_digest = problems.attempt(lambda: _check_backbone(choices.backbone))
     source = problems.attempt(lambda: open_source(choices.data))
     facts = problems.attempt(lambda: _facts(source)) if source else None
-    runs = problems.attempt(lambda: plan.plan_runs(rows, _settings(choices), facts)) if rows and facts else None
+    runs = (
+        problems.attempt(lambda: plan.plan_runs(rows, _settings(choices), facts))
+        if rows and facts and not mistyped
+        else None
+    )
+    if runs and earlier:
+        problems.attempt(lambda: _check_same_rows(runs, earlier))
     packs = problems.attempt(lambda: _pack(source, runs, progress)) if source and runs and not problems.found else None
     if packs and earlier:
         problems.attempt(lambda: _check_same_data(packs, earlier))
@@ -169,6 +180,17 @@ def _continued(given: Arguments, earlier: dict[str, Any]) -> Choices:
     return before
 
 
+def _check_same_rows(runs: tuple[Run, ...], earlier: dict[str, Any]) -> None:
+    """A row edited since would go on under the old one's name and results. What is expected of it may be edited."""
+    before = {(run["name"], run["seed"]): Run.model_validate(run).fingerprint() for run in earlier["trials"].values()}
+    changed = {run.name for run in runs if before.get((run.name, run.seed), run.fingerprint()) != run.fingerprint()}
+    if changed:
+        raise ValueError(
+            f"the space says other things of {', '.join(sorted(changed))} than when this search was started. "
+            "Bring the rows back to resume it, or start another search under another --name."
+        )
+
+
 def _check_same_data(packs: dict[tuple[int, int], Packed], earlier: dict[str, Any]) -> None:
     digests = {size_words(size): pack.digest for size, pack in packs.items()}
     if digests != earlier["data"]["digests"]:
@@ -190,7 +212,13 @@ def _settings(choices: Choices) -> plan.Settings:
 
 def _pack(source: Source, runs: tuple[Run, ...], progress: Callable[[int, int], None]) -> dict[tuple[int, int], Packed]:
     sizes = sorted({run.image_size for run in runs})
-    return {size: prepare(source, image_size=size, cache_dir=_cache_dir(), progress=progress) for size in sizes}
+    cache_dir = _cache_dir()
+    try:
+        return {size: prepare(source, image_size=size, cache_dir=cache_dir, progress=progress) for size in sizes}
+    except OSError as error:
+        raise ValueError(
+            f"frames cannot be packed into {cache_dir} ({error}). Set {CACHE_VARIABLE} to a folder on a disk with room."
+        ) from error
 
 
 def _facts(source: Source) -> plan.DataFacts:

@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 
     console = Console()
     try:
-        asked = arguments.parse(flags)
+        asked, mistyped = arguments.parse(flags)
         name = f"{Path(asked.space or 'runs10').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        flight = preflight.check(asked, default_name=name, progress=_packing(console))
+        flight = preflight.check(asked, mistyped, default_name=name, progress=_packing(console))
     except arguments.InputError as error:
         return _refuse(list(error.problems))
     command = ["python", "-m", "tune_bisenet.run", *(sys.argv[1:] if argv is None else argv)]
@@ -142,10 +142,11 @@ def _search(flight: "Flight", console: "Console", command: list[str]) -> int:
     from tune_bisenet import ledger, search
 
     try:
-        with ledger.exclusive(flight.folder), search.ray_session(flight.arguments.address) as cluster:
+        with search.ray_session(flight.arguments.address) as cluster:
             resources = search.allot(cluster, flight.arguments, num_trials=len(flight.runs))
-            return _fly(flight, resources, console, command)
-    except (ledger.InUseError, search.ResourceError) as error:
+            with ledger.exclusive(flight.folder):
+                return _fly(flight, resources, console, command)
+    except (ledger.InUseError, search.ClusterError) as error:
         return _refuse([str(error)])
 
 

@@ -7,6 +7,7 @@ driver, the next one starts a new Tune experiment over what is left, and each tr
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -42,7 +43,10 @@ MAX_FAILURES: Final = 3
 RESTARTABLE: Final = 75
 """The exit code of a driver whose Ray has died under it (EX_TEMPFAIL): run it again with --resume."""
 
-WATCH_SECONDS: Final = 5.0
+REACH_SECONDS: Final = 5.0
+
+WATCH_SECONDS: Final = 1.0
+"""Short: a driver that hears of it from Ray's own code may be ended by that, with exit code 1."""
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +58,8 @@ class Outcome:
     signal_number: int | None = None
 
 
-class ResourceError(ValueError):
-    """The cluster cannot hold what one trial asks for."""
+class ClusterError(ValueError):
+    """There is no such cluster, or it cannot hold what one trial asks for."""
 
 
 # --- Ray --------------------------------------------------------------------------------------------------------
@@ -63,15 +67,23 @@ class ResourceError(ValueError):
 
 @contextmanager
 def ray_session(address: str | None) -> Iterator[Mapping[str, float]]:
-    """A Ray of our own on this machine, or the cluster at `address`; yields what it has, by resource name."""
+    """A Ray of our own on this machine, or the cluster at `address`; yields what it has, by resource name.
+
+    Raises ClusterError if nobody answers there.
+    """
     _configure_environment()
-    ray.init(
-        address=address or "local",
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": _worker_environment()} if address else None,
-    )
+    if address is not None:
+        _check_reachable(address)
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": _worker_environment()} if address else None,
+        )
+    except (ConnectionError, ValueError) as error:
+        raise ClusterError(f"--address {address}: Ray cannot connect: {error}") from error
     try:
         with _watchdog():
             yield ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -79,10 +91,24 @@ def ray_session(address: str | None) -> Iterator[Mapping[str, float]]:
         ray.shutdown()
 
 
+def _check_reachable(address: str) -> None:
+    """Ray itself retries for minutes. `auto` and the like are left to it."""
+    host, separator, port = address.rpartition(":")
+    if "://" in address or not separator or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({error}). `ray start --head` prints the address of one; "
+            "leave --address out to use this machine alone."
+        ) from error
+
+
 def allot(cluster: Mapping[str, float], asked: Arguments, *, num_trials: int) -> Resources:
     """Resources for each trial so that together they use the machine and no core is asked for twice.
 
-    With GPUs, one for each trial unless `asked` says otherwise. Raises ResourceError if a trial cannot fit.
+    With GPUs, one for each trial unless `asked` says otherwise. Raises ClusterError if a trial cannot fit.
     """
     num_cpus, num_gpus = int(cluster.get("CPU", 0)), cluster.get("GPU", 0.0)
     gpus = (1.0 if num_gpus else 0.0) if asked.gpus_per_trial is None else asked.gpus_per_trial
@@ -91,7 +117,7 @@ def allot(cluster: Mapping[str, float], asked: Arguments, *, num_trials: int) ->
         at_once = max(1, min(at_once, int(num_gpus / gpus)))
     cpus = asked.cpus_per_trial or max(1, num_cpus // at_once)
     if cpus > num_cpus or gpus > num_gpus:
-        raise ResourceError(
+        raise ClusterError(
             f"a trial asks for {cpus} CPUs and {gpus:g} GPUs; Ray has {num_cpus} and {num_gpus:g}. "
             "Lower --cpus-per-trial or --gpus-per-trial."
         )
@@ -108,6 +134,7 @@ def _configure_environment() -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours tells apart who asked, for the exit code
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its reporter prints a box of its own, even when silent
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner even when told to be silent
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its HParams show the last mIoU, not the best
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 

@@ -49,8 +49,9 @@ def load(name: str) -> Grid:
         module = _module_of(name)
     except ValidationError as error:
         raise SpaceError(f"a row of the space {name} is wrong: {_sentences(error)}") from error
-    except (ImportError, SyntaxError, ValueError) as error:
-        raise SpaceError(f"the space {name} cannot be used: {error}") from error
+    except Exception as error:  # a space is the user's own code: whatever it raises is a mistake in it
+        kind = "" if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: "
+        raise SpaceError(f"the space {name} cannot be used: {kind}{error}") from error
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Grid):
         raise SpaceError(

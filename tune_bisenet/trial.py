@@ -84,6 +84,7 @@ def result_of(history: list[Epoch]) -> dict[str, Any]:
 
 def _begin(run: Run, job: Job) -> tuple[Training, Packed]:
     torch.set_num_threads(job.cpus_per_trial)
+    torch.backends.cudnn.benchmark = True  # crops and batches keep their size
     data = _open_data(run, job)
     training = engine.begin(
         run,
@@ -112,11 +113,16 @@ def _open_data(run: Run, job: Job) -> Packed:
 
 def _keep(training: Training, end: EpochEnd, history: list[Epoch], folder: Storage, *, identity: str) -> None:
     """Put the epoch on storage. Weights that are no longer numbers never replace good ones."""
-    if not end.epoch.diverged:
+    if not end.epoch.diverged and _are_numbers(training.model):
         if best_of(history) is end.epoch:
             checkpoint.save_best(training, end, folder, identity=identity)
         checkpoint.save(training, history, folder, identity=identity)
     folder.write(EPOCHS, json.dumps([epoch.to_json() for epoch in history]).encode())
+
+
+def _are_numbers(model: torch.nn.Module) -> bool:
+    """Whether all weights and running statistics are finite: an epoch's last step may break them unseen by its loss."""
+    return all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
 def _die_if_hung(history: list[Epoch]) -> None:

@@ -40,7 +40,9 @@ def levels(normalised: Tensor) -> Tensor:
     return (normalised * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)) * 255
 
 
-def augmented(augment: Augment, images: Tensor, labels: Tensor, *, seed: int = 0, epoch: int = 1) -> tuple[Tensor, Tensor]:
+def augmented(
+    augment: Augment, images: Tensor, labels: Tensor, *, seed: int = 0, epoch: int = 1
+) -> tuple[Tensor, Tensor]:
     return augment_batch(images, labels, epoch_draw(augment, len(images), seed=seed, epoch=epoch))
 
 
@@ -92,7 +94,10 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_the_batch_it_is_in() -> N
     images, labels = random_images(8), random_labels(8)
     whole = augment_batch(images, labels, draw)
     for size in (1, 2, 4):
-        parts = [augment_batch(*(part[i : i + size] for part in (images, labels)), draw[i : i + size]) for i in range(0, 8, size)]
+        parts = [
+            augment_batch(*(part[i : i + size] for part in (images, labels)), draw[i : i + size])
+            for i in range(0, 8, size)
+        ]
         assert torch.allclose(torch.cat([image for image, _ in parts]), whole[0], atol=1e-5)
         assert torch.equal(torch.cat([label for _, label in parts]), whole[1])
 
@@ -107,6 +112,15 @@ def test_scales_flips_and_factors_fill_the_ranges_they_are_given() -> None:
     for factors in (draw.brightness, draw.contrast, draw.saturation):
         assert 0.6 <= factors.min() < 0.61
         assert 1.39 < factors.max() <= 1.4001
+
+
+def test_no_choice_says_anything_about_another() -> None:
+    draw = epoch_draw(Augment(min_scale=1.1, max_scale=2.0), 4000, seed=0, epoch=1)
+    shown = draw.window[:, 1, 1]
+    flipped = (draw.window[:, 0, 0] < 0).float()
+    across, down = draw.window[:, 0, 2] / (1 - shown), draw.window[:, 1, 2] / (1 - shown)
+    choices = torch.stack([shown, flipped, across, down, draw.brightness, draw.contrast, draw.saturation])
+    assert (choices.corrcoef() - torch.eye(7)).abs().max() < 0.06
 
 
 def test_a_large_crop_lies_inside_the_image_and_a_small_image_inside_the_crop() -> None:
@@ -179,7 +193,7 @@ def test_every_id_survives_augmentation_as_itself() -> None:
 
 @pytest.mark.parametrize("augment", [scaled(0.75, flip=0.5), scaled(1.37, flip=0.5), scaled(2.0, flip=0.5)])
 def test_each_pixel_and_its_label_come_from_the_same_place(augment: Augment) -> None:
-    """Red is the column, green the row, and so are two labels: what the image says must be the nearest the label says."""
+    """Red is the column and green the row, and so are two labels: each must be the whole number next to its colour."""
     columns = torch.arange(WIDTH, dtype=torch.uint8).expand(8, HEIGHT, WIDTH)
     rows = torch.arange(HEIGHT, dtype=torch.uint8).unsqueeze(1).expand(8, HEIGHT, WIDTH)
     images = torch.stack([columns, rows, rows], dim=1)
@@ -205,7 +219,9 @@ def test_normalisation_takes_out_the_mean_and_deviation_of_imagenet() -> None:
     images = random_images()
     assert torch.allclose(normalise(images), by_hand(images), atol=1e-6)
     grey = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
-    assert normalise(grey).flatten().tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-6)
+    assert normalise(grey).flatten().tolist() == pytest.approx(
+        [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-6
+    )
 
 
 def with_factors(images: Tensor, *, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0) -> Tensor:

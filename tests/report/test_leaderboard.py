@@ -170,3 +170,10 @@ def test_at_80_columns_only_the_status_gives_way() -> None:
 
 def test_a_terminal_that_knows_only_ascii_can_show_the_table() -> None:
     assert "24.52 *" in shown([R01, R02, R03], width=60, encoding="ascii")
+
+
+def test_without_a_baseline_no_table_speaks_of_gains() -> None:
+    standings = [Standing(trial="a", run="a", seed=0, num_epochs=2), Standing(trial="b", run="b", seed=1, num_epochs=2)]
+    assert "gain" not in to_csv(standings, baseline=None)
+    assert "| over" not in to_markdown(standings, baseline=None)
+    assert not any("over" in str(column.header) for column in to_rich(standings, baseline=None).columns)

@@ -20,7 +20,7 @@ from rich.text import Text
 from tune_bisenet.results import Standing
 
 BASELINE: Final = "r01"
-"""The row that gains are measured against, if nobody says otherwise."""
+"""The row that gains are measured against, if nobody says otherwise. With None, tables have no gains."""
 
 UNFINISHED: Final = "*"
 NOTE: Final = f"{UNFINISHED}: not trained to its last epoch, so its best is no final result."
@@ -39,7 +39,7 @@ def best_first(standings: Sequence[Standing]) -> list[Standing]:
     return sorted(standings, key=lambda standing: -_measured(standing.best_miou))
 
 
-def gains(standings: Sequence[Standing], *, baseline: str = BASELINE) -> dict[str, float | None]:
+def gains(standings: Sequence[Standing], *, baseline: str | None = BASELINE) -> dict[str, float | None]:
     """By trial: its best mIoU minus that of the row `baseline` at the same seed, in percentage points.
 
     None where nothing can be compared: no mIoU yet, no baseline at that seed, and for the baseline itself.
@@ -64,7 +64,7 @@ class RowSummary:
     gain_sd: float | None
 
 
-def over_seeds(standings: Sequence[Standing], *, baseline: str = BASELINE) -> list[RowSummary]:
+def over_seeds(standings: Sequence[Standing], *, baseline: str | None = BASELINE) -> list[RowSummary]:
     """A summary of each row, the highest mean first. Gains are paired by seed before they are averaged."""
     finished = [standing for standing in standings if standing.status == "finished"]
     gain_of = gains(finished, baseline=baseline)
@@ -106,7 +106,7 @@ def _difference(value: float | None, bar: float | None) -> float | None:
 # --- CSV --------------------------------------------------------------------------------------------------------
 
 
-def to_csv(standings: Sequence[Standing], *, baseline: str = BASELINE) -> str:
+def to_csv(standings: Sequence[Standing], *, baseline: str | None = BASELINE) -> str:
     """One line for each run and seed in declared order, under a header; empty where nothing was measured."""
     gain_of = gains(standings, baseline=baseline)
     lines = [_csv_line(standing, gain_of[standing.trial], baseline) for standing in standings]
@@ -121,7 +121,7 @@ def to_csv(standings: Sequence[Standing], *, baseline: str = BASELINE) -> str:
 _NOBODY: Final = Standing(trial="", run="", seed=0, num_epochs=0)
 
 
-def _csv_line(standing: Standing, gain: float | None, baseline: str) -> dict[str, object]:
+def _csv_line(standing: Standing, gain: float | None, baseline: str | None) -> dict[str, object]:
     return {
         "run": standing.run,
         "seed": standing.seed,
@@ -135,7 +135,7 @@ def _csv_line(standing: Standing, gain: float | None, baseline: str) -> dict[str
         "seconds": f"{standing.seconds:.1f}",
         "trial": standing.trial,
         "num_epochs": standing.num_epochs,
-        f"gain_over_{baseline}": _percent(gain),
+        **({} if baseline is None else {f"gain_over_{baseline}": _percent(gain)}),
         "error": _one_line(standing.error),
     }
 
@@ -143,7 +143,7 @@ def _csv_line(standing: Standing, gain: float | None, baseline: str) -> dict[str
 # --- tables to read ---------------------------------------------------------------------------------------------
 
 
-def to_markdown(standings: Sequence[Standing], *, baseline: str = BASELINE, captions: Sequence[str] = ()) -> str:
+def to_markdown(standings: Sequence[Standing], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()) -> str:
     """The captions, then the trials, best first; with several seeds also the rows' means over them."""
     blocks = [*captions, _markdown_table(_columns(standings, baseline), _cells(standings, baseline))]
     if any(map(_unfinished, standings)):
@@ -154,7 +154,7 @@ def to_markdown(standings: Sequence[Standing], *, baseline: str = BASELINE, capt
     return "\n\n".join(blocks) + "\n"
 
 
-def to_rich(standings: Sequence[Standing], *, baseline: str = BASELINE, captions: Sequence[str] = ()) -> Table:
+def to_rich(standings: Sequence[Standing], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()) -> Table:
     """The same trials as a table of at most 100 columns; what it says needs neither colour nor more than ASCII."""
     notes = [*captions, *([NOTE] if any(map(_unfinished, standings)) else [])]
     table = Table(caption=Text("\n".join(notes)) if notes else None, caption_justify="left", box=SIMPLE_HEAD)
@@ -167,7 +167,7 @@ def to_rich(standings: Sequence[Standing], *, baseline: str = BASELINE, captions
     return table
 
 
-def _columns(standings: Sequence[Standing], baseline: str) -> list[tuple[str, Align]]:
+def _columns(standings: Sequence[Standing], baseline: str | None) -> list[tuple[str, Align]]:
     seed: list[tuple[str, Align]] = [("seed", "right")] if _several_seeds(standings) else []
     return [
         ("#", "right"),
@@ -178,12 +178,16 @@ def _columns(standings: Sequence[Standing], baseline: str) -> list[tuple[str, Al
         ("best mIoU", "right"),
         ("at", "right"),
         ("last", "right"),
-        (f"over {baseline}", "right"),
+        *_gain_column(baseline),
         ("h:mm:ss", "right"),
     ]
 
 
-def _cells(standings: Sequence[Standing], baseline: str) -> list[list[str]]:
+def _gain_column(baseline: str | None) -> list[tuple[str, Align]]:
+    return [] if baseline is None else [(f"over {baseline}", "right")]
+
+
+def _cells(standings: Sequence[Standing], baseline: str | None) -> list[list[str]]:
     gain_of = gains(standings, baseline=baseline)
     several_seeds = _several_seeds(standings)
     return [
@@ -196,7 +200,7 @@ def _cells(standings: Sequence[Standing], baseline: str) -> list[list[str]]:
             _marked_best(standing),
             "" if standing.best_epoch is None else str(standing.best_epoch),
             _percent(standing.last_miou),
-            _signed(gain_of[standing.trial]),
+            *([] if baseline is None else [_signed(gain_of[standing.trial])]),
             str(timedelta(seconds=round(standing.seconds))),
         ]
         for rank, standing in enumerate(best_first(standings), start=1)
@@ -209,19 +213,19 @@ def _marked_best(standing: Standing) -> str:
     return f"{standing.best_miou:.2f} {UNFINISHED if _unfinished(standing) else ' '}"
 
 
-def _seed_table(standings: Sequence[Standing], baseline: str) -> str:
+def _seed_table(standings: Sequence[Standing], baseline: str | None) -> str:
     columns: list[tuple[str, Align]] = [
         ("run", "left"),
         ("seeds", "right"),
         ("best mIoU", "right"),
-        (f"over {baseline}", "right"),
+        *_gain_column(baseline),
     ]
     cells = [
         [
             row.run,
             f"{row.finished} of {row.trials}",
             _percent(row.miou) + _spread(row.miou_sd),
-            _signed(row.gain) + _spread(row.gain_sd),
+            *([] if baseline is None else [_signed(row.gain) + _spread(row.gain_sd)]),
         ]
         for row in over_seeds(standings, baseline=baseline)
     ]

@@ -33,7 +33,7 @@ def job(**changes: object) -> Job:
         "storage": "/results/search",
         "cpus_per_trial": 1,
         "use_gpu": False,
-        "several_seeds": False,
+        "plain_seed": 2,
     }
     return Job.model_validate(fields | changes)
 
@@ -258,7 +258,7 @@ def test_the_identity_follows_everything_that_decides_the_weights_and_nothing_el
         job(precision="bf16").identity(row()),
     ]
     assert len({same, *others}) == 5
-    elsewhere = job(cache_dir="/tmp", storage="s3://bucket", cpus_per_trial=8, use_gpu=True, several_seeds=True)
+    elsewhere = job(cache_dir="/tmp", storage="s3://bucket", cpus_per_trial=8, use_gpu=True, plain_seed=None)
     assert elsewhere.identity(row(name="other")) == same
 
 
@@ -269,7 +269,11 @@ def test_the_identity_looks_at_the_data_of_the_runs_own_size() -> None:
 
 def test_a_trial_is_named_by_its_row_and_by_its_seed_where_there_are_several() -> None:
     assert job().trial_name(row(seed=2)) == "r01"
-    assert job(several_seeds=True).trial_name(row(seed=2)) == "r01-s2"
+    assert job(plain_seed=None).trial_name(row(seed=2)) == "r01-s2"
+
+
+def test_seeds_added_later_rename_no_trial() -> None:
+    assert [job(plain_seed=2).trial_name(row(seed=seed)) for seed in (2, 3)] == ["r01", "r01-s3"]
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"cpus_per_trial": 0}, {"gpu": True}])

@@ -9,6 +9,7 @@ from driving import write_frames, write_space
 
 from tune_bisenet import run, spaces
 from tune_bisenet.preflight import CACHE_VARIABLE, DATASET_VARIABLE
+from tune_bisenet.results import Standing
 
 
 @pytest.fixture(autouse=True)
@@ -222,8 +223,7 @@ def search(place: Path) -> Path:
         "space": "smoke",
         "data": "streets",
         "backbone": "none",
-        "runs": None,
-        "seeds": [0],
+        "parts": [{"runs": None, "seeds": [0]}],
         "epochs": 2,
         "image_size": [32, 64],
         "proxy": True,
@@ -254,6 +254,41 @@ def test_a_resumed_search_takes_no_other_flags(
     assert flags[0] in said
     assert "differs from what this search was started with" in said
     assert "--name" in said
+
+
+def failed(search: Path, row: str) -> None:
+    """Let the earlier driver have left a failed trial of `row`."""
+    standing = Standing(trial=row, run=row, seed=0, num_epochs=2, status="failed")
+    (search / "trials.json").write_text(json.dumps({"standings": [standing.to_json()], "scheduler": {}}))
+
+
+ADDED = {
+    "nothing": ([], "needs to be told what"),
+    "what differs": (["--seeds", "1", "--epochs", "3"], "--epochs differs"),
+    "an unknown row": (["--runs", "z"], "no row z"),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), ADDED.values(), ids=ADDED)
+def test_a_search_takes_more_trials_of_its_own_kind_only(
+    capsys: pytest.CaptureFixture[str], search: Path, flags: list[str], words: str
+) -> None:
+    assert words in refused(capsys, "--storage", str(search.parent), "--name", search.name, "--add", *flags)
+
+
+def test_what_a_search_has_already_cannot_be_added(capsys: pytest.CaptureFixture[str], search: Path) -> None:
+    record = json.loads((search / "search.json").read_text())
+    rows = [row.model_copy(update={"image_size": (32, 64)}) for row in spaces.load("smoke").runs]
+    record["trials"] = {row.name: row.model_dump(mode="json") for row in rows}
+    (search / "search.json").write_text(json.dumps(record))
+    said = refused(capsys, "--storage", str(search.parent), "--name", search.name, "--add", "--seeds", "0")
+    assert "has all these rows and seeds already" in said
+
+
+def test_only_what_failed_is_run_again(capsys: pytest.CaptureFixture[str], search: Path) -> None:
+    failed(search, "b")
+    said = refused(capsys, "--storage", str(search.parent), "--name", search.name, "--rerun", "a")
+    assert "--rerun a: nothing of that has failed. What has: b." in said
 
 
 def test_frames_that_have_changed_since_are_refused(capsys: pytest.CaptureFixture[str], search: Path) -> None:

@@ -30,7 +30,7 @@ place = pytest.fixture(scope="module")(make_place)
 
 @dataclass
 class Seen:
-    """What was seen of one search: while its first driver ran, after it, and after a second driver resumed it."""
+    """What was seen of one search: while its first driver ran, and after others ran again what failed, and added."""
 
     folder: Path
     code: int = -1
@@ -40,8 +40,10 @@ class Seen:
     most_at_once: int = 0
     intruder_code: int = -1
     intruder_log: str = ""
-    resumed_code: int = -1
-    resumed_log: str = ""
+    rerun_code: int = -1
+    rerun_log: str = ""
+    rerun_board: list[dict[str, str]] = field(default_factory=list)
+    added_code: int = -1
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,10 @@ def seen(place: Path) -> Seen:
             seen.intruder_code, seen.intruder_log = intruder.end(), intruder.log
         seen.code, seen.log, seen.board = driver.end(), driver.log, leaderboard(seen.folder)
     foreign.unlink()
-    with Driver(place, "--storage", str(place), "--resume", "--name", "seen") as driver:
-        seen.resumed_code, seen.resumed_log = driver.end(), driver.log
+    with Driver(place, "--storage", str(place), "--name", "seen", "--rerun", "mild") as driver:
+        seen.rerun_code, seen.rerun_log, seen.rerun_board = driver.end(), driver.log, leaderboard(seen.folder)
+    with Driver(place, "--storage", str(place), "--name", "seen", "--add", "--runs", "good", "--seeds", "2") as driver:
+        seen.added_code = driver.end()
     return seen
 
 
@@ -76,7 +80,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_trials_are_named_by_row_and_seed_and_stand_in_declared_order(seen: Seen) -> None:
-    assert list(statuses(seen.folder)) == ["good-s0", "hot-s0", "mild-s0", "good-s1", "hot-s1", "mild-s1"]
+    assert [row["trial"] for row in seen.board] == ["good-s0", "hot-s0", "mild-s0", "good-s1", "hot-s1", "mild-s1"]
 
 
 def test_the_leaderboard_has_its_columns_in_order(seen: Seen) -> None:
@@ -112,15 +116,25 @@ def test_a_trial_that_fails_says_why_and_leaves_the_others_alone(seen: Seen) -> 
     assert seen.code == 1
 
 
-def test_resume_finishes_what_failed_and_repeats_nothing_else(seen: Seen) -> None:
-    assert seen.resumed_code == 0
-    after = {row["trial"]: row for row in leaderboard(seen.folder)}
+def test_a_search_takes_more_trials_later_and_reports_both_as_one(seen: Seen) -> None:
+    assert seen.added_code == 0
+    *before, added = leaderboard(seen.folder)
+    assert before == seen.rerun_board
+    assert (added["trial"], added["status"], added["epochs"]) == ("good-s2", "finished", "3")
+    third_session = sorted((seen.folder / "tune").iterdir())[-1]
+    assert [path.name for path in third_session.iterdir() if path.is_dir()] == ["good-s2"]
+    assert "good-s2" in (seen.folder / "report.md").read_text()
+
+
+def test_a_rerun_finishes_what_failed_and_repeats_nothing_else(seen: Seen) -> None:
+    assert seen.rerun_code == 0
+    after = {row["trial"]: row for row in seen.rerun_board}
     assert after["mild-s1"]["status"] == "finished"
     assert after["mild-s1"]["error"] == ""
     assert [row for row in seen.board if row["trial"] != "mild-s1"] == [
         row for row in after.values() if row["trial"] != "mild-s1"
     ]
-    second_session = sorted((seen.folder / "tune").iterdir())[-1]
+    second_session = sorted((seen.folder / "tune").iterdir())[1]
     assert [path.name for path in second_session.iterdir() if path.is_dir()] == ["mild-s1"]
 
 
@@ -135,8 +149,8 @@ def test_no_more_trials_run_at_once_than_there_are_cores_for(seen: Seen) -> None
 
 def test_without_a_terminal_progress_is_plain_lines(seen: Seen) -> None:
     assert "good-s0  epoch 1/3" in seen.log
-    assert "\x1b" not in seen.resumed_log
-    assert "Traceback" not in seen.resumed_log
+    assert "\x1b" not in seen.rerun_log
+    assert "Traceback" not in seen.rerun_log
 
 
 def test_seeds_differ_and_a_seed_repeats_itself(seen: Seen) -> None:

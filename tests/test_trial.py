@@ -34,7 +34,7 @@ def job_in(storage: Path, data: "Packed") -> Job:
         storage=str(storage),
         cpus_per_trial=1,
         use_gpu=False,
-        several_seeds=False,
+        plain_seed=0,
     )
 
 

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
@@ -75,7 +75,22 @@ class Arguments(Frozen):
     storage: str = "results"
     name: Annotated[str, BeforeValidator(_name)] | None = None
     resume: bool = False
+    add: bool = False
+    rerun: Names | None = None
     address: str | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether this goes on with a search that is there already."""
+        return self.resume or self.add or self.rerun is not None
+
+
+class Part(Frozen):
+    """Some rows, each with some seeds."""
+
+    runs: Names | None
+    """None for all rows."""
+    seeds: Seeds
 
 
 class Choices(Frozen):
@@ -86,9 +101,8 @@ class Choices(Frozen):
     """`streets`, or the absolute path of a folder."""
     backbone: str
     """`imagenet`, `none`, or the absolute path of a file."""
-    runs: Names | None
-    """None for all rows."""
-    seeds: Seeds
+    parts: tuple[Part, ...]
+    """What was asked for first, and what `--add` asked for since."""
     epochs: PositiveInt | None
     """None for what each row says."""
     image_size: Size | None
@@ -96,6 +110,20 @@ class Choices(Frozen):
     proxy: bool
     scheduler: Scheduler
     precision: Precision
+
+    @property
+    def plain_seed(self) -> int | None:
+        """The seed whose trials go by their row's name alone: the only one that was asked for first, or None."""
+        seeds = self.parts[0].seeds
+        return seeds[0] if len(seeds) == 1 else None
+
+    def with_part(self, *, runs: tuple[str, ...] | None, seeds: tuple[int, ...] | None) -> Self:
+        """The same with more trials; what is left out is as it was first. ValueError if both are."""
+        if runs is None and seeds is None:
+            raise ValueError("--add needs to be told what: --seeds 3,4 for the same rows, --runs r05 for other rows.")
+        first = self.parts[0]
+        part = Part(runs=first.runs if runs is None else runs, seeds=first.seeds if seeds is None else seeds)
+        return self.model_copy(update={"parts": (*self.parts, part)})
 
 
 def choose(given: Arguments, *, default_data: str) -> Choices:
@@ -106,8 +134,7 @@ def choose(given: Arguments, *, default_data: str) -> Choices:
         "space": "runs10",
         "data": absolute("data", default_data),
         "backbone": NO_BACKBONE if streets else "imagenet",
-        "runs": None,
-        "seeds": (0,),
+        "parts": (Part(runs=given.runs, seeds=given.seeds or (0,)),),
         "epochs": None,
         "image_size": None,
         "proxy": streets,
@@ -119,7 +146,7 @@ def choose(given: Arguments, *, default_data: str) -> Choices:
 
 def asked_for(given: Arguments) -> dict[str, Any]:
     """The choices that were given as flags, paths made absolute."""
-    choices = {name: getattr(given, name) for name in Choices.model_fields}
+    choices = {name: getattr(given, name) for name in Choices.model_fields if name != "parts"}
     return {name: absolute(name, value) for name, value in choices.items() if value is not None}
 
 

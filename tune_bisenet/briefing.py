@@ -42,11 +42,15 @@ def plan_lines(flight: Flight, resources: Resources, runs: Mapping[str, Run]) ->
     return [*lines, *(("note", caption) for caption in flight.captions)]
 
 
-def print_results(console: Console, flight: Flight, standings: Sequence[Standing], signal_number: int | None) -> None:
+def print_results(
+    console: Console, flight: Flight, standings: Sequence[Standing], *, page: str | None, signal_number: int | None
+) -> None:
     """The leaderboard, where it lies, and what to do if the search is not whole."""
     console.print()
     console.print(leaderboard.to_rich(standings, baseline=flight.grid.baseline, captions=flight.captions))
     _print_line(console, f"results: {flight.folder.uri}")
+    if page is not None:
+        _print_line(console, f"report:  {page}")
     failed = [standing.trial for standing in standings if standing.status == "failed"]
     if failed:
         _print_line(console, f"failed: {', '.join(failed)}. Try these again with --resume --name {flight.name}.")

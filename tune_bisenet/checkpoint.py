@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 
-from tune_bisenet.engine import EpochEnd, Training
+from tune_bisenet.engine import Training
 from tune_bisenet.results import Epoch
 from tune_bisenet.storage import Storage
 
@@ -56,15 +56,14 @@ def end(folder: Storage) -> None:
         folder.delete(PREVIOUS)
 
 
-def save_best(training: Training, end: EpochEnd, folder: Storage, *, identity: str) -> None:
-    """Write `best.pt`: the weights of this epoch, what they scored, and the confusion matrix of each image."""
+def save_best(training: Training, epoch: Epoch, folder: Storage, *, identity: str) -> None:
+    """Write `best.pt`: the weights of this epoch, and what they scored."""
     state = {
         "format": FORMAT,
         "identity": identity,
         "run": training.run.model_dump(mode="json"),
         "model": training.model.state_dict(),
-        "epoch": end.epoch.to_json(),
-        "confusion": end.confusion.to(torch.int32),
+        "epoch": epoch.to_json(),
     }
     folder.write(BEST, to_bytes(state))
 

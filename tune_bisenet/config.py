@@ -209,8 +209,8 @@ class Job(Frozen):
     """The search's own folder: a local path or a URI."""
     cpus_per_trial: PositiveInt
     use_gpu: bool
-    several_seeds: bool
-    """Whether trials are named by row and seed instead of by row alone."""
+    plain_seed: NonNegativeInt | None
+    """The seed whose trials are named by their row alone: the only one that the search began with, or None."""
 
     def identity(self, run: Run) -> str:
         """16 hex digits over all that decides the weights a trial ends with."""
@@ -218,8 +218,8 @@ class Job(Frozen):
         return fingerprint(parts)
 
     def trial_name(self, run: Run) -> str:
-        """`r01`, or `r01-s2` where the search has several seeds."""
-        return f"{run.name}-s{run.seed}" if self.several_seeds else run.name
+        """`r01`, or `r01-s2` where the search has several seeds. Seeds added later rename nothing."""
+        return run.name if run.seed == self.plain_seed else f"{run.name}-s{run.seed}"
 
 
 class Resources(Frozen):

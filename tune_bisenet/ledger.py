@@ -9,7 +9,7 @@ Trials themselves, with weights and epochs, lie in folders beside these, and `ma
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -55,7 +55,10 @@ def exclusive(folder: Storage) -> Iterator[None]:
 
 
 class Ledger:
-    """The standings of a search, in declared order, and their copies on storage."""
+    """The standings of a search, in declared order, and their copies on storage.
+
+    A session may be about some rows only: `only`. The others stand where they stood.
+    """
 
     def __init__(
         self,
@@ -64,12 +67,14 @@ class Ledger:
         *,
         captions: Sequence[str],
         baseline: str | None,
+        only: Collection[str] | None = None,
         scheduler_state: Callable[[], dict[str, Any]],
     ) -> None:
         self._folder = folder
         self._standings = {standing.trial: standing for standing in standings}
         self._captions = tuple(captions)
         self._baseline = baseline
+        self._only = only
         self._scheduler_state = scheduler_state
         self._written_at = -SECONDS_BETWEEN_WRITES
 
@@ -81,8 +86,12 @@ class Ledger:
         return self._standings[trial]
 
     def unfinished(self) -> list[str]:
-        """The trials that have not come to an end of any kind."""
-        return [name for name, standing in self._standings.items() if standing.status in ("waiting", "running")]
+        """The trials of this session that have not come to an end of any kind."""
+        return [
+            name
+            for name, standing in self._standings.items()
+            if standing.status in ("waiting", "running") and (self._only is None or standing.run in self._only)
+        ]
 
     def started(self, trial: str) -> None:
         self._set(trial, status="running")
@@ -161,12 +170,20 @@ def read_trials(folder: Storage) -> tuple[list[Standing], dict[str, Any] | None]
         return [], None
 
 
-def carried_over(trial: str, run: Run, earlier: Sequence[Standing]) -> Standing:
-    """Where a trial stands as a session begins: ended trials stay ended, all others wait, failed ones too."""
+def carried_over(trial: str, run: Run, earlier: Sequence[Standing], *, only: Collection[str] | None = None) -> Standing:
+    """Where a trial stands as a session begins: ended trials stay ended, all others wait, failed ones too.
+
+    In a session about the rows `only`, what failed in others stays failed.
+    """
     known = {other.trial: other for other in earlier}.get(trial)
     if known is None:
         return Standing(trial=trial, run=run.name, seed=run.seed, num_epochs=run.num_epochs)
-    return known if known.status in ENDED_WELL else replace(known, status="waiting", stopped_by="", error="")
+    stays_failed = known.status == "failed" and only is not None and run.name not in only
+    return (
+        known
+        if known.status in ENDED_WELL or stays_failed
+        else replace(known, status="waiting", stopped_by="", error="")
+    )
 
 
 def to_json(value: Any) -> bytes:

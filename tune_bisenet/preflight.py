@@ -6,7 +6,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -65,7 +65,7 @@ class Flight:
             storage=self.folder.uri,
             cpus_per_trial=cpus_per_trial,
             use_gpu=use_gpu,
-            several_seeds=len({run.seed for run in self.runs}) > 1,
+            plain_seed=self.choices.plain_seed,
         )
 
 
@@ -110,18 +110,15 @@ def check(
     choices = problems.attempt(lambda: _continued(given, earlier)) if earlier else None
     choices = choices or choose(given, default_data=os.environ.get(DATASET_VARIABLE) or STREETS)
     grid = problems.attempt(lambda: spaces.load(choices.space))
-    rows = problems.attempt(lambda: spaces.select(grid, choices.runs)) if grid else None
+    rows = problems.attempt(lambda: _rows(grid, choices)) if grid else None
     problems.attempt(lambda: _check_precision(choices.precision, given))
     backbone_digest = problems.attempt(lambda: _check_backbone(choices.backbone))
     source = problems.attempt(lambda: open_source(choices.data))
     facts = problems.attempt(lambda: _facts(source)) if source else None
-    runs = (
-        problems.attempt(lambda: plan.plan_runs(rows, _settings(choices), facts))
-        if rows and facts and not mistyped
-        else None
-    )
+    runs = problems.attempt(lambda: _plan(rows, choices, facts)) if rows and facts and not mistyped else None
     if runs and earlier:
         problems.attempt(lambda: _check_same_rows(runs, earlier))
+        problems.attempt(lambda: _check_something_to_do(given, runs, folder, earlier))
     packs = problems.attempt(lambda: _pack(source, runs, progress)) if source and runs and not problems.found else None
     if packs and earlier:
         problems.attempt(lambda: _check_same_data(packs, earlier))
@@ -154,30 +151,34 @@ def _folder(arguments: Arguments, name: str) -> Storage:
 
 
 def _earlier(arguments: Arguments, folder: Storage, name: str) -> dict[str, Any] | None:
-    if arguments.resume and arguments.name is None:
-        raise ValueError("--resume needs the --name of the search to go on with.")
+    if arguments.continues and arguments.name is None:
+        raise ValueError("--resume, --add and --rerun need the --name of the search to go on with.")
     earlier = ledger.read_search(folder)
-    if arguments.resume and earlier is None:
-        raise ValueError(f"there is no search {name} in {arguments.storage} to resume. Check --name and --storage.")
-    if earlier is not None and not arguments.resume:
+    if arguments.continues and earlier is None:
+        raise ValueError(f"there is no search {name} in {arguments.storage} to go on with. Check --name and --storage.")
+    if earlier is not None and not arguments.continues:
         raise ValueError(
             f"there is a search {name} in {arguments.storage} already. "
-            "Go on with it by --resume, or take another --name."
+            "Go on with it by --resume, give it more trials by --add, or take another --name."
         )
     return earlier
 
 
 def _continued(given: Arguments, earlier: dict[str, Any]) -> Choices:
-    """The choices of the search that is resumed. ValueError if a flag asks for something else."""
+    """The choices of the search that is resumed or added to. ValueError if a flag asks for something else."""
     before = Choices.model_validate(earlier["choices"])
     changed = [name for name, value in asked_for(given).items() if value != getattr(before, name)]
+    if not given.add:
+        first = before.parts[0]
+        changed += ["runs"] if given.runs not in (None, first.runs) else []
+        changed += ["seeds"] if given.seeds not in (None, first.seeds) else []
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         raise ValueError(
             f"{flags} differs from what this search was started with. Leave it out to resume the search, "
-            "or start another under another --name."
+            "give the search more trials by --add, or start another under another --name."
         )
-    return before
+    return before.with_part(runs=given.runs, seeds=given.seeds) if given.add else before
 
 
 def _check_same_rows(runs: tuple[Run, ...], earlier: dict[str, Any]) -> None:
@@ -193,16 +194,48 @@ def _check_same_rows(runs: tuple[Run, ...], earlier: dict[str, Any]) -> None:
 
 def _check_same_data(packs: dict[tuple[int, int], Packed], earlier: dict[str, Any]) -> None:
     digests = {size_words(size): pack.digest for size, pack in packs.items()}
-    if digests != earlier["data"]["digests"]:
+    before = earlier["data"]["digests"]
+    if any(before.get(size, digest) != digest for size, digest in digests.items()):
         raise ValueError(
             f"the frames in {earlier['data']['name']} have changed since this search was started. "
             "Bring them back to resume it, or start another search under another --name."
         )
 
 
+def _check_something_to_do(
+    given: Arguments, runs: tuple[Run, ...], folder: Storage | None, earlier: dict[str, Any]
+) -> None:
+    """ValueError if `--add` names nothing new, or `--rerun` a row of which nothing has failed."""
+    known = {(run["name"], run["seed"]) for run in earlier["trials"].values()}
+    if given.add and all((run.name, run.seed) in known for run in runs):
+        raise ValueError("--add: this search has all these rows and seeds already. Name seeds or rows that are new.")
+    standings = ledger.read_trials(folder)[0] if folder else []
+    failed = {standing.run for standing in standings if standing.status == "failed"}
+    sound = [name for name in given.rerun or () if name not in failed]
+    if sound:
+        raise ValueError(
+            f"--rerun {', '.join(sound)}: nothing of that has failed. "
+            + (f"What has: {', '.join(sorted(failed))}." if failed else "Nothing has, in this search.")
+        )
+
+
+def _rows(grid: spaces.Grid, choices: Choices) -> list[tuple[Run, ...]]:
+    """The declared rows of each part."""
+    return [spaces.select(grid, part.runs) for part in choices.parts]
+
+
+def _plan(rows: list[tuple[Run, ...]], choices: Choices, facts: plan.DataFacts) -> tuple[Run, ...]:
+    """The runs of all parts, each once, in the order in which they were asked for."""
+    runs = [
+        run
+        for declared, part in zip(rows, choices.parts, strict=True)
+        for run in plan.plan_runs(declared, replace(_settings(choices), seeds=part.seeds), facts)
+    ]
+    return tuple({(run.name, run.seed): run for run in runs}.values())
+
+
 def _settings(choices: Choices) -> plan.Settings:
     return plan.Settings(
-        seeds=choices.seeds,
         num_epochs=choices.epochs,
         max_epochs=STREETS_EPOCHS if choices.data == STREETS else None,
         image_size=choices.image_size,

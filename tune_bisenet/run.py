@@ -101,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--storage", metavar="DIR_OR_URI", help="where searches are kept (default: results)")
     add("--name", metavar="NAME", help="of this search, a folder in the storage (default: the space and the time)")
     add("--resume", action="store_true", help="go on with the search of that name; failed trials are tried again")
+    add(
+        "--add",
+        action="store_true",
+        help="give that search more trials: with --seeds for its rows, with --runs other rows",
+    )
+    add("--rerun", metavar="r03", help="go on with that search, but only with what failed of these rows")
     add("--address", metavar="ADDR", help="a running Ray cluster (default: a Ray of its own on this machine)")
     parser.add_argument("--show", action="store_true", help="print the space as a Markdown table and end")
     return parser
@@ -153,6 +159,7 @@ def _search(flight: "Flight", console: "Console", command: list[str]) -> int:
 def _fly(flight: "Flight", resources: "Resources", console: "Console", command: list[str]) -> int:
     from tune_bisenet import briefing, ledger, manifest, search
     from tune_bisenet.progress import Progress
+    from tune_bisenet.report import keeper
 
     job = flight.job(cpus_per_trial=resources.cpus_per_trial, use_gpu=resources.gpus_per_trial > 0)
     runs = {job.trial_name(run): run for run in flight.runs}
@@ -160,9 +167,10 @@ def _fly(flight: "Flight", resources: "Resources", console: "Console", command: 
     scheduler = _scheduler(flight, scheduler_state)
     book = ledger.Ledger(
         flight.folder,
-        [ledger.carried_over(name, run, earlier) for name, run in runs.items()],
+        [ledger.carried_over(name, run, earlier, only=flight.arguments.rerun) for name, run in runs.items()],
         captions=flight.captions,
         baseline=flight.grid.baseline,
+        only=flight.arguments.rerun,
         scheduler_state=scheduler.state,
     )
     record = manifest.opened(flight, runs, command=command, resources=resources)
@@ -170,11 +178,12 @@ def _fly(flight: "Flight", resources: "Resources", console: "Console", command: 
     manifest.write(flight.folder, record)
     search.write_board(flight.folder, runs)
     briefing.print_plan(console, flight, resources, runs)
-    with Progress(console) as progress:
+    with Progress(console) as progress, keeper.kept_current(flight.folder):
         progress.update(book.standings)
         outcome = search.search(runs, job, resources, scheduler=scheduler, ledger=book, progress=progress)
     manifest.write(flight.folder, manifest.closed(record, outcome.signal_number))
-    briefing.print_results(console, flight, book.standings, outcome.signal_number)
+    page = keeper.write_safely(flight.folder)
+    briefing.print_results(console, flight, book.standings, page=page, signal_number=outcome.signal_number)
     return _exit_code(book.standings, outcome.signal_number)
 
 

@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from ray import tune
 
-from tune_bisenet import backbone, checkpoint, engine
+from tune_bisenet import backbone, checkpoint, engine, evidence
 from tune_bisenet.config import Job, Run, size_words
 from tune_bisenet.data.catalog import open_source
 from tune_bisenet.data.packed import Packed, open_packed
@@ -61,7 +62,7 @@ def run_trial(run: Run, job: Job, *, report: Callable[[dict[str, Any]], None]) -
         _die_if_hung(history)
         for end in engine.fit(training):
             history.append(end.epoch)
-            _keep(training, end, history, folder, identity=identity)
+            _keep(training, end, history, data, folder, identity=identity)
             tracker.add(end, history, data)
             report(result_of(history))
             if end.epoch.diverged:
@@ -111,11 +112,14 @@ def _open_data(run: Run, job: Job) -> Packed:
     return data
 
 
-def _keep(training: Training, end: EpochEnd, history: list[Epoch], folder: Storage, *, identity: str) -> None:
+def _keep(
+    training: Training, end: EpochEnd, history: list[Epoch], data: Packed, folder: Storage, *, identity: str
+) -> None:
     """Put the epoch on storage. Weights that are no longer numbers never replace good ones."""
     if not end.epoch.diverged and _are_numbers(training.model):
         if best_of(history) is end.epoch:
-            checkpoint.save_best(training, end, folder, identity=identity)
+            checkpoint.save_best(training, end.epoch, folder, identity=identity)
+            folder.write(evidence.BEST, evidence.best_to_bytes(_best(end, data)))
         checkpoint.save(training, history, folder, identity=identity)
     folder.write(EPOCHS, json.dumps([epoch.to_json() for epoch in history]).encode())
 
@@ -173,6 +177,17 @@ class _Board:
         if self._mirrored:
             for path in self._logdir.iterdir():
                 self._folder.write(path.name, path.read_bytes())
+
+
+def _best(end: EpochEnd, data: Packed) -> evidence.Best:
+    split, indices = data.val, list(end.samples)
+    return evidence.Best(
+        confusions=end.confusion.numpy().astype(np.int32),
+        names=tuple(split.names[index] for index in indices),
+        images=np.stack([split.images[index] for index in indices]),
+        labels=np.stack([split.labels[index] for index in indices]),
+        predictions=np.stack([prediction.numpy() for prediction in end.samples.values()]),
+    )
 
 
 def _triptychs(end: EpochEnd, data: Packed) -> list[tuple[str, Any]]:

@@ -1,0 +1,43 @@
+"""Keep a search's page current while it runs. A page that cannot be written never harms the search."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from tune_bisenet.storage import Storage
+
+SECONDS_BETWEEN_PAGES: Final = 45.0
+"""With the seconds it takes to write one, never older than a minute."""
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def kept_current(folder: Storage, *, every_seconds: float = SECONDS_BETWEEN_PAGES) -> Iterator[None]:
+    """Write the report of the search in `folder` again and again while the block runs."""
+    done = threading.Event()
+
+    def keep() -> None:
+        while not done.wait(every_seconds):
+            write_safely(folder)
+
+    thread = threading.Thread(target=keep, name="report", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def write_safely(folder: Storage) -> str | None:
+    """Write the report and say where its page is; None, and a line in the log, if that fails for whatever reason."""
+    from tune_bisenet.report.page import write_report  # plotly takes half a second that `--show` must not wait for
+
+    try:
+        return write_report(folder)
+    except Exception as error:  # a search of days must not end because of its picture
+        log.warning("the report could not be written: %s: %s", type(error).__name__, error)
+        return None

@@ -142,10 +142,9 @@ def _search(flight: "Flight", console: "Console", command: list[str]) -> int:
     from tune_bisenet import ledger, search
 
     try:
-        with search.ray_session(flight.arguments.address) as cluster:
+        with ledger.exclusive(flight.folder), search.ray_session(flight.arguments.address) as cluster:
             resources = search.allot(cluster, flight.arguments, num_trials=len(flight.runs))
-            with ledger.exclusive(flight.folder):
-                return _fly(flight, resources, console, command)
+            return _fly(flight, resources, console, command)
     except (ledger.InUseError, search.ClusterError) as error:
         return _refuse([str(error)])
 

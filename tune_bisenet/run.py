@@ -165,8 +165,8 @@ def _fly(flight: "Flight", resources: "Resources", console: "Console", command: 
         scheduler_state=scheduler.state,
     )
     record = manifest.opened(flight, runs, command=command, resources=resources)
-    book.write()
     manifest.write(flight.folder, record)
+    book.write()
     search.write_board(flight.folder, runs)
     briefing.print_plan(console, flight, resources, runs)
     with Progress(console) as progress:

@@ -244,7 +244,8 @@ def test_code_in_a_state_is_refused_and_does_not_run(training: Training, folder:
     with pytest.raises(CheckpointError, match="not a state of plain values"):
         from_bytes(content)
     folder.write(LAST, content)
-    assert checkpoint.resume(training, folder, identity="one") == []
+    with pytest.raises(CheckpointError, match="nothing else is ever loaded"):
+        checkpoint.resume(training, folder, identity="one")
     assert not trace.exists()
 
 

@@ -101,11 +101,11 @@ def from_bytes(content: bytes) -> dict[str, Any]:
     """The state `to_bytes` was given; runs no code from it. DamagedError, or CheckpointError if it is another thing."""
     digest_size = hashlib.sha256().digest_size
     if hashlib.sha256(memoryview(content)[:-digest_size]).digest() != content[-digest_size:]:
-        raise DamagedError("its SHA-256 is another")
+        raise DamagedError("damaged: its SHA-256 is another")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(f"not a state of plain values: {error}") from error
+        raise CheckpointError("not a state of plain values, and nothing else is ever loaded") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"not of format {FORMAT}")
     return state

@@ -42,8 +42,11 @@ def exclusive(folder: Storage) -> Iterator[None]:
     if folder.local_path is None:
         yield
         return
-    folder.make()
-    lock = FileLock(folder.local_path / ".lock", timeout=0)
+    path = folder.local_path.with_name(
+        f".{folder.local_path.name}.lock"
+    )  # beside it: a search refused leaves no folder
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:

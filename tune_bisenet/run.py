@@ -148,10 +148,9 @@ def _search(flight: "Flight", console: "Console", command: list[str]) -> int:
     from tune_bisenet import ledger, search
 
     try:
-        with search.ray_session(flight.arguments.address) as cluster:
+        with ledger.exclusive(flight.folder), search.ray_session(flight.arguments.address) as cluster:
             resources = search.allot(cluster, flight.arguments, num_trials=len(flight.runs))
-            with ledger.exclusive(flight.folder):
-                return _fly(flight, resources, console, command)
+            return _fly(flight, resources, console, command)
     except (ledger.InUseError, search.ClusterError) as error:
         return _refuse([str(error)])
 
@@ -174,8 +173,8 @@ def _fly(flight: "Flight", resources: "Resources", console: "Console", command: 
         scheduler_state=scheduler.state,
     )
     record = manifest.opened(flight, runs, command=command, resources=resources)
-    book.write()
     manifest.write(flight.folder, record)
+    book.write()
     search.write_board(flight.folder, runs)
     briefing.print_plan(console, flight, resources, runs)
     with Progress(console) as progress, keeper.kept_current(flight.folder):

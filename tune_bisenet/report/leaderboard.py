@@ -7,13 +7,13 @@ and accuracy are in percent, gains in percentage points.
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from textwrap import shorten
 from typing import Final, Literal
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -24,9 +24,6 @@ BASELINE: Final = "r01"
 
 UNFINISHED: Final = "*"
 NOTE: Final = f"{UNFINISHED}: not trained to its last epoch, so its best is no final result."
-
-STATUS_WIDTH: Final = 48
-"""Characters of a status in the terminal's table; it wraps where the terminal is narrow."""
 
 Align = Literal["left", "right"]
 
@@ -145,7 +142,8 @@ def _csv_line(standing: Standing, gain: float | None, baseline: str | None) -> d
 
 def to_markdown(standings: Sequence[Standing], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()) -> str:
     """The captions, then the trials, best first; with several seeds also the rows' means over them."""
-    blocks = [*captions, _markdown_table(_columns(standings, baseline), _cells(standings, baseline))]
+    cells = _cells(standings, baseline, status=status_in_words)
+    blocks = [*captions, _markdown_table(_columns(standings, baseline), cells)]
     if any(map(_unfinished, standings)):
         blocks.append(NOTE)
     if _several_seeds(standings):
@@ -154,17 +152,24 @@ def to_markdown(standings: Sequence[Standing], *, baseline: str | None = BASELIN
     return "\n\n".join(blocks) + "\n"
 
 
-def to_rich(standings: Sequence[Standing], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()) -> Table:
-    """The same trials as a table of at most 100 columns; what it says needs neither colour nor more than ASCII."""
-    notes = [*captions, *([NOTE] if any(map(_unfinished, standings)) else [])]
-    table = Table(caption=Text("\n".join(notes)) if notes else None, caption_justify="left", box=SIMPLE_HEAD)
+def to_rich(
+    standings: Sequence[Standing], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()
+) -> RenderableType:
+    """The same trials for a terminal of 80 columns; why some ended early stands below, and needs no colour."""
+    table = Table(box=SIMPLE_HEAD)
     for title, align in _columns(standings, baseline):
-        table.add_column(title, justify=align, no_wrap=title != "status", overflow="crop")
-    for standing, cells in zip(best_first(standings), _cells(standings, baseline), strict=True):
-        # As Text: an error's words may hold brackets, which strings would turn into markup.
-        words = [Text(shorten(cell, STATUS_WIDTH, placeholder="...")) for cell in cells]
-        table.add_row(*words, style="dim" if _unfinished(standing) else "")
-    return table
+        table.add_column(title, justify=align, no_wrap=True, overflow="crop")
+    for standing, cells in zip(best_first(standings), _cells(standings, baseline, status=_status), strict=True):
+        table.add_row(*cells, style="dim" if _unfinished(standing) else "")
+    explained = [standing for standing in standings if standing.stopped_by or standing.error]
+    reasons = [f"{standing.trial} {status_in_words(standing)}" for standing in explained]
+    notes = [*reasons, *captions, *([NOTE] if any(map(_unfinished, standings)) else [])]
+    # As Text: an error's words may hold brackets, which strings would turn into markup.
+    return Group(table, *(Text(note) for note in notes))
+
+
+def _status(standing: Standing) -> str:
+    return standing.status
 
 
 def _columns(standings: Sequence[Standing], baseline: str | None) -> list[tuple[str, Align]]:
@@ -187,7 +192,9 @@ def _gain_column(baseline: str | None) -> list[tuple[str, Align]]:
     return [] if baseline is None else [(f"over {baseline}", "right")]
 
 
-def _cells(standings: Sequence[Standing], baseline: str | None) -> list[list[str]]:
+def _cells(
+    standings: Sequence[Standing], baseline: str | None, *, status: Callable[[Standing], str]
+) -> list[list[str]]:
     gain_of = gains(standings, baseline=baseline)
     several_seeds = _several_seeds(standings)
     return [
@@ -195,7 +202,7 @@ def _cells(standings: Sequence[Standing], baseline: str | None) -> list[list[str
             str(rank),
             standing.run,
             *([str(standing.seed)] if several_seeds else []),
-            status_in_words(standing),
+            status(standing),
             f"{standing.epochs}/{standing.num_epochs}",
             _marked_best(standing),
             "" if standing.best_epoch is None else str(standing.best_epoch),

@@ -84,8 +84,8 @@ def ray_session(address: str | None) -> Iterator[Mapping[str, float]]:
         )
     except (ConnectionError, ValueError) as error:
         raise ClusterError(
-            f"--address {address}: Ray cannot connect: {error}. Is its Ray the same version as here, and, if it asks for "
-            "a token (RAY_AUTH_MODE=token), are that variable and the token set here too?"
+            f"--address {address}: Ray cannot connect: {error}. Is its Ray the same version as here? "
+            "If it asks for a token (RAY_AUTH_MODE=token), are that variable and the token set here too?"
         ) from error
     try:
         with _watchdog():

@@ -83,7 +83,10 @@ def ray_session(address: str | None) -> Iterator[Mapping[str, float]]:
             runtime_env={"env_vars": _worker_environment()} if address else None,
         )
     except (ConnectionError, ValueError) as error:
-        raise ClusterError(f"--address {address}: Ray cannot connect: {error}") from error
+        raise ClusterError(
+            f"--address {address}: Ray cannot connect: {error}. Is its Ray the same version as here? "
+            "If it asks for a token (RAY_AUTH_MODE=token), are that variable and the token set here too?"
+        ) from error
     try:
         with _watchdog():
             yield ray.cluster_resources()  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA ?= streets
 
 .DEFAULT_GOAL := help
-.PHONY: help setup runs10 smoke test lint format lock tensorboard clean
+.PHONY: help setup runs10 smoke test test-browser lint format lock tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -32,6 +32,10 @@ smoke: setup  ## three short rows: does everything work here?
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest
+
+test-browser: setup  ## the report in a real Chromium; installs Debian's if it is not there
+	command -v chromium chromedriver >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
+	$(BIN)/python -m pytest tests/report/test_browser.py
 
 lint: setup  ## formatting, lint, types, import layers
 	$(BIN)/ruff format --check

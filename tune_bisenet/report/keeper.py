@@ -34,9 +34,9 @@ def kept_current(folder: Storage, *, every_seconds: float = SECONDS_BETWEEN_PAGE
 
 def write_safely(folder: Storage) -> str | None:
     """Write the report and say where its page is; None, and a line in the log, if that fails for whatever reason."""
-    from tune_bisenet.report.page import write_report  # plotly takes half a second that `--show` must not wait for
-
     try:
+        from tune_bisenet.report.page import write_report  # late: plotly takes half a second
+
         return write_report(folder)
     except Exception as error:  # a search of days must not end because of its picture
         log.warning("the report could not be written: %s: %s", type(error).__name__, error)

@@ -1,0 +1,141 @@
+"""Sections as tables: how the search stands, settings, costs."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from searches import RUNS, SESSION, cut, epochs, standing, write_search, write_trial
+
+from tune_bisenet.report import views
+from tune_bisenet.report.read import EPOCHS, SearchRecord, read_search
+from tune_bisenet.results import Standing
+
+OPEN = SESSION | {"ended": None}
+
+
+def search_of(tmp_path: Path, **changes: object) -> SearchRecord:
+    return read_search(write_search(tmp_path, **changes))  # type: ignore[arg-type]
+
+
+def lines(view: views.View) -> list[dict[str, str]]:
+    return [dict(zip(view.columns, (cell.text for cell in row), strict=True)) for row in view.rows]
+
+
+def marked(view: views.View) -> set[tuple[str, str]]:
+    return {(row[0].text, cell.text) for row in view.rows for cell in row if cell.marked}
+
+
+def running(trial: str) -> Standing:
+    return replace(standing(trial, epochs(50)[:1]), status="running")
+
+
+# --- how it stands --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("session", "one", "word"),
+    [
+        ({}, {}, "finished"),
+        ({}, {"status": "failed", "error": "no memory"}, "ended with failures"),
+        ({}, {"status": "waiting"}, "ended with failures"),
+        ({"signal": 15}, {"status": "waiting"}, "interrupted"),
+        ({"ended": None}, {"status": "running"}, "running"),
+    ],
+)
+def test_the_state_follows_session_and_trials(
+    tmp_path: Path, session: dict[str, object], one: dict[str, str], word: str
+) -> None:
+    changed = Standing.from_json(standing("r02-s1", epochs(50)).to_json() | one)
+    search = search_of(tmp_path, sessions=[SESSION | session], standings={"r02-s1": changed})
+    assert views.state(search, search.changed + timedelta(minutes=1)).word == word
+
+
+def test_a_search_long_silent_has_perhaps_died(tmp_path: Path) -> None:
+    search = search_of(tmp_path, sessions=[OPEN], standings={"r02-s1": running("r02-s1")})
+    found = views.state(search, search.changed + timedelta(minutes=11))
+    assert found.word == "silent"
+    assert "it has died, or an epoch takes very long. 3 of 4 trials have ended." in found.sentence
+
+
+def test_slow_epochs_are_waited_for(tmp_path: Path) -> None:
+    folder = write_search(tmp_path, sessions=[OPEN], standings={"r02-s1": running("r02-s1")})
+    write_trial(folder / "r02-s1", [replace(epochs(50)[0], train_seconds=3600.0)])
+    search = read_search(folder)
+    assert views.state(search, search.changed + timedelta(hours=4)).word == "running"
+    assert views.state(search, search.changed + timedelta(hours=6)).word == "silent"
+
+
+def test_times_are_told_with_their_zone() -> None:
+    assert views.when(datetime(2026, 3, 1, 14, 5, tzinfo=UTC)) == "2026-03-01 14:05 UTC"
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_settings_show_what_varies_and_mark_what_is_not_the_baselines(tmp_path: Path) -> None:
+    view = views.settings_view(search_of(tmp_path))
+    assert lines(view) == [{"run": "r01", "accumulation": "1"}, {"run": "r02", "accumulation": "2"}]
+    assert marked(view) == {("r02", "2")}
+    assert "optimizer lr 0.01" in view.words
+
+
+def test_a_setting_that_a_row_does_not_have_is_told_apart_from_none(tmp_path: Path) -> None:
+    adamw = {"kind": "adamw", "lr": 0.001, "weight_decay": 1e-4}
+    trials = {name: run.model_dump(mode="json") for name, run in RUNS.items()}
+    trials["r02-s0"]["optimizer"] = adamw
+    trials["r02-s0"]["max_grad_norm"] = 1.0
+    second = lines(views.settings_view(search_of(tmp_path, trials=trials)))[1]
+    first = lines(views.settings_view(search_of(tmp_path, trials=trials)))[0]
+    assert (second["optimizer momentum"], first["max grad norm"]) == ("–", "none")
+
+
+def test_early_ends_are_told_with_their_reasons(tmp_path: Path) -> None:
+    stopped = replace(standing("r02-s0", epochs(50)[:2]), status="stopped", stopped_by="ASHA, epoch 2")
+    view = views.early_ends(search_of(tmp_path, standings={"r02-s0": stopped}))
+    assert lines(view) == [
+        {"trial": "r02-s0", "epochs": "2 of 3", "how and why": "stopped: ASHA, epoch 2", "best mIoU": "40.00"}
+    ]
+    assert views.early_ends(search_of(tmp_path / "whole")).words == "Every trial went to its last epoch."
+
+
+def test_the_leaderboard_is_best_first_with_notes(tmp_path: Path) -> None:
+    folder = write_search(tmp_path)
+    cut(folder / "r01-s0", EPOCHS)
+    board = lines(views.leaderboard(read_search(folder)))
+    assert [line["trial"] for line in board] == ["r02-s1", "r02-s0", "r01-s1", "r01-s0"]
+    assert board[0]["gain"] == "+2.50"
+    assert board[-1]["status"].startswith("finished; epochs.json cannot be read")
+
+
+def test_costs_are_hours_of_the_devices_that_trials_have(tmp_path: Path) -> None:
+    search = search_of(tmp_path)
+    everything = lines(views.costs(search, price=100.0))[-1]
+    assert everything == {
+        "run": "all",
+        "trials": "4",
+        "epochs": "12",
+        "GPU-hours": "0.06",  # 12 epochs of 36 seconds on half a GPU
+        "cost": "6.00",
+        "images per second": "20.0",
+        "seconds per epoch": "36.0",
+        "of that validation": "6.0",
+    }
+    assert "cost" not in lines(views.costs(search, price=None))[0]
+
+
+def test_without_gpus_the_machine_is_shared_by_the_trials_at_once(tmp_path: Path) -> None:
+    search = search_of(tmp_path, sessions=[SESSION | {"gpus_per_trial": 0.0}])
+    assert views.cost_basis(search.manifest.sessions[-1]) == (0.5, "machine-hours")
+    assert "0.5 of the machine" in views.costs(search, price=None).words
+
+
+def test_every_session_is_told(tmp_path: Path) -> None:
+    second = SESSION | {"ended": None, "commit": None, "command": ["python", "-m", "tune_bisenet.run", "a b"]}
+    made = [
+        (line["what"], line["value"]) for line in lines(views.made(search_of(tmp_path, sessions=[SESSION, second])))
+    ]
+    assert ("session 2", "2026-03-01 10:00 UTC to open") in made
+    assert ("command", "python -m tune_bisenet.run 'a b'") in made
+    assert ("commit", "not from a checkout") in made
+    assert ("data digest", "feedbeef at 32x64") in made

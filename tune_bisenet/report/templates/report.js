@@ -1,0 +1,82 @@
+"use strict";
+// Draws the figures, lets rows be hidden and shown in all curves at once, and keeps to the reader's colours and paper.
+
+const PAPER_WIDTH = 660; // pixels of a page of A4 within its margins
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const touch = matchMedia("(pointer: coarse)").matches;
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const plots = figures.map(({ name }) => document.getElementById(`plot-${name}`));
+
+function template() {
+  const style = getComputedStyle(document.body);
+  const [ink, quiet, line, page] = ["--ink", "--quiet", "--line", "--page"].map((name) => style.getPropertyValue(name));
+  const axis = { gridcolor: line, linecolor: line, zerolinecolor: line, tickcolor: line, title: { font: { color: quiet } } };
+  return {
+    layout: {
+      font: { family: style.getPropertyValue("font-family") || "sans-serif", size: 12, color: ink },
+      paper_bgcolor: page,
+      plot_bgcolor: page,
+      xaxis: axis,
+      yaxis: axis,
+      colorscale: {
+        diverging: [[0, "#c2502e"], [0.25, "#e2a184"], [0.5, page], [0.75, "#83aede"], [1, "#2a66b5"]],
+        sequential: [[0, page], [0.03, mixed(page, "#2a66b5", 0.18)], [0.3, "#83aede"], [1, "#2a66b5"]],
+      },
+    },
+  };
+}
+
+function mixed(from, to, share) {
+  const [a, b] = [from, to].map((colour) => colour.trim().match(/[0-9a-f]{2}/gi).map((hex) => parseInt(hex, 16)));
+  return `rgb(${a.map((value, index) => Math.round(value + share * (b[index] - value))).join(",")})`;
+}
+
+function draw() {
+  // Buttons are named one by one: Plotly's own choice holds one that offers to upload the chart.
+  const buttons = [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]];
+  const config = { responsive: true, displaylogo: false, modeBarButtons: buttons, plotlyServerURL: "" };
+  figures.forEach(({ data, layout }, index) => {
+    const shared = { margin: { l: 50, r: 12, t: 30, b: 44 }, hovermode: "closest", dragmode: touch ? false : "zoom" };
+    Plotly.newPlot(plots[index], data, { ...shared, ...layout, template: template() }, config);
+  });
+}
+
+function recolour(more = {}) {
+  return Promise.all(plots.map((plot) => Plotly.relayout(plot, { template: template(), ...more })));
+}
+
+function show(buttons) {
+  const shown = new Set(buttons.filter((button) => button.getAttribute("aria-pressed") === "true").map((button) => button.value));
+  plots.filter((plot) => plot.data.some((trace) => trace.meta)).forEach((plot) => {
+    Plotly.restyle(plot, { visible: plot.data.map((trace) => shown.has(trace.meta)) });
+  });
+}
+
+const buttons = [...document.querySelectorAll(".rows button[value]")];
+const press = (button, on) => button.setAttribute("aria-pressed", String(on));
+buttons.forEach((button) => {
+  button.addEventListener("click", () => {
+    press(button, button.getAttribute("aria-pressed") !== "true");
+    show(buttons);
+  });
+  button.addEventListener("dblclick", () => {
+    buttons.forEach((other) => press(other, other === button));
+    show(buttons);
+  });
+});
+document.querySelector(".rows .all")?.addEventListener("click", () => {
+  const all = buttons.every((button) => button.getAttribute("aria-pressed") === "true");
+  buttons.forEach((button) => press(button, !all));
+  show(buttons);
+});
+
+draw();
+dark.addEventListener("change", () => recolour());
+addEventListener("beforeprint", () => {
+  document.documentElement.classList.add("printing");
+  recolour({ width: PAPER_WIDTH });
+});
+addEventListener("afterprint", () => {
+  document.documentElement.classList.remove("printing");
+  recolour({ width: null, autosize: true });
+});

@@ -93,7 +93,9 @@ def test_at_the_end_it_says_what_failed_and_how_to_go_on(place: Path) -> None:
     standings = [standing("r01", status="finished", epochs=4, best_miou=12.3, best_epoch=4, last_miou=12.3)]
     screen = io.StringIO()
     console = Console(file=screen, width=100)
-    briefing.print_results(console, flight, [*standings, standing("r02", status="failed", error="[no] memory")], page="there/report.html", signal_number=None)
+    failed = standing("r02", status="failed", error="[no] memory")
+    briefing.print_results(console, flight, [*standings, failed], page="there/report.html", signal_number=None)
+    assert "report:  there/report.html" in screen.getvalue()
     said = screen.getvalue()
     assert "12.30" in said
     assert "[no] memory" in " ".join(said.split())
@@ -104,6 +106,7 @@ def test_at_the_end_it_says_what_failed_and_how_to_go_on(place: Path) -> None:
 
 def test_after_a_signal_it_says_how_to_go_on(place: Path) -> None:
     screen = io.StringIO()
-    briefing.print_results(Console(file=screen, width=40), flight_of(place), [standing("r01")], page=None, signal_number=15)
+    console = Console(file=screen, width=40)
+    briefing.print_results(console, flight_of(place), [standing("r01")], page=None, signal_number=15)
     assert "interrupted. Go on with --resume --name mine." in screen.getvalue()
     assert "failed" not in screen.getvalue()

@@ -58,7 +58,7 @@ MISTAKES = {
         ["--backbone", "imagenet"],
         ["cannot be fetched", "--backbone FILE", "--backbone none"],
     ),
-    "resuming nothing in particular": (["--resume"], ["--resume needs the --name"]),
+    "resuming nothing in particular": (["--resume"], ["--resume", "need the --name"]),
     "resuming what is not there": (["--resume", "--name", "x"], ["there is no search x", "--storage"]),
     "an unknown storage": (["--storage", "nosuch://bucket"], ["cannot use nosuch://bucket as storage"]),
 }

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]
 
 CONFIDENCE: Final = 0.95
 ALPHA: Final = 0.05
@@ -87,6 +87,8 @@ def image_interval(counts: Counts, reference: Counts) -> tuple[float, float]:
 
     A percentile bootstrap that draws images, each with both its predictions; always the same for the same counts.
     """
+    from scipy import stats  # late: it takes a second to import, and only searches of one seed need it
+
     assert len(counts) == len(reference), "both were validated on the same images"
     sums, reference_sums = _iou_sums(counts), _iou_sums(reference)
 

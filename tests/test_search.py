@@ -174,10 +174,11 @@ def test_the_manifest_says_how_the_search_was_made(seen: Seen) -> None:
     assert set(manifest["trials"]) == set(statuses(seen.folder))
     assert set(manifest["data"]["digests"]) == {"32x64"}
     assert (manifest["data"]["train_images"], manifest["data"]["val_images"]) == (8, 3)
-    first, second = manifest["sessions"]
+    first, second, third = manifest["sessions"]
     assert first["command"][:3] == ["python", "-m", "tune_bisenet.run"]
     assert "--seeds" in first["command"]
-    assert "--resume" in second["command"]
+    assert "--rerun" in second["command"]
+    assert "--add" in third["command"]
     assert {"torch", "ray", "numpy"} <= set(first["packages"])
     assert first["started"] <= first["ended"] <= second["started"] <= second["ended"]
     assert "commit" in first
@@ -187,7 +188,7 @@ def test_the_manifest_says_how_the_search_was_made(seen: Seen) -> None:
 def test_each_trial_keeps_weights_and_epochs_and_event_files(seen: Seen) -> None:
     for trial in ("good-s0", "mild-s1"):
         names = {path.name for path in (seen.folder / trial).iterdir()}
-        assert {"last.pt", "best.pt", "epochs.json"} <= names
+        assert {"last.pt", "best.pt", "best.npz", "epochs.json"} <= names
         assert any(".tfevents." in name for name in names)
         assert not any(name.endswith(".part") for name in names)
         assert epoch_numbers(seen.folder / trial) == [1, 2, 3]

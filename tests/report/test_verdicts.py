@@ -427,6 +427,14 @@ def test_seeds_needed_agree_with_statsmodels_for_the_middle_of_the_promise() -> 
     assert (found.seeds_needed, found.spread_assumed) == (total - 3, False)
 
 
+def test_seeds_needed_look_for_what_is_measured_where_that_is_more_than_was_promised() -> None:
+    # Differences 1, 2, 6: mean 3, sd sqrt(7); the promise's middle is 0.75.
+    found = gain_claim(0.5, 1, [1.0, 2.0, 6.0])
+    total = math.ceil(TTestPower().solve_power(effect_size=3 / math.sqrt(7), alpha=0.05, power=0.8))
+    assert found.verdict == "undecided"
+    assert found.seeds_needed == total - 3
+
+
 def test_seeds_needed_count_holms_correction() -> None:
     others = [row(f"y{number}", Expect(gain=(0.5, 1), over="r01")) for number in range(9)]
     measured = trials("r01", [55, 56, 57]) + trials("x", [55.0, 56.5, 58.0])

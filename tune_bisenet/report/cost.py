@@ -49,11 +49,16 @@ def plan_seeds(ruling: Ruling, *, alpha: float, hours_per_seed: Mapping[str, flo
 
 
 def _effect_to_find(item: Evidence) -> float | None:
-    """The middle of the promise above what must be exceeded; for "sooner", what was measured."""
+    """Above what must be exceeded: what was measured, but no less than the middle of the promise.
+
+    A row that so far falls short of its promise gets the seeds that would confirm it if it were true.
+    """
+    measured = None if item.test is None else item.test.mean
     if item.promised is None:
-        return None if item.test is None else item.test.mean
+        return measured
     low, high = item.promised
-    return (low + high) / 2 - (low if item.kind == "miou" else 0.0)
+    middle, must_exceed = (low + high) / 2, (low if item.kind == "miou" else 0.0)
+    return (middle if measured is None else max(middle, measured)) - must_exceed
 
 
 def hours_of(seeds: int, names: Iterable[str], *, hours_per_seed: Mapping[str, float]) -> float | None:

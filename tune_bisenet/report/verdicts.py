@@ -21,8 +21,8 @@ in percentage points. A trial's measure is its best mIoU. Evidence is gathered i
   diverged at every seed (two or more) is refuted.
 - **One seed** has no verdict; neither have seeds that changed nothing. Only no gain at all, to the last bit at every
   seed, is refuted.
-- **Seeds needed** find the middle of the promise (for "sooner", the epochs measured so far) at a power of 80 %, at the
-  spread measured and at the level of Holm's next step.
+- **Seeds needed** find what is measured so far, but no less than the middle of the promise (for "sooner", the epochs
+  measured), at a power of 80 %, at the spread measured and at the level of Holm's next step.
 """
 
 import shlex

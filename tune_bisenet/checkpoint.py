@@ -36,11 +36,7 @@ class DamagedError(CheckpointError):
 
 def save(training: Training, history: list[Epoch], folder: Storage, *, identity: str) -> None:
     """Write `last.pt`, keeping the one before as `previous.pt`. `identity` says which run, data and precision."""
-    state = {
-        "format": FORMAT,
-        "identity": identity,
-        "run": training.run.model_dump(mode="json"),
-        "model": training.model.state_dict(),
+    state = _state(training, identity) | {
         "optimizer": training.optimizer.state_dict(),
         "history": [epoch.to_json() for epoch in history],
     }
@@ -58,14 +54,17 @@ def end(folder: Storage) -> None:
 
 def save_best(training: Training, epoch: Epoch, folder: Storage, *, identity: str) -> None:
     """Write `best.pt`: the weights of this epoch, and what they scored."""
-    state = {
+    folder.write(BEST, to_bytes(_state(training, identity) | {"epoch": epoch.to_json()}))
+
+
+def _state(training: Training, identity: str) -> dict[str, Any]:
+    """What every file holds: the weights, and what they are of."""
+    return {
         "format": FORMAT,
         "identity": identity,
         "run": training.run.model_dump(mode="json"),
         "model": training.model.state_dict(),
-        "epoch": epoch.to_json(),
     }
-    folder.write(BEST, to_bytes(state))
 
 
 def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]:

@@ -18,11 +18,9 @@ from filelock import FileLock, Timeout
 
 from tune_bisenet.config import Run
 from tune_bisenet.report import leaderboard
-from tune_bisenet.results import ENDED_WELL, Standing
+from tune_bisenet.results import ENDED_WELL, SEARCH, TRIALS, Standing
 from tune_bisenet.storage import Storage
 
-SEARCH: Final = "search.json"
-TRIALS: Final = "trials.json"
 LEADERBOARD_CSV: Final = "leaderboard.csv"
 LEADERBOARD_MD: Final = "leaderboard.md"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tune_bisenet.config import Resources, Run, size_words
-from tune_bisenet.ledger import SEARCH, to_json
+from tune_bisenet.ledger import to_json
 from tune_bisenet.preflight import Flight
+from tune_bisenet.results import SEARCH
 from tune_bisenet.storage import Storage
 
 PACKAGES: Final = ("tune-bisenet", "torch", "torchvision", "ray", "pyarrow", "numpy", "pydantic", "tensorboard")

@@ -6,7 +6,14 @@ Everything here is JSON in and JSON out; nobody needs torch or Ray to read it. I
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
+
+SEARCH: Final = "search.json"
+"""How a search was made; in its folder."""
+TRIALS: Final = "trials.json"
+"""How its trials stand, and what the scheduler saw; in its folder."""
+EPOCHS: Final = "epochs.json"
+"""The measurements of every epoch; in a trial's folder."""
 
 Status = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
 """`stopped` means by the scheduler; `diverged` means the loss stopped being a number; `failed` means by an error."""

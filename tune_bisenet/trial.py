@@ -25,12 +25,9 @@ from tune_bisenet.data.catalog import open_source
 from tune_bisenet.data.packed import Packed, open_packed
 from tune_bisenet.data.packing import prepare
 from tune_bisenet.engine import EpochEnd, Training
-from tune_bisenet.results import Epoch, best_of
+from tune_bisenet.results import EPOCHS, Epoch, best_of
 from tune_bisenet.storage import Storage
 from tune_bisenet.tracking import Tracker, triptych
-
-EPOCHS: Final = "epochs.json"
-"""The measurements of every epoch, in a trial's folder."""
 
 NUM_PICTURED_EPOCHS: Final = 8
 """How often, in all, validation pictures are written."""

@@ -12,8 +12,7 @@ import numpy as np
 from tune_bisenet.config import SGD, CrossEntropy, Expect, Run, WarmupPoly
 from tune_bisenet.data.classes import NUM_CLASSES, VOID
 from tune_bisenet.evidence import BEST, Best, best_to_bytes
-from tune_bisenet.report.read import EPOCHS, SEARCH, TRIALS
-from tune_bisenet.results import Epoch, Standing, best_of
+from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Epoch, Standing, best_of
 from tune_bisenet.storage import Storage
 
 PROXY = "Proxy: 3 epochs stand for 50. Its mIoU is not that of the full runs."

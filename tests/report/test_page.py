@@ -25,7 +25,7 @@ from searches import (
 from tune_bisenet.config import Expect
 from tune_bisenet.evidence import BEST, best_to_bytes
 from tune_bisenet.report.page import HTML, MARKDOWN, Report, write_report
-from tune_bisenet.report.read import EPOCHS, SEARCH, TRIALS
+from tune_bisenet.results import EPOCHS, SEARCH, TRIALS
 from tune_bisenet.storage import Storage
 
 SECTIONS = [

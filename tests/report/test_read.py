@@ -11,7 +11,8 @@ import pytest
 from searches import MIOU, RUNS, best, cut, epochs, manifest, standing, write_json, write_search, write_trial
 
 from tune_bisenet.evidence import BEST, best_to_bytes
-from tune_bisenet.report.read import EPOCHS, SEARCH, TRIALS, read_best, read_search
+from tune_bisenet.report.read import read_best, read_search
+from tune_bisenet.results import EPOCHS, SEARCH, TRIALS
 from tune_bisenet.storage import Storage
 
 

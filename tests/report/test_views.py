@@ -8,8 +8,8 @@ import pytest
 from searches import RUNS, SESSION, cut, epochs, standing, write_search, write_trial
 
 from tune_bisenet.report import views
-from tune_bisenet.report.read import EPOCHS, SearchRecord, read_search
-from tune_bisenet.results import Standing
+from tune_bisenet.report.read import SearchRecord, read_search
+from tune_bisenet.results import EPOCHS, Standing
 
 OPEN = SESSION | {"ended": None}
 

@@ -18,12 +18,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 from tune_bisenet.config import Run
 from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.evidence import BEST, Best
-from tune_bisenet.results import Epoch, Standing, best_of
+from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Epoch, Standing, best_of
 from tune_bisenet.storage import Storage
-
-SEARCH: Final = "search.json"
-TRIALS: Final = "trials.json"
-EPOCHS: Final = "epochs.json"
 
 READERS: Final = 16
 """Trials read at once: object storage answers slowly, but many at a time."""

@@ -80,14 +80,33 @@ class CrossEntropy(Frozen):
 
 
 class WeightedCrossEntropy(Frozen):
-    """The same with `weight[c] = total / (num_classes * counts[c])` on all three heads."""
+    """The same with `weight[c] = (total / (num_classes * counts[c])) ** exponent` on all three heads.
+
+    With exponent 0 all classes weigh the same, as in `CrossEntropy`; with 1 each class weighs the same in all.
+    """
 
     kind: Literal["weighted_ce"] = "weighted_ce"
     aux_weight: NonNegativeFloat
+    exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
     lovasz_after: NonNegativeInt | None = None
 
 
-Loss = Annotated[CrossEntropy | WeightedCrossEntropy, Field(discriminator="kind")]
+class OHEM(Frozen):
+    """Cross-entropy over hard pixels alone, on all three heads (Shrivastava et al., 2016, https://arxiv.org/abs/1604.03540).
+
+    A pixel is hard if its own class has a probability below `threshold`. Where fewer than `min_kept` of the labelled
+    pixels of a micro-batch are, the hardest make up that share.
+    """
+
+    kind: Literal["ohem"] = "ohem"
+    aux_weight: NonNegativeFloat
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    min_kept: Annotated[float, Field(gt=0, le=1)] = 1 / 16
+    """A share of the labelled pixels."""
+    lovasz_after: NonNegativeInt | None = None
+
+
+Loss = Annotated[CrossEntropy | WeightedCrossEntropy | OHEM, Field(discriminator="kind")]
 
 
 # --- augmentation and expectation -------------------------------------------------------------------------------
@@ -171,6 +190,8 @@ class Run(Frozen):
     image_size: tuple[int, int] = (512, 1024)
     """Height and width in pixels of the images and crops trained on; multiples of 32."""
     augment: Augment = Augment()
+    head_width: PositiveInt = 256
+    """Channels of the hidden layer of the head that predicts."""
     decay_norms_and_biases: bool = True
     """Whether weight decay also acts on BatchNorm parameters and biases."""
     seed: NonNegativeInt = 0
@@ -211,6 +232,8 @@ class Job(Frozen):
     use_gpu: bool
     plain_seed: NonNegativeInt | None
     """The seed whose trials are named by their row alone: the only one that the search began with, or None."""
+    measures_latency: bool = False
+    """Whether each trial also measures how long one prediction takes."""
 
     def identity(self, run: Run) -> str:
         """16 hex digits over all that decides the weights a trial ends with."""

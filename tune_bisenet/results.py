@@ -86,6 +86,8 @@ class Standing:
     last_miou: float | None = None
     pixel_accuracy: float | None = None
     seconds: float = 0.0
+    latency_ms: float | None = None
+    """Milliseconds of one prediction at batch 1; None unless the search has latency for a goal."""
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:

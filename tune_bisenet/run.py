@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from tune_bisenet.asha import FairASHA
     from tune_bisenet.config import Resources, Run
     from tune_bisenet.plan import DataFacts
     from tune_bisenet.preflight import Flight
     from tune_bisenet.results import Standing
+    from tune_bisenet.stopping import EarlyStopping
 
 OK: Final = 0
 SOME_FAILED: Final = 1
@@ -186,15 +186,15 @@ def _fly(flight: "Flight", resources: "Resources", console: "Console", command: 
     return _exit_code(book.standings, outcome.signal_number)
 
 
-def _scheduler(flight: "Flight", state: dict[str, Any] | None) -> "FairASHA":
+def _scheduler(flight: "Flight", state: dict[str, Any] | None) -> "EarlyStopping":
     """ASHA, or first in first out, going on from what an earlier driver saw."""
     from tune_bisenet import rungs
-    from tune_bisenet.asha import FairASHA
+    from tune_bisenet.stopping import EarlyStopping
 
     rungs_of = rungs.no_rungs
     if flight.choices.scheduler == "asha":
         rungs_of = partial(_rungs_on, flight.facts)
-    return FairASHA(
+    return EarlyStopping(
         rungs.Rungs.from_json(
             state or {"seen": [], "stops": {}}, rungs_of=rungs_of, spared=rungs.spared_rows(flight.grid.runs)
         )

@@ -29,11 +29,11 @@ from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 
 from tune_bisenet import trial as trial_edge
 from tune_bisenet.arguments import Arguments
-from tune_bisenet.asha import FairASHA, trial_name
 from tune_bisenet.config import Job, Resources, Run
 from tune_bisenet.ledger import Ledger
 from tune_bisenet.progress import Progress
 from tune_bisenet.results import Epoch
+from tune_bisenet.stopping import EarlyStopping, trial_name
 from tune_bisenet.storage import Storage
 from tune_bisenet.tracking import write_experiment
 
@@ -186,7 +186,7 @@ def search(
     job: Job,
     resources: Resources,
     *,
-    scheduler: FairASHA,
+    scheduler: EarlyStopping,
     ledger: Ledger,
     progress: Progress,
 ) -> Outcome:
@@ -217,7 +217,7 @@ def _epochs_done(ledger: Ledger) -> int:
     return sum(standing.epochs for standing in ledger.standings)
 
 
-def _fit(runs: list[Run], job: Job, resources: Resources, scheduler: FairASHA, recorder: "_Recorder") -> None:
+def _fit(runs: list[Run], job: Job, resources: Resources, scheduler: EarlyStopping, recorder: "_Recorder") -> None:
     storage = Storage.at(job.storage) / "tune"
     trainable = tune.with_resources(
         tune.with_parameters(trial_edge.train, job=job.model_dump(mode="json")),
@@ -254,7 +254,7 @@ def _name_of(job: Job, trial: Trial) -> str:
 class _Recorder(Callback):
     """Takes what Tune hears of trials to the ledger and the screen."""
 
-    def __init__(self, ledger: Ledger, scheduler: FairASHA, progress: Progress) -> None:
+    def __init__(self, ledger: Ledger, scheduler: EarlyStopping, progress: Progress) -> None:
         self._ledger = ledger
         self._scheduler = scheduler
         self._progress = progress

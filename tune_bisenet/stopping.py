@@ -17,7 +17,7 @@ METRIC: Final = "miou"
 MODE: Final = "max"
 
 
-class FairASHA(FIFOScheduler):
+class EarlyStopping(FIFOScheduler):
     """Start trials first in, first out; stop those that `rungs` objects to.
 
     With `Rungs(rungs_of=rungs.no_rungs)` it is a plain FIFO scheduler that stops diverged trials.

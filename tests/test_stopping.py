@@ -12,9 +12,9 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from tune_bisenet.asha import FairASHA, trial_name
 from tune_bisenet.config import SGD, CrossEntropy, Expect, Run, WarmupPoly
 from tune_bisenet.rungs import Rungs, no_rungs, rung_epochs, spared_rows
+from tune_bisenet.stopping import EarlyStopping, trial_name
 
 NUM_EPOCHS = 6  # one rung, after epoch 3
 RUNGS_OF = partial(rung_epochs, iterations_per_epoch=100)
@@ -59,7 +59,7 @@ def row_name(trial: Trial) -> str:
 
 
 def last_epochs(
-    scheduler: FairASHA, runs: list[Run], curves: dict[str, Curve], storage: Path, **tune_config: Any
+    scheduler: EarlyStopping, runs: list[Run], curves: dict[str, Curve], storage: Path, **tune_config: Any
 ) -> dict[str, int]:
     """Search, one trial after the other in this order; the last epoch that each reported, 0 for none."""
     tuner = tune.Tuner(
@@ -99,7 +99,7 @@ def test_bad_rows_stop_at_the_rung_diverged_ones_at_once_and_the_baseline_goes_t
         "r04": {"miou": 60.0, "nan_from": 2},
         "r05": {"miou": 40.0},
     }
-    scheduler = FairASHA(Rungs(rungs_of=RUNGS_OF, min_others=1, spared=spared_rows(runs)))
+    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1, spared=spared_rows(runs)))
     ended = last_epochs(scheduler, runs, curves, tmp_path)
     assert ended == {"r02": 6, "r01": 6, "r03": 3, "r04": 2, "r05": 6}
     assert scheduler.stops == {
@@ -111,12 +111,12 @@ def test_bad_rows_stop_at_the_rung_diverged_ones_at_once_and_the_baseline_goes_t
 @pytest.mark.ray
 @pytest.mark.usefixtures("one_ray")
 def test_a_second_search_judges_by_what_the_first_has_seen(tmp_path: Path) -> None:
-    first = FairASHA(Rungs(rungs_of=RUNGS_OF, min_others=1))
+    first = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1))
     curves: dict[str, Curve] = {"r01": {"miou": 50.0}, "r02": {"miou": 40.0}}
     assert last_epochs(first, [row("r01"), row("r02")], curves, tmp_path) == {"r01": 6, "r02": 3}
 
     state = json.loads(json.dumps(first.state()))
-    second = FairASHA(Rungs.from_json(state, rungs_of=RUNGS_OF, min_others=1))
+    second = EarlyStopping(Rungs.from_json(state, rungs_of=RUNGS_OF, min_others=1))
     runs = [row("r01"), row("r02"), row("r03"), row("r04"), row("r05")]
     curves = {
         "r01": {"miou": 30.0, "first_epoch": 3},  # repeats the rung, where it went on
@@ -134,7 +134,7 @@ def test_a_second_search_judges_by_what_the_first_has_seen(tmp_path: Path) -> No
 @pytest.mark.usefixtures("one_ray")
 def test_a_trial_that_resumes_at_its_end_and_reports_nothing_harms_nobody(tmp_path: Path) -> None:
     curves: dict[str, Curve] = {"r01": {"first_epoch": NUM_EPOCHS + 1}, "r02": {"miou": 40.0}}
-    scheduler = FairASHA(Rungs(rungs_of=RUNGS_OF, min_others=1))
+    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1))
     assert last_epochs(scheduler, [row("r01"), row("r02")], curves, tmp_path) == {"r01": 0, "r02": 6}
     assert scheduler.rungs.seen == {(6, 3): {"r02": 40.0}}
 
@@ -142,7 +142,7 @@ def test_a_trial_that_resumes_at_its_end_and_reports_nothing_harms_nobody(tmp_pa
 @pytest.mark.ray
 @pytest.mark.usefixtures("one_ray")
 def test_without_rungs_every_row_goes_to_its_end_but_a_diverged_one(tmp_path: Path) -> None:
-    scheduler = FairASHA(Rungs(rungs_of=no_rungs))
+    scheduler = EarlyStopping(Rungs(rungs_of=no_rungs))
     curves: dict[str, Curve] = {"r01": {"miou": 50.0}, "r02": {"miou": 1.0}, "r03": {"miou": 60.0, "nan_from": 4}}
     runs = [row("r01"), row("r02"), row("r03")]
     ended = last_epochs(scheduler, runs, curves, tmp_path, metric="miou", mode="max")
@@ -153,7 +153,7 @@ def test_without_rungs_every_row_goes_to_its_end_but_a_diverged_one(tmp_path: Pa
 
 
 def test_a_result_without_its_keys_is_a_broken_promise() -> None:
-    scheduler = FairASHA(Rungs(rungs_of=RUNGS_OF, min_others=1))
+    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1))
     trial = Trial("stub", config={"run": row("r01").model_dump()}, trial_name_creator=row_name, stub=True)
     with pytest.raises(AssertionError, match="trial r01 reported no diverged, miou"):
         scheduler.on_trial_result(None, trial, {"epoch": 3, "done": False})
@@ -173,12 +173,12 @@ def test_a_trial_goes_by_the_name_it_was_given_and_needs_one() -> None:
 def test_tune_may_name_the_same_metric_and_mode_but_no_other(
     metric: str | None, mode: str | None, accepted: bool
 ) -> None:
-    scheduler = FairASHA(Rungs(rungs_of=RUNGS_OF, min_others=1))
+    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1))
     assert scheduler.set_search_properties(metric, mode, anything="else") is accepted
 
 
 def test_a_scheduler_can_be_pickled_as_tune_does_when_it_starts() -> None:
-    scheduler = FairASHA(Rungs(rungs_of=RUNGS_OF, min_others=1, stops={"r03": "slow"}))
+    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1, stops={"r03": "slow"}))
     copied = pickle.loads(pickle.dumps(scheduler))
     assert copied.state() == scheduler.state()
     assert copied.debug_string() == "stopped early: 1"

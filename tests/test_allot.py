@@ -3,7 +3,7 @@
 import pytest
 
 from tune_bisenet.arguments import Arguments
-from tune_bisenet.search import ClusterError, allot
+from tune_bisenet.ray_session import ClusterError, allot
 
 # cluster, flags, trials -> CPUs a trial, GPUs a trial, trials at once
 ALLOTTED = {

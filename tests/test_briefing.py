@@ -10,6 +10,7 @@ from rich.console import Console
 from tune_bisenet import arguments, briefing, preflight
 from tune_bisenet.config import Resources, Run
 from tune_bisenet.results import Standing
+from tune_bisenet.search import Outcome
 
 TWO_CORES = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
 
@@ -94,7 +95,7 @@ def test_at_the_end_it_says_what_failed_and_how_to_go_on(place: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=100)
     failed = standing("r02", status="failed", error="[no] memory")
-    briefing.print_results(console, flight, [*standings, failed], page="there/report.html", signal_number=None)
+    briefing.print_results(console, flight, [*standings, failed], page="there/report.html", outcome=Outcome())
     assert "report:  there/report.html" in screen.getvalue()
     said = screen.getvalue()
     assert "12.30" in said
@@ -107,6 +108,6 @@ def test_at_the_end_it_says_what_failed_and_how_to_go_on(place: Path) -> None:
 def test_after_a_signal_it_says_how_to_go_on(place: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=40)
-    briefing.print_results(console, flight_of(place), [standing("r01")], page=None, signal_number=15)
+    briefing.print_results(console, flight_of(place), [standing("r01")], page=None, outcome=Outcome(signal_number=15))
     assert "interrupted. Go on with --resume --name mine." in screen.getvalue()
     assert "failed" not in screen.getvalue()

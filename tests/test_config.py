@@ -211,6 +211,7 @@ OTHER_TRAINING: dict[str, Any] = {
     "augment max_scale": {"augment": {"max_scale": 1.5}},
     "augment flip": {"augment": {"flip": 0.0}},
     "augment jitter": {"augment": {"jitter": 0.0}},
+    "head_width": {"head_width": 64},
     "decay_norms_and_biases": {"decay_norms_and_biases": False},
     "seed": {"seed": 1},
 }

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from tune_bisenet import checkpoint, engine, spaces
-from tune_bisenet.config import SGD, AdamW, Augment, CrossEntropy, Precision, Run, WarmupPoly, WeightedCrossEntropy
+from tune_bisenet.config import (
+    OHEM,
+    SGD,
+    AdamW,
+    Augment,
+    CrossEntropy,
+    Loss,
+    Precision,
+    Run,
+    WarmupPoly,
+    WeightedCrossEntropy,
+)
 from tune_bisenet.data.classes import NUM_CLASSES, VOID
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.packing import prepare
@@ -84,6 +95,7 @@ STATEFUL_RUNS = {
         "decay_norms_and_biases": False,
         "seed": 5,
     },
+    "hard pixels, a narrow head": {"loss": OHEM(aux_weight=1.0), "head_width": 32},
 }
 
 
@@ -242,12 +254,15 @@ def test_a_network_learns_no_streets_from_shuffled_labels(run: Run, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "loss",
-    [CrossEntropy(aux_weight=1.0), WeightedCrossEntropy(aux_weight=1.0), CrossEntropy(aux_weight=1.0, lovasz_after=0)],
-    ids=["ce", "weighted", "lovasz"],
+    [
+        CrossEntropy(aux_weight=1.0),
+        WeightedCrossEntropy(aux_weight=1.0),
+        OHEM(aux_weight=1.0),
+        CrossEntropy(aux_weight=1.0, lovasz_after=0),
+    ],
+    ids=["ce", "weighted", "ohem", "lovasz"],
 )
-def test_labels_of_nothing_but_void_move_no_weight(
-    run: Run, tmp_path: Path, loss: CrossEntropy | WeightedCrossEntropy
-) -> None:
+def test_labels_of_nothing_but_void_move_no_weight(run: Run, tmp_path: Path, loss: Loss) -> None:
     run = run.model_copy(
         update={
             "loss": loss,
@@ -429,17 +444,28 @@ def test_a_step_leaves_no_gradient_behind(run: Run, small_data: Packed) -> None:
     assert all(parameter.grad is None for parameter in training.model.parameters())
 
 
-def test_class_weights_come_from_the_counts_kept_with_the_data(run: Run, small_data: Packed) -> None:
-    weighted = begin(run.model_copy(update={"loss": WeightedCrossEntropy(aux_weight=1.0)}), small_data)
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_class_weights_come_from_the_counts_kept_with_the_data(run: Run, small_data: Packed, exponent: float) -> None:
+    loss = WeightedCrossEntropy(aux_weight=1.0, exponent=exponent)
+    weighted = begin(run.model_copy(update={"loss": loss}), small_data)
     counts = np.zeros(NUM_CLASSES, np.int64)
     streets = Streets(num_train=12, num_val=4, frame_size=(64, 128))
     for index in range(12):
         counts += np.bincount(streets.load("train", index).label.ravel(), minlength=256)[:NUM_CLASSES]
     assert weighted.class_weights is not None
     assert weighted.class_weights.tolist() == pytest.approx(
-        [counts.sum() / (NUM_CLASSES * count) if count else 0.0 for count in counts.tolist()], rel=1e-6
+        [(counts.sum() / (NUM_CLASSES * count)) ** exponent if count else 0.0 for count in counts.tolist()], rel=1e-6
     )
-    assert begin(run, small_data).class_weights is None
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(aux_weight=1.0), OHEM(aux_weight=1.0)])
+def test_other_losses_weigh_no_class(run: Run, small_data: Packed, loss: Loss) -> None:
+    assert begin(run.model_copy(update={"loss": loss}), small_data).class_weights is None
+
+
+def test_the_width_of_the_main_head_is_the_runs(run: Run, small_data: Packed) -> None:
+    network = begin(run.model_copy(update={"head_width": 48}), small_data).model
+    assert network.head[1].weight.shape == (NUM_CLASSES, 48, 1, 1)
 
 
 def test_a_backbone_is_where_training_starts(run: Run, small_data: Packed) -> None:
@@ -501,6 +527,6 @@ def test_validation_changes_nothing_in_the_network(run: Run, small_data: Packed)
     training = begin(run, small_data)
     before = flat(training.model.state_dict())
     images, labels = training.val.batch(torch.arange(4))
-    predictions = engine.predict(training, images, (labels.shape[1], labels.shape[2]))
+    predictions = engine.predict(training.model, images, (labels.shape[1], labels.shape[2]), precision="fp32")
     assert predictions.shape == labels.shape
     assert flat(training.model.state_dict()) == before

@@ -22,7 +22,13 @@ def standing(trial: str, **known: Any) -> Standing:
 
 def result(epoch: int, miou: float = 10.0) -> dict[str, Any]:
     best = {"best_miou": miou, "best_epoch": epoch}
-    return {"epoch": epoch, "miou": miou, "pixel_accuracy": 50.0, "total_seconds": 2.0 * epoch} | best
+    return {
+        "epoch": epoch,
+        "miou": miou,
+        "pixel_accuracy": 50.0,
+        "total_seconds": 2.0 * epoch,
+        "latency_ms": None,
+    } | best
 
 
 @pytest.fixture
@@ -81,7 +87,8 @@ def test_when_a_session_ends_what_was_running_waits(book: Ledger) -> None:
 def test_its_copies_on_storage_agree(book: Ledger, folder: Storage, tmp_path: Path) -> None:
     book.heard("a", result(1))
     book.write()
-    standings, state = ledger.read_trials(folder)
+    kept = ledger.read_trials(folder)
+    standings, state = list(kept.standings), kept.scheduler
     assert standings == book.standings
     assert state == {"seen": [], "stops": {"b": "too slow"}}
     rows = list(csv.DictReader((tmp_path / "leaderboard.csv").read_text().splitlines()))
@@ -99,7 +106,7 @@ def test_storage_is_not_drowned_by_short_epochs(book: Ledger, tmp_path: Path) ->
 
 
 def test_a_missing_file_of_standings_is_no_error(folder: Storage) -> None:
-    assert ledger.read_trials(folder) == ([], None)
+    assert ledger.read_trials(folder) == ledger.Kept()
 
 
 DAMAGED = [
@@ -117,7 +124,7 @@ DAMAGED = [
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_of_standings_is_as_good_as_none(folder: Storage, content: bytes) -> None:
     folder.write(ledger.TRIALS, content)
-    assert ledger.read_trials(folder) == ([], None)
+    assert ledger.read_trials(folder) == ledger.Kept()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
@@ -174,4 +181,4 @@ def test_numbers_that_are_none_survive_json(book: Ledger, folder: Storage) -> No
     book.write()
     record = json.loads(folder.read(ledger.TRIALS) or b"")
     assert record["standings"][0]["best_miou"] is None
-    assert ledger.read_trials(folder)[0][0].best_miou is None
+    assert ledger.read_trials(folder).standings[0].best_miou is None

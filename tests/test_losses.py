@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tune_bisenet.config import CrossEntropy, WeightedCrossEntropy
+from tune_bisenet.config import OHEM, CrossEntropy, WeightedCrossEntropy
 from tune_bisenet.data.classes import CLASS_NAMES, NUM_CLASSES, VOID
 from tune_bisenet.losses import class_weights_from, head_losses, lovasz_softmax, uses_lovasz
 from tune_bisenet.model import Logits, upsample
@@ -121,20 +121,20 @@ def test_cross_entropy_is_computed_in_float32_whatever_it_is_given() -> None:
 def test_class_weights_of_a_count_by_hand() -> None:
     counts = torch.tensor([60, 30, 10])
     by_hand = [100 / (3 * 60), 100 / (3 * 30), 100 / (3 * 10)]
-    assert class_weights_from(counts).tolist() == pytest.approx(by_hand, rel=1e-6)
+    assert class_weights_from(counts, 1.0).tolist() == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_a_class_that_never_occurs_weighs_nothing() -> None:
-    weights = class_weights_from(torch.tensor([75, 0, 25]))
+    weights = class_weights_from(torch.tensor([75, 0, 25]), 1.0)
     assert weights.tolist() == pytest.approx([100 / 225, 0.0, 100 / 75], rel=1e-6)
-    assert class_weights_from(torch.zeros(3, dtype=torch.int64)).tolist() == [0.0, 0.0, 0.0]
+    assert class_weights_from(torch.zeros(3, dtype=torch.int64), 1.0).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_the_shares_of_cityscapes_give_the_known_weights() -> None:
     shares = [36.88, 6.09, 22.82, 0.656, 0.878, 1.227, 0.208, 0.551, 15.92, 1.159, 4.009, 1.219, 0.135, 7.00]
     shares += [0.268, 0.235, 0.233, 0.099, 0.414]
     counts = torch.tensor([round(share * 55_000_000) for share in shares])  # some 5.5e9 pixels: more than int32 holds
-    weights = dict(zip(CLASS_NAMES, class_weights_from(counts).tolist(), strict=True))
+    weights = dict(zip(CLASS_NAMES, class_weights_from(counts, 1.0).tolist(), strict=True))
     assert weights["road"] == pytest.approx(0.143, abs=5e-4)
     assert weights["motorcycle"] == pytest.approx(53.3, rel=5e-3)  # the shares have three digits
     assert min(weights, key=weights.__getitem__) == "road"
@@ -143,8 +143,19 @@ def test_the_shares_of_cityscapes_give_the_known_weights() -> None:
 
 def test_no_class_outweighs_another_once_counts_are_taken_into_account() -> None:
     counts = torch.tensor([1, 10, 1000, 100_000])
-    shares = class_weights_from(counts).double() * counts
+    shares = class_weights_from(counts, 1.0).double() * counts
     assert shares.tolist() == pytest.approx([counts.sum().item() / 4] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_class_weights_to_a_power_by_hand(exponent: float) -> None:
+    by_hand = {0.0: [1.0, 0.0, 1.0], 0.5: [2 / 3, 0.0, 2 / math.sqrt(3)], 1.0: [4 / 9, 0.0, 4 / 3]}[exponent]
+    assert class_weights_from(torch.tensor([75, 0, 25]), exponent).tolist() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_the_first_power_changes_no_bit_of_a_class_weight() -> None:
+    counts = torch.randint(1, 2**33, (500,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(class_weights_from(counts, 1.0), (counts.sum().double() / (500 * counts.double())).float())
 
 
 # --- Lovász-Softmax ---------------------------------------------------------------------------------------------
@@ -320,6 +331,39 @@ def test_class_weights_act_on_all_three_heads() -> None:
     assert [part.item() for part in parts[1:]] == pytest.approx(expected, rel=1e-5)
 
 
+def test_class_weights_to_the_power_of_0_are_plain_cross_entropy() -> None:
+    counts = torch.bincount(LABELS.flatten().long(), minlength=VOID + 1)[:NUM_CLASSES]
+    assert not counts.all(), "some class never occurs"
+    plain, weighted = (
+        head_losses(random_logits(), LABELS, loss, class_weights=class_weights, epoch=1)
+        for loss, class_weights in (
+            (CrossEntropy(aux_weight=1.0), None),
+            (WeightedCrossEntropy(aux_weight=1.0, exponent=0.0), class_weights_from(counts, 0.0)),
+        )
+    )
+    assert weighted == plain
+
+
+def alone_of_hard_pixels(logits: Tensor, num_kept: int) -> float:
+    """Mean cross-entropy of one head's `num_kept` hardest pixels, and those as hard as the last, computed by torch."""
+    full_size = torch.nn.functional.interpolate(logits, size=(16, 32), mode="bilinear", align_corners=False)
+    losses = torch.nn.functional.cross_entropy(full_size, LABELS.long(), ignore_index=VOID, reduction="none")
+    last = losses.flatten().topk(num_kept).values[-1]
+    return losses[losses > last - 1e-5].mean().item()
+
+
+def test_hard_pixels_are_chosen_for_each_head_and_the_main_one_turns_to_lovasz() -> None:
+    logits = random_logits()
+    loss = OHEM(aux_weight=0.4, threshold=1e-9, min_kept=0.25, lovasz_after=3)  # no pixel is that hard
+    before, after = (head_losses(logits, LABELS, loss, class_weights=None, epoch=epoch) for epoch in (3, 4))
+    num_kept = math.ceil(0.25 * int((LABELS != VOID).sum()))
+    main, aux1, aux2 = (alone_of_hard_pixels(head, num_kept) for head in (logits.main, *logits.aux))
+    assert [part.item() for part in before[1:]] == pytest.approx([main, aux1, aux2], rel=1e-4)
+    assert before.total.item() == pytest.approx(main + 0.4 * (aux1 + aux2), rel=1e-4)
+    assert after[2:] == before[2:]
+    assert after.main == lovasz_softmax(upsample(logits.main, (16, 32)), LABELS.long())
+
+
 def test_the_main_head_turns_to_lovasz_after_epoch_35_and_the_auxiliary_heads_never_do() -> None:
     logits, loss = random_logits(), CrossEntropy(aux_weight=1.0, lovasz_after=35)
     first, epoch_35, epoch_36, last = (
@@ -339,11 +383,14 @@ def test_a_loss_without_a_switch_never_switches() -> None:
     assert uses_lovasz(CrossEntropy(aux_weight=1.0, lovasz_after=0), epoch=1)
 
 
-def test_labels_of_nothing_but_void_teach_no_head_anything() -> None:
+@pytest.mark.parametrize("kind", [CrossEntropy, WeightedCrossEntropy, OHEM])
+def test_labels_of_nothing_but_void_teach_no_head_anything(
+    kind: type[CrossEntropy | WeightedCrossEntropy | OHEM],
+) -> None:
     heads = [head.requires_grad_() for head in (random_logits().main, *random_logits().aux)]
     labels = torch.full((2, 16, 32), VOID, dtype=torch.uint8)
     for epoch in (1, 2):
-        loss = CrossEntropy(aux_weight=1.0, lovasz_after=1)
+        loss = kind(aux_weight=1.0, lovasz_after=1)
         parts = head_losses(Logits(heads[0], tuple(heads[1:])), labels, loss, class_weights=None, epoch=epoch)
         parts.total.backward()
         assert [part.item() for part in parts] == [0.0] * 4

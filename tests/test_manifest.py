@@ -49,10 +49,10 @@ def test_it_says_all_that_is_needed_to_repeat_a_search(flight: preflight.Flight,
 
 def test_a_session_that_ends_says_when_and_by_which_signal(flight: preflight.Flight, runs: dict[str, Run]) -> None:
     record = manifest.opened(flight, runs, command=COMMAND, resources=RESOURCES)
-    (session,) = manifest.closed(record, 15)["sessions"]
+    (session,) = manifest.closed(record, 15, "")["sessions"]
     assert session["signal"] == 15
     assert session["started"] <= session["ended"]
-    assert manifest.closed(record, None)["sessions"][0]["signal"] is None
+    assert manifest.closed(record, None, "")["sessions"][0]["signal"] is None
     assert record["sessions"][0]["ended"] is None, "the record that was given stays as it was"
 
 

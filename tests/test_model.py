@@ -71,6 +71,13 @@ def test_every_block_has_the_published_number_of_parameters(network: BiSeNet) ->
     assert sum(found.values()) == num_parameters(network)
 
 
+@pytest.mark.parametrize("head_width", [1, 64, 256, 300])
+def test_a_channel_of_the_main_heads_hidden_layer_costs_2325_parameters(head_width: int) -> None:
+    network = BiSeNet(head_width=head_width, auxiliary_heads=False)
+    assert num_parameters(network) == 13_275_539 + 2_325 * (head_width - 256)
+    assert network.eval()(images(1, 32, 64)).main.shape == (1, NUM_CLASSES, 4, 8)
+
+
 def test_there_are_36_batchnorm_layers(network: BiSeNet) -> None:
     assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 36
 

@@ -304,6 +304,35 @@ def test_the_judge_can_be_pickled() -> None:
     assert copied.rungs_of(row()) == (20, 40)
 
 
+# --- what is known from an earlier search -----------------------------------------------------------------------
+
+
+def test_a_known_trial_counts_among_the_others_at_the_rungs_it_came_to() -> None:
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
+    rungs.know(row("r02"), "before/r02", [1.0] * 19 + [50.0] + [2.0] * 10)
+    assert rungs.seen == {(50, 20): {"before/r02": 50.0}}
+    assert (
+        judge(rungs, row("r03"), 20, 49.0).reason == "mIoU 49.00 at epoch 20, below 50.00, the median of 1 other (ASHA)"
+    )
+    assert not judge(rungs, row("r03"), 40, 1.0, trial="r03-s1").stop
+
+
+def test_knowing_twice_changes_nothing_and_stops_nobody() -> None:
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
+    judge(rungs, row("r02"), 20, 50.0)
+    for miou in (1.0, 2.0):
+        rungs.know(row("r03"), "before/r03", [miou] * 50)
+    assert rungs.seen == {(50, 20): {"r02": 50.0, "before/r03": 1.0}, (50, 40): {"before/r03": 1.0}}
+    assert rungs.stops == {}
+
+
+def test_a_known_trial_that_came_to_no_rung_leaves_no_trace() -> None:
+    rungs = Rungs(rungs_of=RUNGS_OF)
+    rungs.know(row("r02"), "before/r02", [50.0] * 19)
+    rungs.know(row("r05", lovasz_after=35), "before/r05", [50.0] * 39)
+    assert rungs.to_json() == {"seen": [], "stops": {}}
+
+
 # --- the forecast -----------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tune_bisenet import spaces
 from tune_bisenet.config import SGD, CrossEntropy, Expect, Run, WarmupPoly
-from tune_bisenet.spaces import Grid, SpaceError
+from tune_bisenet.spaces import Grid, Sampled, SpaceError
 
 
 def row(name: str, expect: Expect | None = None) -> Run:
@@ -30,7 +30,7 @@ ADAMW = {"kind": "adamw", "lr": 0.001, "weight_decay": 0.0001}
 CE_10 = {"kind": "ce", "aux_weight": 1.0, "lovasz_after": None}
 CE_04 = {"kind": "ce", "aux_weight": 0.4, "lovasz_after": None}
 CE_LOVASZ = {"kind": "ce", "aux_weight": 1.0, "lovasz_after": 35}
-WEIGHTED = {"kind": "weighted_ce", "aux_weight": 1.0, "lovasz_after": None}
+WEIGHTED = {"kind": "weighted_ce", "aux_weight": 1.0, "exponent": 1.0, "lovasz_after": None}
 
 # fmt: off
 TABLE = [
@@ -170,7 +170,7 @@ def written(folder: Path, text: str) -> str:
 
 @pytest.mark.parametrize("name", spaces.names())
 def test_every_space_that_comes_with_the_package_can_be_loaded(name: str) -> None:
-    assert isinstance(spaces.load(name), Grid)
+    assert isinstance(spaces.load(name), Grid | Sampled)
 
 
 def test_the_ten_runs_come_with_the_package() -> None:
@@ -203,7 +203,7 @@ def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["x = 1", "SPACE = 3", ""])
 def test_a_file_without_a_space_is_refused_saying_what_to_write(tmp_path: Path, text: str) -> None:
     with pytest.raises(
-        SpaceError, match=r"defines no SPACE of type Grid: end the file with SPACE = Grid\(title, runs\)"
+        SpaceError, match=r"defines no SPACE of type Grid or Sampled: end the file with SPACE = Grid\(title, runs\)"
     ):
         spaces.load(written(tmp_path, text))
 

@@ -13,6 +13,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from tune_bisenet.config import SGD, CrossEntropy, Expect, Run, WarmupPoly
+from tune_bisenet.median import MedianRule, first_judged_epoch
 from tune_bisenet.rungs import Rungs, no_rungs, rung_epochs, spared_rows
 from tune_bisenet.stopping import EarlyStopping, trial_name
 
@@ -116,7 +117,8 @@ def test_a_second_search_judges_by_what_the_first_has_seen(tmp_path: Path) -> No
     assert last_epochs(first, [row("r01"), row("r02")], curves, tmp_path) == {"r01": 6, "r02": 3}
 
     state = json.loads(json.dumps(first.state()))
-    second = EarlyStopping(Rungs.from_json(state, rungs_of=RUNGS_OF, min_others=1))
+    rungs = Rungs.from_json(state, rungs_of=RUNGS_OF, min_others=1)
+    second = EarlyStopping(rungs)
     runs = [row("r01"), row("r02"), row("r03"), row("r04"), row("r05")]
     curves = {
         "r01": {"miou": 30.0, "first_epoch": 3},  # repeats the rung, where it went on
@@ -126,7 +128,7 @@ def test_a_second_search_judges_by_what_the_first_has_seen(tmp_path: Path) -> No
         "r05": {"miou": 45.0},  # above 44, the median of 50, 40 and 44
     }
     assert last_epochs(second, runs, curves, tmp_path) == {"r01": 6, "r02": 4, "r03": 6, "r04": 3, "r05": 6}
-    assert second.rungs.seen == {(6, 3): {"r01": 50.0, "r02": 40.0, "r04": 44.0, "r05": 45.0}}
+    assert rungs.seen == {(6, 3): {"r01": 50.0, "r02": 40.0, "r04": 44.0, "r05": 45.0}}
     assert second.stops["r02"] == first.stops["r02"]
 
 
@@ -134,9 +136,9 @@ def test_a_second_search_judges_by_what_the_first_has_seen(tmp_path: Path) -> No
 @pytest.mark.usefixtures("one_ray")
 def test_a_trial_that_resumes_at_its_end_and_reports_nothing_harms_nobody(tmp_path: Path) -> None:
     curves: dict[str, Curve] = {"r01": {"first_epoch": NUM_EPOCHS + 1}, "r02": {"miou": 40.0}}
-    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1))
-    assert last_epochs(scheduler, [row("r01"), row("r02")], curves, tmp_path) == {"r01": 0, "r02": 6}
-    assert scheduler.rungs.seen == {(6, 3): {"r02": 40.0}}
+    rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
+    assert last_epochs(EarlyStopping(rungs), [row("r01"), row("r02")], curves, tmp_path) == {"r01": 0, "r02": 6}
+    assert rungs.seen == {(6, 3): {"r02": 40.0}}
 
 
 @pytest.mark.ray
@@ -147,6 +149,21 @@ def test_without_rungs_every_row_goes_to_its_end_but_a_diverged_one(tmp_path: Pa
     runs = [row("r01"), row("r02"), row("r03")]
     ended = last_epochs(scheduler, runs, curves, tmp_path, metric="miou", mode="max")
     assert ended == {"r01": 6, "r02": 6, "r03": 4}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("one_ray")
+def test_another_judge_is_obeyed_as_well_and_hands_out_its_own_state(tmp_path: Path) -> None:
+    judge = MedianRule(judged_from=partial(first_judged_epoch, iterations_per_epoch=100), min_others=1)
+    curves: dict[str, Curve] = {"r01": {"miou": 50.0}, "r02": {"miou": 40.0}, "r03": {"miou": 60.0, "nan_from": 2}}
+    scheduler = EarlyStopping(judge)
+    assert last_epochs(scheduler, [row("r01"), row("r02"), row("r03")], curves, tmp_path) == {
+        "r01": 6,
+        "r02": 3,
+        "r03": 2,
+    }
+    assert scheduler.stops["r02"].startswith("best mIoU 40.00 until epoch 3, below 50.00")
+    assert scheduler.state() == judge.to_json()
 
 
 # --- without a cluster ------------------------------------------------------------------------------------------

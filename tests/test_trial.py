@@ -13,6 +13,7 @@ from driving import write_frames
 
 from tune_bisenet import checkpoint
 from tune_bisenet.config import Job, Run
+from tune_bisenet.latency import LATENCY, Latency
 from tune_bisenet.storage import Storage
 from tune_bisenet.trial import run_trial
 
@@ -164,6 +165,56 @@ def test_the_state_of_another_run_is_refused_and_left_as_it_is(run: Run, job: Jo
     with pytest.raises(checkpoint.CheckpointError, match="was written by another run"):
         trained(run, job)
     assert last.read_bytes() == before
+
+
+# --- latency ----------------------------------------------------------------------------------------------------
+
+
+def without_latency(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [report | {"latency_ms": None} for report in timeless(reports)]
+
+
+def kept_latency(run: Run, job: Job) -> Latency:
+    return Latency.from_json(json.loads((Path(job.storage) / run.name / LATENCY).read_bytes()))
+
+
+def test_latency_is_none_where_nobody_asks_for_it(run: Run, job: Job, expected: list[dict[str, Any]]) -> None:
+    assert [report["latency_ms"] for report in expected] == [None] * 3
+    trained(run.model_copy(update={"num_epochs": 1}), job)
+    assert not (Path(job.storage) / run.name / LATENCY).exists()
+
+
+def test_latency_is_kept_and_in_every_report_and_changes_nothing_else(
+    run: Run, job: Job, expected: list[dict[str, Any]]
+) -> None:
+    measuring = job.model_copy(update={"measures_latency": True})
+    reports = trained(run, measuring)
+    assert {report["latency_ms"] for report in reports} == {kept_latency(run, measuring).median_ms}
+    assert without_latency(reports) == timeless(expected)
+
+
+def test_a_trial_that_goes_on_keeps_the_latency_it_has(run: Run, job: Job, expected: list[dict[str, Any]]) -> None:
+    measuring = job.model_copy(update={"measures_latency": True})
+    killed_after(1, run, measuring)
+    known = Latency(median_ms=12.5, low_ms=12.0, high_ms=13.0, repeats=10, device="another")
+    (Path(job.storage) / run.name / LATENCY).write_text(json.dumps(known.to_json()))
+    reports = trained(run, measuring)
+    assert [report["latency_ms"] for report in reports] == [12.5] * 3
+    assert kept_latency(run, measuring) == known
+    assert without_latency(reports) == timeless(expected)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"median_ms": 1', b"\xff\xfe", b"[]", b'{"median_ms": null}'])
+def test_a_damaged_latency_is_measured_anew(run: Run, job: Job, content: bytes) -> None:
+    measuring = job.model_copy(update={"measures_latency": True})
+    folder = Path(job.storage) / run.name
+    folder.mkdir(parents=True)
+    (folder / LATENCY).write_bytes(content)
+    (report,) = trained(run.model_copy(update={"num_epochs": 1}), measuring)
+    assert report["latency_ms"] == kept_latency(run, measuring).median_ms
+
+
+# --- data and places --------------------------------------------------------------------------------------------
 
 
 def test_other_frames_than_the_drivers_are_refused(run: Run, job: Job) -> None:

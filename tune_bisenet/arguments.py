@@ -4,10 +4,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
-from tune_bisenet.config import Frozen, Precision, check_image_size
+from tune_bisenet.config import Frozen, Objective, Precision, Sampler, check_image_size
+from tune_bisenet.secrets import hidden
 
 STREETS: Final = "streets"
 NO_BACKBONE: Final = "none"
@@ -43,16 +52,49 @@ def _name(text: str) -> str:
     return text
 
 
+_UNITS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def _duration(text: object) -> object:
+    """Seconds of a text such as `8h` or `1h30m`; anything else as it is."""
+    if not isinstance(text, str):
+        return text
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ValueError(f"{text} is no time: write it as 8h, 90m or 1h30m.")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def duration_words(seconds: float) -> str:
+    """As `--time-budget` takes it: `1h30m`."""
+    words, left = "", round(seconds)
+    for unit, size in _UNITS.items():
+        words += f"{left // size}{unit}" if left >= size else ""
+        left %= size
+    return words or "0s"
+
+
 def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError(f"{', '.join(map(str, values))} names something twice: each once is enough.")
     return values
 
 
+def _goals(values: tuple[Objective, ...]) -> tuple[Objective, ...]:
+    if values not in (("miou",), ("miou", "latency")):
+        raise ValueError(f"{','.join(values)} is no choice of goals: there are miou, and miou,latency.")
+    return values
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_unique)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(_unique)]
 Size = Annotated[tuple[int, int], BeforeValidator(_size)]
-Scheduler = Literal["asha", "fifo"]
+Seconds = Annotated[PositiveFloat, BeforeValidator(_duration)]
+Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_split), AfterValidator(_goals)]
+Scheduler = Literal["asha", "median", "fifo"]
+
+DEFAULT_TRIALS: Final = 40
+"""Of a sampled search that is given no limit at all."""
 
 
 class Arguments(Frozen):
@@ -69,6 +111,17 @@ class Arguments(Frozen):
     scheduler: Scheduler | None = None
     precision: Precision | None = None
 
+    sampler: Sampler | None = None
+    objectives: Objectives | None = None
+    warm_start: str | None = None
+    study: str | None = None
+    """Where the study is kept, as given: with its password."""
+
+    trials: PositiveInt | None = None
+    time_budget: Seconds | None = None
+    gpu_hours: PositiveFloat | None = None
+    confirm: PositiveInt | None = None
+
     gpus_per_trial: NonNegativeFloat | None = None
     cpus_per_trial: PositiveInt | None = None
     max_concurrent: PositiveInt | None = None
@@ -83,6 +136,32 @@ class Arguments(Frozen):
     def continues(self) -> bool:
         """Whether this goes on with a search that is there already."""
         return self.resume or self.add or self.rerun is not None
+
+
+class Limits(Frozen):
+    """When a search ends by itself; None where nothing was said. Those of the last session hold."""
+
+    trials: PositiveInt | None = None
+    """Of a sampled search, in all its sessions; earlier searches' trials that it began with do not count."""
+    time_budget: PositiveFloat | None = None
+    """Seconds, of all its sessions together."""
+    gpu_hours: PositiveFloat | None = None
+    """Of all epochs trained, times the GPUs of a trial."""
+    confirm: PositiveInt | None = None
+    """How many fresh seeds the best of a sampled search is trained with when it has ended; beyond the limits."""
+
+    def updated(self, given: Arguments) -> Self:
+        """The same with what the command line says now."""
+        changes = {name: getattr(given, name) for name in Limits.model_fields}
+        return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
+
+    def used_up(self, *, seconds: float, gpu_hours: float) -> str:
+        """Which limit has been reached, in words; empty as long as none is."""
+        if self.time_budget is not None and seconds >= self.time_budget:
+            return f"--time-budget {duration_words(self.time_budget)} was used up"
+        if self.gpu_hours is not None and gpu_hours >= self.gpu_hours:
+            return f"--gpu-hours {self.gpu_hours:g} were used up"
+        return ""
 
 
 class Part(Frozen):
@@ -110,6 +189,13 @@ class Choices(Frozen):
     proxy: bool
     scheduler: Scheduler
     precision: Precision
+    sampler: Sampler = "tpe"
+    """Of a sampled space, as are the following."""
+    objectives: Objectives = ("miou",)
+    warm_start: str | None = None
+    """The folder of the search whose trials it began with."""
+    study: str | None = None
+    """Where the study is kept, its password hidden; None for a file in the search's folder."""
 
     @property
     def plain_seed(self) -> int | None:
@@ -138,7 +224,7 @@ def choose(given: Arguments, *, default_data: str) -> Choices:
         "epochs": None,
         "image_size": None,
         "proxy": streets,
-        "scheduler": "asha",
+        "scheduler": "fifo" if len(given.objectives or ()) > 1 else "asha",
         "precision": "fp32",
     }
     return Choices.model_validate(defaults | asked)
@@ -151,9 +237,15 @@ def asked_for(given: Arguments) -> dict[str, Any]:
 
 
 def absolute(name: str, value: Any) -> Any:
-    """A path stays valid when a search is resumed from another folder; words such as `streets` are no paths."""
+    """A path stays valid when a search is resumed from another folder; words such as `streets` are no paths.
+
+    Of an address only what may be seen is a choice.
+    """
+    if name == "study":
+        return hidden(value)
     is_path = (
-        (name == "data" and value != STREETS)
+        (name == "warm_start" and "://" not in value)
+        or (name == "data" and value != STREETS)
         or (name == "backbone" and value not in (NO_BACKBONE, "imagenet"))
         or (name == "space" and (value.endswith(".py") or "/" in value))
     )

@@ -6,11 +6,13 @@ from rich.console import Console
 from rich.text import Text
 
 from tune_bisenet import plan, rungs
-from tune_bisenet.arguments import NO_BACKBONE
+from tune_bisenet.arguments import NO_BACKBONE, Limits, duration_words
 from tune_bisenet.config import Resources, Run, size_words
 from tune_bisenet.preflight import Flight
+from tune_bisenet.rehearsal import Sampling
 from tune_bisenet.report import leaderboard
 from tune_bisenet.results import Standing
+from tune_bisenet.search import Outcome
 
 
 def print_plan(console: Console, flight: Flight, resources: Resources, runs: Mapping[str, Run]) -> None:
@@ -22,40 +24,97 @@ def print_plan(console: Console, flight: Flight, resources: Resources, runs: Map
 
 
 def plan_lines(flight: Flight, resources: Resources, runs: Mapping[str, Run]) -> list[tuple[str, str]]:
-    """The plan as (title, text) pairs."""
-    epochs = sum(run.num_epochs for run in runs.values())
-    iterations = sum(run.num_epochs * plan.iterations_per_epoch(run, flight.facts) for run in runs.values())
+    """The plan as (title, text) pairs. `runs` are the trials known as yet."""
     choices, facts = flight.choices, flight.facts
     sizes = ", ".join(size_words(size) for size in flight.packs)
     start = "from scratch" if choices.backbone == NO_BACKBONE else choices.backbone
     lines = [
-        ("search", f"{flight.name}: {flight.grid.title}"),
-        ("trials", f"{len(runs)} ({_shortened(list(runs))}), {epochs} epochs, {iterations:,} iterations in all"),
+        ("search", f"{flight.name}: {flight.space.title}"),
+        *_trials(flight, runs),
         ("data", f"{choices.data}: {facts.num_train} training and {facts.num_val} validation images, {sizes}"),
         ("backbone", f"ResNet-18, {start}"),
         ("device", _device(flight, resources)),
         ("scheduler", _scheduler(flight)),
         ("results", flight.folder.uri),
         ("watch", f"tensorboard --logdir {flight.folder.uri}"),
+        *_study(flight.sampling),
         ("resume", f"python -m tune_bisenet.run --resume --name {flight.name} --storage {flight.arguments.storage}"),
     ]
     return [*lines, *(("note", caption) for caption in flight.captions)]
 
 
+def _trials(flight: Flight, runs: Mapping[str, Run]) -> list[tuple[str, str]]:
+    """What will be trained, and what bounds it."""
+    if flight.sampling is None:
+        epochs = sum(run.num_epochs for run in runs.values())
+        iterations = sum(run.num_epochs * plan.iterations_per_epoch(run, flight.facts) for run in runs.values())
+        words = f"{len(runs)} ({_shortened(list(runs))}), {epochs} epochs, {iterations:,} iterations in all"
+        return [("trials", words), *_bounds(flight.limits)]
+    example, sampling = flight.example, flight.sampling
+    known = {known.suggested.run.name for known in sampling.known}
+    rows = [name for name in sampling.question.rows if name not in known and name not in runs]
+    number = "as many as time allows" if flight.limits.trials is None else str(flight.limits.trials)
+    first = f", the rows {_shortened(rows)} first" if rows else ""
+    iterations = plan.iterations_per_epoch(example, flight.facts)
+    words = f"{number}{first}, {example.num_epochs} epochs of {iterations} iterations each"
+    lines = [("trials", words), ("sampler", f"{flight.choices.sampler}, for {' and '.join(flight.choices.objectives)}")]
+    return [*lines, *_known(sampling), *_bounds(flight.limits)]
+
+
+def _known(sampling: Sampling) -> list[tuple[str, str]]:
+    """What an earlier search teaches, and what of it could not be used."""
+    if not sampling.known:
+        return []
+    names = _shortened([known.suggested.trial for known in sampling.known])
+    left_out = "; ".join(f"{name} is left out: {reason}" for name, reason in sampling.left_out.items())
+    return [("known", f"{len(sampling.known)} trials ({names})" + (f"; {left_out}" if left_out else ""))]
+
+
+def _bounds(limits: Limits) -> list[tuple[str, str]]:
+    bounds = []
+    if limits.time_budget is not None:
+        bounds.append(f"{duration_words(limits.time_budget)} of time")
+    if limits.gpu_hours is not None:
+        bounds.append(f"{limits.gpu_hours:g} GPU-hours")
+    return [("limits", f"ends after {' or '.join(bounds)}, whichever comes first")] if bounds else []
+
+
+def _study(sampling: Sampling | None) -> list[tuple[str, str]]:
+    return [("study", f"optuna-dashboard {sampling.place.shown}")] if sampling else []
+
+
 def print_results(
-    console: Console, flight: Flight, standings: Sequence[Standing], *, page: str | None, signal_number: int | None
+    console: Console, flight: Flight, standings: Sequence[Standing], *, page: str | None, outcome: Outcome
 ) -> None:
     """The leaderboard, where it lies, and what to do if the search is not whole."""
     console.print()
-    console.print(leaderboard.to_rich(standings, baseline=flight.grid.baseline, captions=flight.captions))
+    console.print(leaderboard.to_rich(standings, baseline=flight.space.baseline, captions=flight.captions))
     _print_line(console, f"results: {flight.folder.uri}")
     if page is not None:
         _print_line(console, f"report:  {page}")
     failed = [standing.trial for standing in standings if standing.status == "failed"]
     if failed:
         _print_line(console, f"failed: {', '.join(failed)}. Try these again with --resume --name {flight.name}.")
-    if signal_number is not None:
-        _print_line(console, f"interrupted. Go on with --resume --name {flight.name}.")
+    for line in _endings(flight, standings, outcome):
+        _print_line(console, line)
+
+
+def _endings(flight: Flight, standings: Sequence[Standing], outcome: Outcome) -> list[str]:
+    """Why the search ended, where that is not plain, and how to go on."""
+    if outcome.signal_number is not None:
+        return [f"interrupted. Go on with --resume --name {flight.name}."]
+    if outcome.limit:
+        return [f"ended: {outcome.limit}. Go on with --resume --name {flight.name} and a higher limit."]
+    if flight.sampling is None:
+        return []
+    lines = [f"ended: --trials {flight.limits.trials} have been run. More by --resume --name {flight.name} --trials N."]
+    if flight.limits.confirm is None:
+        lines.append(
+            f"The best of many looks better than it is: --resume --name {flight.name} --confirm 3 trains it anew."
+        )
+    elif not any(standing.trial != standing.run for standing in standings):
+        lines.append("--confirm: no sampled trial was trained to its end, so there is nothing to confirm.")
+    return lines
 
 
 def _print_line(console: Console, line: str | Text) -> None:
@@ -72,6 +131,12 @@ def _device(flight: Flight, resources: Resources) -> str:
 def _scheduler(flight: Flight) -> str:
     if flight.choices.scheduler == "fifo":
         return "fifo: every run is trained to its end, unless its loss diverges"
+    if flight.choices.scheduler == "median":
+        return "median: a run whose best mIoU is below the median of the others' means so far is stopped"
+    if flight.sampling is not None:
+        return (
+            "asha: at 40 and 80 % of its epochs a run below the others' median is stopped (--scheduler fifo: none is)"
+        )
     forecast = rungs.forecast(flight.runs, plan.iterations_per_epoch(flight.runs[0], flight.facts))
     return f"asha: {forecast} (--scheduler fifo trains all to the end)"
 

@@ -29,6 +29,10 @@ class Frozen(BaseModel):
 
 
 Precision = Literal["fp32", "bf16"]
+Objective = Literal["miou", "latency"]
+"""A goal: mIoU in percent, the higher the better; milliseconds of one prediction, the lower the better."""
+Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc"]
+"""How a study chooses the next point, by Optuna's names."""
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------

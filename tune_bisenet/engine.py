@@ -11,13 +11,13 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, assert_never
 
 import torch
 from torch import Tensor
 
 from tune_bisenet import losses, metrics, optim, upsampled
-from tune_bisenet.config import Precision, Run
+from tune_bisenet.config import OHEM, CrossEntropy, Precision, Run, WeightedCrossEntropy
 from tune_bisenet.data.augment import augment_batch, epoch_draw, epoch_order, normalise
 from tune_bisenet.data.frames import Frames
 from tune_bisenet.data.packed import Packed
@@ -81,15 +81,10 @@ def begin(
 ) -> Training:
     """A run before its first epoch, its weights drawn from its seed. `backbone` holds ResNet-18 weights, if any."""
     torch.manual_seed(run.seed)
-    model = BiSeNet()
+    model = BiSeNet(head_width=run.head_width)
     if backbone is not None:
         model.load_backbone(backbone)
-    model.to(device=device)
-    if _prefers_channels_last(device):
-        model.to(memory_format=torch.channels_last)
-    weights = None
-    if run.loss.kind == "weighted_ce":
-        weights = losses.class_weights_from(torch.from_numpy(data.class_counts.copy())).to(device)
+    place(model, device)
     return Training(
         run=run,
         device=device,
@@ -98,7 +93,7 @@ def begin(
         optimizer=optim.build(run, model),
         train=Frames(data.train, device),
         val=Frames(data.val, device),
-        class_weights=weights,
+        class_weights=_class_weights(run, data, device),
     )
 
 
@@ -108,6 +103,18 @@ def fit(training: Training) -> Iterator[EpochEnd]:
         sums = _train_epoch(training, training.epochs_done + 1)
         training.epochs_done += 1
         yield _validate(training, sums)
+
+
+def _class_weights(run: Run, data: Packed, device: torch.device) -> Tensor | None:
+    """What each class weighs, C float32; None where the loss does not weigh classes."""
+    loss = run.loss
+    match loss:
+        case WeightedCrossEntropy():
+            return losses.class_weights_from(torch.from_numpy(data.class_counts.copy()), loss.exponent).to(device)
+        case CrossEntropy() | OHEM():
+            return None
+        case _:
+            assert_never(loss)
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -146,8 +153,8 @@ def _group_size(iteration: int, num_iterations: int, accumulation: int) -> int:
 
 def _backward(training: Training, images: Tensor, labels: Tensor, *, epoch: int, scale: float) -> Tensor:
     """Add `scale` times the gradient of one micro-batch; return total, main, aux1 and aux2 loss, unscaled."""
-    with _autocast(training):
-        logits = training.model(_laid_out(images, training.device))
+    with _autocast(training.device, training.precision):
+        logits = training.model(_laid_out(images))
     parts = losses.head_losses(logits, labels, training.run.loss, class_weights=training.class_weights, epoch=epoch)
     (parts.total * scale).backward()  # type: ignore[no-untyped-call]
     return torch.stack(parts).detach()
@@ -173,7 +180,8 @@ def _validate(training: Training, sums: _TrainSums) -> EpochEnd:
     for first in range(0, len(training.val), training.run.batch_size):
         indices = torch.arange(first, min(first + training.run.batch_size, len(training.val)))
         images, labels = training.val.batch(indices)
-        predictions = predict(training, images, (labels.shape[1], labels.shape[2]))
+        size = (labels.shape[1], labels.shape[2])
+        predictions = predict(training.model, images, size, precision=training.precision)
         matrices.append(metrics.confusion(predictions, labels))
         for index in wanted.intersection(indices.tolist()):
             samples[index] = predictions[index - first].cpu()
@@ -182,11 +190,14 @@ def _validate(training: Training, sums: _TrainSums) -> EpochEnd:
 
 
 @torch.no_grad()
-def predict(training: Training, images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The likeliest trainId of each pixel: uint8 B x 3 x H x W to uint8 B x h x w, `size` being (h, w)."""
-    training.model.eval()
-    with _autocast(training):
-        logits = training.model(_laid_out(normalise(images), training.device))
+def predict(model: BiSeNet, images: Tensor, size: tuple[int, int], *, precision: Precision) -> Tensor:
+    """The likeliest trainId of each pixel: uint8 B x 3 x H x W to uint8 B x h x w, `size` being (h, w).
+
+    `images` lie where `place` has put `model`, which is left in evaluation mode.
+    """
+    model.eval()
+    with _autocast(images.device, precision):
+        logits = model(_laid_out(normalise(images)))
     return upsampled.argmax(logits.main, size)
 
 
@@ -216,10 +227,17 @@ def _measured(training: Training, sums: _TrainSums, confusion: Tensor, val_secon
 # --- the device -------------------------------------------------------------------------------------------------
 
 
-def _autocast(training: Training) -> contextlib.AbstractContextManager[object]:
-    if training.precision == "fp32":
+def place(model: BiSeNet, device: torch.device) -> None:
+    """Move `model` onto `device`, its weights laid out as convolutions are fastest there."""
+    model.to(device=device)
+    if _prefers_channels_last(device):
+        model.to(memory_format=torch.channels_last)
+
+
+def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
+    if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(training.device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _prefers_channels_last(device: torch.device) -> bool:
@@ -227,5 +245,5 @@ def _prefers_channels_last(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _laid_out(images: Tensor, device: torch.device) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last) if _prefers_channels_last(device) else images
+def _laid_out(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last) if _prefers_channels_last(images.device) else images

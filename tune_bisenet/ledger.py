@@ -11,14 +11,14 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
 from tune_bisenet.config import Run
 from tune_bisenet.report import leaderboard
-from tune_bisenet.results import ENDED_WELL, SEARCH, TRIALS, Standing
+from tune_bisenet.results import ENDED_WELL, SEARCH, TRIALS, Standing, Status
 from tune_bisenet.storage import Storage
 
 LEADERBOARD_CSV: Final = "leaderboard.csv"
@@ -70,6 +70,7 @@ class Ledger:
         baseline: str | None,
         only: Collection[str] | None = None,
         scheduler_state: Callable[[], dict[str, Any]],
+        seconds_before: float = 0.0,
     ) -> None:
         self._folder = folder
         self._standings = {standing.trial: standing for standing in standings}
@@ -77,6 +78,7 @@ class Ledger:
         self._baseline = baseline
         self._only = only
         self._scheduler_state = scheduler_state
+        self._began_at = time.monotonic() - seconds_before
         self._written_at = -SECONDS_BETWEEN_WRITES
 
     @property
@@ -85,6 +87,19 @@ class Ledger:
 
     def __getitem__(self, trial: str) -> Standing:
         return self._standings[trial]
+
+    @property
+    def seconds(self) -> float:
+        """How long the search has run, in all its sessions."""
+        return time.monotonic() - self._began_at
+
+    def add(self, standing: Standing) -> None:
+        """Take in a trial that was not known before; one that is stands as it stood."""
+        self._standings.setdefault(standing.trial, standing)
+
+    def learnt(self, trial: str, status: Status) -> None:
+        """A trial has ended in a way that this ledger had lost."""
+        self._set(trial, status=status)
 
     def unfinished(self) -> list[str]:
         """The trials of this session that have not come to an end of any kind."""
@@ -108,6 +123,7 @@ class Ledger:
             last_miou=result["miou"],
             pixel_accuracy=result["pixel_accuracy"],
             seconds=result["total_seconds"],
+            latency_ms=result["latency_ms"],
         )
 
     def ended(self, trial: str, *, diverged: bool, stopped_by: str) -> None:
@@ -136,6 +152,7 @@ class Ledger:
         record = {
             "standings": [standing.to_json() for standing in self.standings],
             "scheduler": self._scheduler_state(),
+            "seconds": round(self.seconds, 1),
         }
         self._folder.write(TRIALS, to_json(record))
         self._folder.write(LEADERBOARD_CSV, leaderboard.to_csv(self.standings, baseline=self._baseline).encode())
@@ -157,18 +174,30 @@ def read_search(folder: Storage) -> dict[str, Any] | None:
     return read_json(folder, SEARCH)
 
 
-def read_trials(folder: Storage) -> tuple[list[Standing], dict[str, Any] | None]:
-    """Standings and the scheduler's state as last written; nothing if the file is missing or damaged.
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What `trials.json` holds."""
+
+    standings: tuple[Standing, ...] = ()
+    scheduler: dict[str, Any] | None = None
+    """The scheduler's state."""
+    seconds: float = 0.0
+    """How long the search had run."""
+
+
+def read_trials(folder: Storage) -> Kept:
+    """What was last written; nothing if the file is missing or damaged.
 
     It may be lost without loss: every trial's folder says how far that trial is.
     """
     try:
         record = read_json(folder, TRIALS)
         if record is None:
-            return [], None
-        return [Standing.from_json(standing) for standing in record["standings"]], record["scheduler"]
+            return Kept()
+        standings = tuple(Standing.from_json(standing) for standing in record["standings"])
+        return Kept(standings=standings, scheduler=record["scheduler"], seconds=float(record.get("seconds", 0.0)))
     except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or JSON of another shape
-        return [], None
+        return Kept()
 
 
 def carried_over(trial: str, run: Run, earlier: Sequence[Standing], *, only: Collection[str] | None = None) -> Standing:

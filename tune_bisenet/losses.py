@@ -1,20 +1,20 @@
-"""The losses of one micro-batch: cross-entropy, plain or weighted by class, and Lovász-Softmax. Void never counts.
+"""The losses of one micro-batch: cross-entropy, of all pixels or of the hard ones, and Lovász-Softmax.
 
-A batch without a labelled pixel has loss 0 and gradient 0. Nothing here waits for the device.
+Void never counts. A batch without a labelled pixel has loss 0 and gradient 0. Nothing here waits for the device.
 
 Shapes: B images, C classes, H x W pixels of the labels, h x w of the logits.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_bisenet.config import CrossEntropy, WeightedCrossEntropy
+from tune_bisenet.config import OHEM, CrossEntropy, Loss, WeightedCrossEntropy
 from tune_bisenet.data.classes import VOID
 from tune_bisenet.model import Logits, upsample
-from tune_bisenet.upsampled import cross_entropy
+from tune_bisenet.upsampled import cross_entropy, hard_cross_entropy
 
 
 class HeadLosses(NamedTuple):
@@ -29,7 +29,7 @@ class HeadLosses(NamedTuple):
 def head_losses(
     logits: Logits,  # B x C x h x w
     labels: Tensor,  # B x H x W, uint8 trainIds
-    loss: CrossEntropy | WeightedCrossEntropy,
+    loss: Loss,
     *,
     class_weights: Tensor | None,
     epoch: int,
@@ -40,20 +40,34 @@ def head_losses(
     if uses_lovasz(loss, epoch):
         main = lovasz_softmax(upsample(logits.main, size), targets)
     else:
-        main = cross_entropy(logits.main, targets, class_weights)
-    aux1, aux2 = (cross_entropy(aux, targets, class_weights) for aux in logits.aux)
+        main = _by_pixel(logits.main, targets, loss, class_weights)
+    aux1, aux2 = (_by_pixel(aux, targets, loss, class_weights) for aux in logits.aux)
     return HeadLosses(main + loss.aux_weight * (aux1 + aux2), main, aux1, aux2)
 
 
-def uses_lovasz(loss: CrossEntropy | WeightedCrossEntropy, epoch: int) -> bool:
+def uses_lovasz(loss: Loss, epoch: int) -> bool:
     """Whether the main head has switched by `epoch` (from 1)."""
     return loss.lovasz_after is not None and epoch > loss.lovasz_after
 
 
-def class_weights_from(counts: Tensor) -> Tensor:
-    """`weight[c] = total / (num_classes * counts[c])`; 0 for a class that never occurs. float32, from int64 counts."""
-    weights = counts.sum().double() / (len(counts) * counts.double())
+def class_weights_from(counts: Tensor, exponent: float) -> Tensor:
+    """`weight[c] = (total / (num_classes * counts[c])) ** exponent`; 0 for a class that never occurs.
+
+    C float32 from C int64 counts of pixels.
+    """
+    weights = (counts.sum().double() / (len(counts) * counts.double())) ** exponent
     return weights.where(counts > 0, 0.0).float()
+
+
+def _by_pixel(logits: Tensor, targets: Tensor, loss: Loss, class_weights: Tensor | None) -> Tensor:
+    """The loss of a head that has not switched to Lovász-Softmax."""
+    match loss:
+        case CrossEntropy() | WeightedCrossEntropy():
+            return cross_entropy(logits, targets, class_weights)
+        case OHEM():
+            return hard_cross_entropy(logits, targets, threshold=loss.threshold, min_kept=loss.min_kept)
+        case _:
+            assert_never(loss)
 
 
 def lovasz_softmax(scores: Tensor, targets: Tensor) -> Tensor:

@@ -12,9 +12,20 @@ from tune_bisenet.config import Resources, Run, size_words
 from tune_bisenet.ledger import to_json
 from tune_bisenet.preflight import Flight
 from tune_bisenet.results import SEARCH
+from tune_bisenet.secrets import hidden
 from tune_bisenet.storage import Storage
 
-PACKAGES: Final = ("tune-bisenet", "torch", "torchvision", "ray", "pyarrow", "numpy", "pydantic", "tensorboard")
+PACKAGES: Final = (
+    "tune-bisenet",
+    "torch",
+    "torchvision",
+    "ray",
+    "pyarrow",
+    "numpy",
+    "optuna",
+    "pydantic",
+    "tensorboard",
+)
 
 
 def write(folder: Storage, record: dict[str, Any]) -> None:
@@ -28,7 +39,9 @@ def opened(flight: Flight, runs: Mapping[str, Run], *, command: list[str], resou
     return {
         "name": flight.name,
         "choices": flight.choices.model_dump(mode="json"),
-        "space": {"name": flight.choices.space, "title": flight.grid.title, "baseline": flight.grid.baseline},
+        "limits": flight.limits.model_dump(mode="json"),
+        "space": {"name": flight.choices.space, "title": flight.space.title, "baseline": flight.space.baseline},
+        "study": _study(flight),
         "trials": {name: run.model_dump(mode="json") for name, run in runs.items()},
         "data": {
             "name": flight.choices.data,
@@ -42,10 +55,24 @@ def opened(flight: Flight, runs: Mapping[str, Run], *, command: list[str], resou
     }
 
 
-def closed(record: dict[str, Any], signal_number: int | None) -> dict[str, Any]:
-    """The same after the session has ended."""
+def closed(record: dict[str, Any], signal_number: int | None, limit: str) -> dict[str, Any]:
+    """The same after the session has ended, by itself, by a signal or at a limit."""
     *before, last = record["sessions"]
-    return record | {"sessions": [*before, last | {"ended": _now(), "signal": signal_number}]}
+    end = {"ended": _now(), "signal": signal_number, "limit": limit or None}
+    return record | {"sessions": [*before, last | end]}
+
+
+def _study(flight: Flight) -> dict[str, Any] | None:
+    """Of a sampled search, without the password of its database."""
+    if flight.sampling is None:
+        return None
+    return {
+        "name": flight.name,
+        "url": flight.sampling.place.shown,
+        "sampler": flight.choices.sampler,
+        "objectives": list(flight.choices.objectives),
+        "warm_start": [hidden(flight.choices.warm_start)] if flight.choices.warm_start else [],
+    }
 
 
 def _session(command: list[str], resources: Resources) -> dict[str, Any]:
@@ -53,6 +80,7 @@ def _session(command: list[str], resources: Resources) -> dict[str, Any]:
         "started": _now(),
         "ended": None,
         "signal": None,
+        "limit": None,
         "command": command,
         "commit": _commit(),
         "python": platform.python_version(),

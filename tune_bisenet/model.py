@@ -126,14 +126,17 @@ class Head(nn.Sequential):
 
 
 class BiSeNet(nn.Module):
-    """13,425,721 parameters with both auxiliary heads, 13,275,539 without."""
+    """13,425,721 parameters with both auxiliary heads, 13,275,539 without.
 
-    def __init__(self, *, auxiliary_heads: bool = True) -> None:
+    `head_width` counts the channels of the hidden layer of the main head; each one more or less is 2,325 parameters.
+    """
+
+    def __init__(self, *, head_width: int = 256, auxiliary_heads: bool = True) -> None:
         super().__init__()
         self.spatial = SpatialPath()
         self.context = ContextPath()
         self.fusion = FeatureFusion()
-        self.head = Head(256, 256)
+        self.head = Head(256, head_width)
         self.aux8 = Head(128, 64) if auxiliary_heads else None
         self.aux16 = Head(128, 64) if auxiliary_heads else None
         self._initialise()

@@ -4,19 +4,30 @@
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tune_bisenet import ledger, plan, spaces
-from tune_bisenet.arguments import NO_BACKBONE, STREETS, Arguments, Choices, InputError, asked_for, choose
+from tune_bisenet import ledger, plan, rehearsal, sampling, spaces
+from tune_bisenet.arguments import (
+    DEFAULT_TRIALS,
+    NO_BACKBONE,
+    STREETS,
+    Arguments,
+    Choices,
+    InputError,
+    Limits,
+    asked_for,
+    choose,
+)
 from tune_bisenet.config import Job, Precision, Run, size_words
 from tune_bisenet.data.catalog import open_source
 from tune_bisenet.data.packed import Packed, suggested_image_size
 from tune_bisenet.data.packing import prepare
 from tune_bisenet.data.source import DataError, Source
+from tune_bisenet.rehearsal import Sampling
 from tune_bisenet.storage import Storage
 
 STREETS_EPOCHS: Final = 8
@@ -39,18 +50,32 @@ class Flight:
     folder: Storage
     arguments: Arguments
     choices: Choices
-    grid: spaces.Grid
+    limits: Limits
+    space: spaces.Space
     runs: tuple[Run, ...]
+    """All trials of a grid; the declared rows that a sampled search begins with."""
     facts: plan.DataFacts
     packs: dict[tuple[int, int], Packed]  # by image size
     cache_dir: Path
     backbone_digest: str
     earlier: dict[str, Any] | None  # the manifest of the search that is resumed
+    sampling: Sampling | None
+    """Of a sampled search."""
+
+    @property
+    def example(self) -> Run:
+        """A run such as this search trains."""
+        return self.sampling.example if self.sampling else self.runs[0]
+
+    @property
+    def num_trials(self) -> int | None:
+        """How many there will be, as far as it is known."""
+        return self.limits.trials if self.sampling else len(self.runs)
 
     @property
     def captions(self) -> list[str]:
         """What every table of this search must say."""
-        return [plan.proxy_caption(self.runs[0], self.facts)] if self.choices.proxy else []
+        return [plan.proxy_caption(self.example, self.facts)] if self.choices.proxy else []
 
     def job(self, *, cpus_per_trial: int, use_gpu: bool) -> Job:
         """What each trial is told besides its run."""
@@ -66,6 +91,7 @@ class Flight:
             cpus_per_trial=cpus_per_trial,
             use_gpu=use_gpu,
             plain_seed=self.choices.plain_seed,
+            measures_latency="latency" in self.choices.objectives,
         )
 
 
@@ -109,34 +135,68 @@ def check(
     earlier = problems.attempt(lambda: _earlier(given, folder, name)) if folder and "name" not in mistyped else None
     choices = problems.attempt(lambda: _continued(given, earlier)) if earlier else None
     choices = choices or choose(given, default_data=os.environ.get(DATASET_VARIABLE) or STREETS)
-    grid = problems.attempt(lambda: spaces.load(choices.space))
-    rows = problems.attempt(lambda: _rows(grid, choices)) if grid else None
+    space = problems.attempt(lambda: spaces.load(choices.space))
+    limits = _limits(given, earlier, space)
+    if space:
+        problems.found += _kind_problems(given, choices, space)
+    rows = problems.attempt(lambda: _rows(space, choices)) if space else None
     problems.attempt(lambda: _check_precision(choices.precision, given))
     backbone_digest = problems.attempt(lambda: _check_backbone(choices.backbone))
     source = problems.attempt(lambda: open_source(choices.data))
     facts = problems.attempt(lambda: _facts(source)) if source else None
-    runs = problems.attempt(lambda: _plan(rows, choices, facts)) if rows and facts and not mistyped else None
+    runs = (
+        problems.attempt(lambda: _plan(rows, choices, facts)) if rows is not None and facts and not mistyped else None
+    )
+    draft = (
+        problems.attempt(lambda: rehearsal.rehearse(space, runs, choices, _settings(choices), facts))
+        if isinstance(space, spaces.Sampled) and facts and runs is not None and not problems.found
+        else None
+    )
     if runs and earlier:
         problems.attempt(lambda: _check_same_rows(runs, earlier))
         problems.attempt(lambda: _check_something_to_do(given, runs, folder, earlier))
-    packs = problems.attempt(lambda: _pack(source, runs, progress)) if source and runs and not problems.found else None
+    trained = draft.runs if draft else runs
+    packs = (
+        problems.attempt(lambda: _pack(source, trained, progress))
+        if source and trained and not problems.found
+        else None
+    )
     if packs and earlier:
         problems.attempt(lambda: _check_same_data(packs, earlier))
+    prepared = (
+        problems.attempt(
+            lambda: rehearsal.prepare(
+                draft,
+                given,
+                choices,
+                name=name,
+                folder=folder,
+                is_new=earlier is None,
+                data_digests=_digests(packs),
+                backbone_digest=backbone_digest,
+                cache_dir=_cache_dir(),
+            )
+        )
+        if draft and folder and packs and backbone_digest and not problems.found
+        else None
+    )
     if problems.found:
         raise InputError(problems.found)
-    assert folder and grid and facts and runs and packs and backbone_digest  # noqa: PT018
+    assert folder and space and facts and runs is not None and packs and backbone_digest  # noqa: PT018
     return Flight(
         name=name,
         folder=folder,
         arguments=given,
         choices=choices,
-        grid=grid,
+        limits=limits,
+        space=space,
         runs=runs,
         facts=facts,
         packs=packs,
         cache_dir=_cache_dir(),
         backbone_digest=backbone_digest,
         earlier=earlier,
+        sampling=prepared,
     )
 
 
@@ -193,13 +253,55 @@ def _check_same_rows(runs: tuple[Run, ...], earlier: dict[str, Any]) -> None:
 
 
 def _check_same_data(packs: dict[tuple[int, int], Packed], earlier: dict[str, Any]) -> None:
-    digests = {size_words(size): pack.digest for size, pack in packs.items()}
+    digests = _digests(packs)
     before = earlier["data"]["digests"]
     if any(before.get(size, digest) != digest for size, digest in digests.items()):
         raise ValueError(
             f"the frames in {earlier['data']['name']} have changed since this search was started. "
             "Bring them back to resume it, or start another search under another --name."
         )
+
+
+def _digests(packs: dict[tuple[int, int], Packed]) -> dict[str, str]:
+    return {size_words(size): pack.digest for size, pack in packs.items()}
+
+
+def _limits(given: Arguments, earlier: dict[str, Any] | None, space: spaces.Space | None) -> Limits:
+    """What is said now, or was when the search was started; a sampled search needs one of them."""
+    limits = Limits.model_validate((earlier or {}).get("limits") or {}).updated(given)
+    bounded = (limits.trials, limits.time_budget, limits.gpu_hours) != (None, None, None)
+    if isinstance(space, spaces.Sampled) and not bounded:
+        return limits.model_copy(update={"trials": DEFAULT_TRIALS})
+    return limits
+
+
+def _kind_problems(given: Arguments, choices: Choices, space: spaces.Space) -> list[str]:
+    """Flags that mean nothing, or something else, for this kind of space."""
+    if isinstance(space, spaces.Sampled):
+        return _sampled_problems(given, choices)
+    flags = ("trials", "sampler", "objectives", "warm_start", "study", "confirm")
+    asked = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(given, flag) is not None]
+    return (
+        [f"{', '.join(asked)}: {choices.space} is a grid of declared rows, not a space to sample from."]
+        if asked
+        else []
+    )
+
+
+def _sampled_problems(given: Arguments, choices: Choices) -> list[str]:
+    problems = sampling.sampler_problems(choices.sampler, choices.objectives)
+    if len(choices.parts[0].seeds) > 1:
+        problems.append("--seeds: a sampled search has one seed. --confirm K trains its best with K fresh ones.")
+    if given.add:
+        problems.append("--add is for a grid. Give a sampled search more trials by --resume --trials N.")
+    if given.rerun is not None:
+        problems.append("--rerun is for a grid. A sampled search tries again what failed when it is resumed.")
+    if len(choices.objectives) > 1 and choices.scheduler != "fifo":
+        problems.append(
+            f"--scheduler {choices.scheduler} stops by mIoU alone, and would stop the fast before they are seen: "
+            f"with --objectives {','.join(choices.objectives)} use fifo."
+        )
+    return problems
 
 
 def _check_something_to_do(
@@ -209,7 +311,7 @@ def _check_something_to_do(
     known = {(run["name"], run["seed"]) for run in earlier["trials"].values()}
     if given.add and all((run.name, run.seed) in known for run in runs):
         raise ValueError("--add: this search has all these rows and seeds already. Name seeds or rows that are new.")
-    standings = ledger.read_trials(folder)[0] if folder else []
+    standings = ledger.read_trials(folder).standings if folder else ()
     failed = {standing.run for standing in standings if standing.status == "failed"}
     sound = [name for name in given.rerun or () if name not in failed]
     if sound:
@@ -219,9 +321,9 @@ def _check_something_to_do(
         )
 
 
-def _rows(grid: spaces.Grid, choices: Choices) -> list[tuple[Run, ...]]:
+def _rows(space: spaces.Space, choices: Choices) -> list[tuple[Run, ...]]:
     """The declared rows of each part."""
-    return [spaces.select(grid, part.runs) for part in choices.parts]
+    return [spaces.select(space, part.runs) for part in choices.parts]
 
 
 def _plan(rows: list[tuple[Run, ...]], choices: Choices, facts: plan.DataFacts) -> tuple[Run, ...]:
@@ -243,7 +345,7 @@ def _settings(choices: Choices) -> plan.Settings:
     )
 
 
-def _pack(source: Source, runs: tuple[Run, ...], progress: Callable[[int, int], None]) -> dict[tuple[int, int], Packed]:
+def _pack(source: Source, runs: Sequence[Run], progress: Callable[[int, int], None]) -> dict[tuple[int, int], Packed]:
     sizes = sorted({run.image_size for run in runs})
     cache_dir = _cache_dir()
     try:

@@ -7,20 +7,12 @@ import argparse
 import logging
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Console
 
-    from tune_bisenet.config import Resources, Run
-    from tune_bisenet.plan import DataFacts
-    from tune_bisenet.preflight import Flight
-    from tune_bisenet.results import Standing
-    from tune_bisenet.stopping import EarlyStopping
 
 OK: Final = 0
 SOME_FAILED: Final = 1
@@ -36,12 +28,14 @@ failed, the rest completed; 2 the input was wrong and nothing was started; 75 Ra
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    flags = vars(_parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    flags = vars(_parser().parse_args(words))
     if flags.pop("show", False):
         return _show(flags)
     from rich.console import Console
 
     from tune_bisenet import arguments, preflight
+    from tune_bisenet.secrets import hidden
 
     console = Console()
     try:
@@ -50,8 +44,12 @@ def main(argv: list[str] | None = None) -> int:
         flight = preflight.check(asked, mistyped, default_name=name, progress=_packing(console))
     except arguments.InputError as error:
         return _refuse(list(error.problems))
-    command = ["python", "-m", "tune_bisenet.run", *(sys.argv[1:] if argv is None else argv)]
-    return _search(flight, console, command)
+    from tune_bisenet.launch import CANNOT_BEGIN, launch
+
+    try:
+        return launch(flight, console, ["python", "-m", "tune_bisenet.run", *map(hidden, words)])
+    except CANNOT_BEGIN as error:
+        return _refuse([str(error)])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,10 +85,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--scheduler",
-        metavar="asha|fifo",
-        help="asha stops hopeless runs early; fifo trains all to the end, for judging expectations (default: asha)",
+        metavar="asha|median|fifo",
+        help="asha stops hopeless runs early, median only those that were never near the others; fifo trains all to "
+        "the end, for judging expectations (default: asha)",
     )
     add("--precision", metavar="fp32|bf16", help="default: fp32")
+    sampled = parser.add_argument_group("how a sampled space, such as around10, is searched")
+    add = sampled.add_argument
+    add("--trials", metavar="N", help="so many in all (default: 40, if no other limit is given)")
+    add("--sampler", metavar="tpe|gp|cmaes|random|qmc", help="Optuna's sampler (default: tpe)")
+    add(
+        "--warm-start",
+        metavar="DIR_OR_URI",
+        help="begin with what that search measured, its curves too; rows it has are not run again",
+    )
+    add(
+        "--objectives",
+        metavar="miou[,latency]",
+        help="with latency, milliseconds of one prediction are a second goal, and head width and input size are varied "
+        "(default: miou)",
+    )
+    add("--confirm", metavar="K", help="then train the best, the best row and the baseline with K fresh seeds")
+    add(
+        "--study",
+        metavar="URL",
+        help="keep the study in that database, as postgresql://USER@HOST/NAME (default: a file in the search's folder; "
+        "or the address in $TUNE_BISENET_STUDY goes on with a study there)",
+    )
+    limits = parser.add_argument_group("when it ends by itself: at whichever comes first")
+    add = limits.add_argument
+    add("--time-budget", metavar="8h", help="running time of all sessions together; what is cut off can be resumed")
+    add("--gpu-hours", metavar="X", help="of all epochs trained")
     where = parser.add_argument_group("where and how")
     add = where.add_argument
     add(
@@ -116,9 +141,15 @@ def _show(flags: dict[str, Any]) -> int:
     from tune_bisenet import spaces
 
     try:
-        grid = spaces.load(flags.get("space", "runs10"))
+        space = spaces.load(flags.get("space", "runs10"))
         wanted = flags["runs"].split(",") if "runs" in flags else None
-        sys.stdout.write(spaces.to_markdown(spaces.select(grid, wanted)))
+        tables = [spaces.to_markdown(rows)] if (rows := spaces.select(space, wanted)) else []
+        if isinstance(space, spaces.Sampled):
+            from tune_bisenet import sampling
+
+            sampling.check_rows(space)
+            tables.append(sampling.to_markdown(space))
+        sys.stdout.write("\n".join(tables))
     except ValueError as error:
         return _refuse([str(error)])
     return OK
@@ -139,78 +170,6 @@ def _packing(console: "Console") -> Any:
             console.print(f"packing frames, once for this data and size: {done} of {total}", highlight=False)
 
     return say
-
-
-# --- the search -----------------------------------------------------------------------------------------------------
-
-
-def _search(flight: "Flight", console: "Console", command: list[str]) -> int:
-    from tune_bisenet import ledger, search
-
-    try:
-        with ledger.exclusive(flight.folder), search.ray_session(flight.arguments.address) as cluster:
-            resources = search.allot(cluster, flight.arguments, num_trials=len(flight.runs))
-            return _fly(flight, resources, console, command)
-    except (ledger.InUseError, search.ClusterError) as error:
-        return _refuse([str(error)])
-
-
-def _fly(flight: "Flight", resources: "Resources", console: "Console", command: list[str]) -> int:
-    from tune_bisenet import briefing, ledger, manifest, search
-    from tune_bisenet.progress import Progress
-    from tune_bisenet.report import keeper
-
-    job = flight.job(cpus_per_trial=resources.cpus_per_trial, use_gpu=resources.gpus_per_trial > 0)
-    runs = {job.trial_name(run): run for run in flight.runs}
-    earlier, scheduler_state = ledger.read_trials(flight.folder)
-    scheduler = _scheduler(flight, scheduler_state)
-    book = ledger.Ledger(
-        flight.folder,
-        [ledger.carried_over(name, run, earlier, only=flight.arguments.rerun) for name, run in runs.items()],
-        captions=flight.captions,
-        baseline=flight.grid.baseline,
-        only=flight.arguments.rerun,
-        scheduler_state=scheduler.state,
-    )
-    record = manifest.opened(flight, runs, command=command, resources=resources)
-    manifest.write(flight.folder, record)
-    book.write()
-    search.write_board(flight.folder, runs)
-    briefing.print_plan(console, flight, resources, runs)
-    with Progress(console) as progress, keeper.kept_current(flight.folder):
-        progress.update(book.standings)
-        outcome = search.search(runs, job, resources, scheduler=scheduler, ledger=book, progress=progress)
-    manifest.write(flight.folder, manifest.closed(record, outcome.signal_number))
-    page = keeper.write_safely(flight.folder)
-    briefing.print_results(console, flight, book.standings, page=page, signal_number=outcome.signal_number)
-    return _exit_code(book.standings, outcome.signal_number)
-
-
-def _scheduler(flight: "Flight", state: dict[str, Any] | None) -> "EarlyStopping":
-    """ASHA, or first in first out, going on from what an earlier driver saw."""
-    from tune_bisenet import rungs
-    from tune_bisenet.stopping import EarlyStopping
-
-    rungs_of = rungs.no_rungs
-    if flight.choices.scheduler == "asha":
-        rungs_of = partial(_rungs_on, flight.facts)
-    return EarlyStopping(
-        rungs.Rungs.from_json(
-            state or {"seen": [], "stops": {}}, rungs_of=rungs_of, spared=rungs.spared_rows(flight.grid.runs)
-        )
-    )
-
-
-def _rungs_on(facts: "DataFacts", run: "Run") -> tuple[int, ...]:
-    from tune_bisenet import plan, rungs
-
-    return rungs.rung_epochs(run, iterations_per_epoch=plan.iterations_per_epoch(run, facts))
-
-
-def _exit_code(standings: "Sequence[Standing]", signal_number: int | None) -> int:
-    if signal_number is not None:
-        return 128 + signal_number
-    return SOME_FAILED if any(standing.status == "failed" for standing in standings) else OK
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Three parts: `rung_epochs` says at which epochs a run may be judged, `Rungs` holds what was seen there and judges,
 `forecast` simulates that judge before a search. The rule is ASHA (Li et al., 2020, arXiv:1810.05934) in the form that
-stops and never pauses. Plain data throughout: this file knows neither Ray nor where the judge's state is kept.
-Epochs count from 1; mIoU is in percent.
+stops and never pauses; `Judge` is what any such rule can do. Plain data throughout: this file knows neither Ray nor
+where a judge's state is kept. Epochs count from 1; mIoU is in percent.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,9 +47,9 @@ def rung_epochs(
     compare with nobody. A rung at the last epoch would save nothing, so a run of one epoch has none.
     """
     assert reduction_factor >= 2, "rungs must grow"
-    earliest = _earliest_fair_epoch(run, iterations_per_epoch)
+    earliest = earliest_fair_epoch(run, iterations_per_epoch)
     rungs = []
-    rung = _epochs_of(first_share, run.num_epochs)
+    rung = epochs_of(first_share, run.num_epochs)
     while rung < run.num_epochs:
         if rung >= earliest:
             rungs.append(rung)
@@ -68,15 +68,15 @@ def spared_rows(runs: Iterable[Run]) -> frozenset[str]:
     return frozenset(row for promise in promises for row in (promise.over, promise.sooner_than) if row is not None)
 
 
-def _earliest_fair_epoch(run: Run, iterations_per_epoch: int) -> int:
+def earliest_fair_epoch(run: Run, iterations_per_epoch: int) -> int:
     """The first epoch at whose end warm-up is over and, where the loss switches, the switch has had time to act."""
     warmed_up = math.ceil(run.schedule.warmup_iterations / iterations_per_epoch)
     if run.loss.lovasz_after is None:
         return warmed_up
-    return max(warmed_up, run.loss.lovasz_after + _epochs_of(SWITCH_GRACE_SHARE, run.num_epochs))
+    return max(warmed_up, run.loss.lovasz_after + epochs_of(SWITCH_GRACE_SHARE, run.num_epochs))
 
 
-def _epochs_of(share: float, num_epochs: int) -> int:
+def epochs_of(share: float, num_epochs: int) -> int:
     """At least one epoch. Rounded first: 0.55 * 100 is a little over 55 in floating point and would give 56."""
     return math.ceil(round(share * num_epochs, 6))
 
@@ -93,6 +93,30 @@ class Verdict:
 
 
 GO_ON: Final = Verdict(stop=False)
+
+
+def diverged_at(epoch: int) -> str:
+    """Why a trial whose loss is no longer a number is stopped, whatever the rule."""
+    return f"the loss was no longer a number at epoch {epoch}"
+
+
+class Judge(Protocol):
+    """What hears of every epoch of every trial and says who stops. A verdict stands, over restarts too."""
+
+    stops: dict[str, str]
+    """Why each stopped trial was stopped."""
+
+    def judge(self, run: Run, trial: str, *, epoch: int, miou: float, diverged: bool = False) -> Verdict:
+        """The verdict on `trial` after `epoch`. An epoch that is reported again changes nothing."""
+
+    def know(self, run: Run, trial: str, curve: Sequence[float]) -> None:
+        """Have `trial` to compare with, as if heard: mIoU after epochs 1, 2, ... of an earlier search. Stops nobody.
+
+        Epochs that are known are not judged when they are reported, so no trial of this search may bear its name.
+        """
+
+    def to_json(self) -> dict[str, Any]:
+        """What was seen and decided, not the settings."""
 
 
 @dataclass(kw_only=True)
@@ -125,10 +149,16 @@ class Rungs:
         if trial in self.stops:
             return Verdict(stop=True, reason=self.stops[trial])
         if diverged:
-            return self._stop(trial, f"the loss was no longer a number at epoch {epoch}")
+            return self._stop(trial, diverged_at(epoch))
         if epoch not in self.rungs_of(run):
             return GO_ON
         return self._compare(run, trial, epoch, miou)
+
+    def know(self, run: Run, trial: str, curve: Sequence[float]) -> None:
+        """As `Judge.know`; only what `curve` has at the run's rungs."""
+        for epoch in self.rungs_of(run):
+            if epoch <= len(curve):
+                self.seen.setdefault((run.num_epochs, epoch), {}).setdefault(trial, curve[epoch - 1])
 
     def to_json(self) -> dict[str, Any]:
         """What was seen and decided, not the settings."""

@@ -7,9 +7,7 @@ driver, the next one starts a new Tune experiment over what is left, and each tr
 import logging
 import os
 import signal
-import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,188 +17,103 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-import ray
 from ray import tune
 from ray.exceptions import RayError
 from ray.tune import Callback
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
+from ray.tune.search import Searcher
 
 from tune_bisenet import trial as trial_edge
-from tune_bisenet.arguments import Arguments
+from tune_bisenet.arguments import Limits
 from tune_bisenet.config import Job, Resources, Run
 from tune_bisenet.ledger import Ledger
 from tune_bisenet.progress import Progress
 from tune_bisenet.results import Epoch
 from tune_bisenet.stopping import EarlyStopping, trial_name
 from tune_bisenet.storage import Storage
+from tune_bisenet.supply import Supply
 from tune_bisenet.tracking import write_experiment
 
 MAX_FAILURES: Final = 3
 """How often a trial is put back to its last epoch before it counts as failed."""
 
-RESTARTABLE: Final = 75
-"""The exit code of a driver whose Ray has died under it (EX_TEMPFAIL): run it again with --resume."""
-
-REACH_SECONDS: Final = 5.0
-
-WATCH_SECONDS: Final = 1.0
-"""Short: a driver that hears of it from Ray's own code may be ended by that, with exit code 1."""
+SECONDS_BETWEEN_BOARDS: Final = 30.0
+"""TensorBoard's table is written anew for each trial that a study adds, but not more often."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Outcome:
-    """How a session of a search ended: by itself, or by a signal."""
+    """How a session of a search ended: by itself, by a signal, or by a limit, in words."""
 
     signal_number: int | None = None
+    limit: str = ""
+
+    @property
+    def is_cut_off(self) -> bool:
+        return self.signal_number is not None or bool(self.limit)
 
 
-class ClusterError(ValueError):
-    """There is no such cluster, or it cannot hold what one trial asks for."""
+class Board:
+    """TensorBoard's table of hyper-parameters in the search's folder, which grows with the search."""
 
+    def __init__(self, folder: Storage, runs: Mapping[str, Run]) -> None:
+        self._folder = folder
+        self._runs = dict(runs)
+        self._written_at = -SECONDS_BETWEEN_BOARDS
+        self._is_due = bool(runs)
 
-# --- Ray --------------------------------------------------------------------------------------------------------
+    def add(self, trial: str, run: Run) -> None:
+        if trial not in self._runs:
+            self._runs[trial] = run
+            self._is_due = True
+        if time.monotonic() - self._written_at >= SECONDS_BETWEEN_BOARDS:
+            self.write()
 
-
-@contextmanager
-def ray_session(address: str | None) -> Iterator[Mapping[str, float]]:
-    """A Ray of our own on this machine, or the cluster at `address`; yields what it has, by resource name.
-
-    Raises ClusterError if nobody answers there.
-    """
-    _configure_environment()
-    if address is not None:
-        _check_reachable(address)
-    try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": _worker_environment()} if address else None,
-        )
-    except (ConnectionError, ValueError) as error:
-        raise ClusterError(
-            f"--address {address}: Ray cannot connect: {error}. Is its Ray the same version as here? "
-            "If it asks for a token (RAY_AUTH_MODE=token), are that variable and the token set here too?"
-        ) from error
-    try:
-        with _watchdog():
-            yield ray.cluster_resources()  # type: ignore[no-untyped-call]
-    finally:
-        ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself retries for minutes. `auto` and the like are left to it."""
-    host, separator, port = address.rpartition(":")
-    if "://" in address or not separator or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address} ({error}). `ray start --head` prints the address of one; "
-            "leave --address out to use this machine alone."
-        ) from error
-
-
-def allot(cluster: Mapping[str, float], asked: Arguments, *, num_trials: int) -> Resources:
-    """Resources for each trial so that together they use the machine and no core is asked for twice.
-
-    With GPUs, one for each trial unless `asked` says otherwise. Raises ClusterError if a trial cannot fit.
-    """
-    num_cpus, num_gpus = int(cluster.get("CPU", 0)), cluster.get("GPU", 0.0)
-    gpus = (1.0 if num_gpus else 0.0) if asked.gpus_per_trial is None else asked.gpus_per_trial
-    at_once = min(num_trials, asked.max_concurrent or num_trials)
-    if gpus:
-        at_once = max(1, min(at_once, int(num_gpus / gpus)))
-    cpus = asked.cpus_per_trial or max(1, num_cpus // at_once)
-    if cpus > num_cpus or gpus > num_gpus:
-        raise ClusterError(
-            f"a trial asks for {cpus} CPUs and {gpus:g} GPUs; Ray has {num_cpus} and {num_gpus:g}. "
-            "Lower --cpus-per-trial or --gpus-per-trial."
-        )
-    return Resources(
-        cpus_per_trial=cpus,
-        gpus_per_trial=gpus,
-        max_concurrent=asked.max_concurrent,
-        concurrency=max(1, min(at_once, num_cpus // cpus)),
-    )
-
-
-def _configure_environment() -> None:
-    for name, value in _worker_environment().items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours tells apart who asked, for the exit code
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its reporter prints a box of its own, even when silent
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its HParams show the last mIoU, not the best
-    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-
-
-def _worker_environment() -> dict[str, str]:
-    """Paths stay relative to where the user stands; a stopped trial has time to leave before its actor is reused."""
-    return {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
-
-
-@contextmanager
-def _watchdog() -> Iterator[None]:
-    """End the process if Ray has died: Tune would wait for it without end. Nothing is lost by it."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(WATCH_SECONDS):
-            nodes = ray.nodes()  # type: ignore[no-untyped-call]
-            if not any(node["Alive"] for node in nodes):
-                log.error("Ray has died under this search. Run the same command again with --resume.")
-                os._exit(RESTARTABLE)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def write_board(folder: Storage, runs: Mapping[str, Run]) -> None:
-    """TensorBoard's table of hyper-parameters, into the search's folder."""
-    if folder.local_path is not None:
-        write_experiment(folder.local_path, runs)
-        return
-    with tempfile.TemporaryDirectory() as place:
-        write_experiment(Path(place), runs)
-        for path in Path(place).iterdir():
-            folder.write(path.name, path.read_bytes())
+    def write(self) -> None:
+        """Bring the file up to date, if it is not."""
+        if not self._is_due:
+            return
+        if self._folder.local_path is not None:
+            write_experiment(self._folder.local_path, self._runs)
+        else:
+            with tempfile.TemporaryDirectory() as place:
+                write_experiment(Path(place), self._runs)
+                for path in Path(place).iterdir():
+                    self._folder.write(path.name, path.read_bytes())
+        self._written_at = time.monotonic()
+        self._is_due = False
 
 
 # --- Tune -------------------------------------------------------------------------------------------------------
 
 
 def search(
-    runs: Mapping[str, Run],
+    supply: Supply,
     job: Job,
     resources: Resources,
     *,
     scheduler: EarlyStopping,
+    limits: Limits,
     ledger: Ledger,
+    board: Board,
     progress: Progress,
 ) -> Outcome:
-    """Train what `ledger` has not seen end. `runs` is by trial name.
+    """Train what `supply` hands out, until it has nothing more, a limit is reached or a signal comes.
 
     An error that ends the whole Tune experiment, such as Ray's memory monitor killing a worker, costs each trial
     its unfinished epoch: as long as there is progress, another experiment follows over what is left.
     """
     outcome = Outcome()
+    recorder = _Recorder(ledger, scheduler, progress, supply, limits, resources.gpus_per_trial, outcome)
     with _signals(outcome):
-        while (left := ledger.unfinished()) and outcome.signal_number is None:
+        while supply.begin() and not recorder.is_cut_off():
             epochs_before = _epochs_done(ledger)
             try:
-                _fit([runs[name] for name in left], job, resources, scheduler, _Recorder(ledger, scheduler, progress))
+                _fit(_Asking(supply, board), job, resources, scheduler, recorder)
             except KeyboardInterrupt:
                 break
             except (RayError, TuneError) as error:
@@ -210,6 +123,8 @@ def search(
             else:
                 break
     ledger.close()
+    supply.close()
+    board.write()
     return outcome
 
 
@@ -217,7 +132,7 @@ def _epochs_done(ledger: Ledger) -> int:
     return sum(standing.epochs for standing in ledger.standings)
 
 
-def _fit(runs: list[Run], job: Job, resources: Resources, scheduler: EarlyStopping, recorder: "_Recorder") -> None:
+def _fit(asking: "_Asking", job: Job, resources: Resources, scheduler: EarlyStopping, recorder: "_Recorder") -> None:
     storage = Storage.at(job.storage) / "tune"
     trainable = tune.with_resources(
         tune.with_parameters(trial_edge.train, job=job.model_dump(mode="json")),
@@ -225,9 +140,10 @@ def _fit(runs: list[Run], job: Job, resources: Resources, scheduler: EarlyStoppi
     )
     tuner = tune.Tuner(
         trainable,
-        param_space={"run": tune.grid_search([run.model_dump(mode="json") for run in runs])},
         tune_config=tune.TuneConfig(
             # No metric here: Tune would end the whole search if one trial returned without a report.
+            search_alg=asking,
+            num_samples=-1,  # until the supply is exhausted
             scheduler=scheduler,
             max_concurrent_trials=resources.max_concurrent,
             reuse_actors=True,
@@ -247,17 +163,59 @@ def _fit(runs: list[Run], job: Job, resources: Resources, scheduler: EarlyStoppi
     tuner.fit()
 
 
+class _Asking(Searcher):
+    """Tune's searcher: asks the supply. What becomes of a trial the recorder tells, who knows trials by their names."""
+
+    def __init__(self, supply: Supply, board: Board) -> None:
+        super().__init__()
+        self._supply = supply
+        self._board = board
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its searcher for a restore that never comes
+
+    def suggest(self, trial_id: str) -> Any:
+        """A trial's config; None if there is none at the moment, FINISHED if there is none any more."""
+        found = self._supply.next()
+        if found is None:
+            return Searcher.FINISHED if self._supply.exhausted else None
+        self._board.add(*found)
+        return {"run": found[1].model_dump(mode="json")}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
 def _name_of(job: Job, trial: Trial) -> str:
     return job.trial_name(Run.model_validate(trial.config["run"]))
 
 
 class _Recorder(Callback):
-    """Takes what Tune hears of trials to the ledger and the screen."""
+    """Takes what Tune hears of trials to the ledger, the supply and the screen, and ends a search at its limit."""
 
-    def __init__(self, ledger: Ledger, scheduler: EarlyStopping, progress: Progress) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        scheduler: EarlyStopping,
+        progress: Progress,
+        supply: Supply,
+        limits: Limits,
+        gpus_per_trial: float,
+        outcome: Outcome,
+    ) -> None:
         self._ledger = ledger
         self._scheduler = scheduler
         self._progress = progress
+        self._supply = supply
+        self._limits = limits
+        self._gpus_per_trial = gpus_per_trial
+        self._outcome = outcome
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks for a restore that never comes
@@ -273,6 +231,7 @@ class _Recorder(Callback):
         is_new = result["epoch"] > self._ledger[name].epochs
         self._ledger.heard(name, result)
         self._ledger.write_if_due()
+        self._supply.heard(name, epoch=result["epoch"], miou=result["miou"])
         if is_new:
             self._progress.epoch_done(name, _epoch_of(result))
 
@@ -280,14 +239,28 @@ class _Recorder(Callback):
         name = trial_name(trial)
         diverged = bool((trial.last_result or {}).get("diverged"))
         self._ledger.ended(name, diverged=diverged, stopped_by=self._scheduler.stops.get(name, ""))
+        self._supply.ended(self._ledger[name])
         self._show()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._ledger.failed(trial_name(trial), _last_line(trial.get_pickled_error()))
+        name = trial_name(trial)
+        self._ledger.failed(name, _last_line(trial.get_pickled_error()))
+        self._supply.ended(self._ledger[name])
         self._show()
 
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if not self._outcome.is_cut_off and self.is_cut_off():
+            signal.raise_signal(signal.SIGUSR1)  # Tune then ends as it does for a person: trials wait to be resumed
+
+    def is_cut_off(self) -> bool:
+        """Whether a signal has come or a limit is reached."""
+        if not self._outcome.is_cut_off:
+            hours = sum(standing.seconds for standing in self._ledger.standings) * self._gpus_per_trial / 3600
+            self._outcome.limit = self._limits.used_up(seconds=self._ledger.seconds, gpu_hours=hours)
+        return self._outcome.is_cut_off
+
     def _show(self) -> None:
-        self._progress.update(self._ledger.standings)
+        self._progress.update([*self._ledger.standings, *self._supply.to_come()])
 
 
 def _epoch_of(result: dict[str, Any]) -> Epoch:

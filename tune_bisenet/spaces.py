@@ -1,6 +1,6 @@
-"""Search spaces: a declared grid of runs, how one is found by name or path, and its table as Markdown.
+"""Search spaces: declared rows or a function that draws them, how one is found by name or path, its table as Markdown.
 
-A space is a Python module that defines `SPACE`. Nothing here knows how a run is trained.
+A space is a Python module that defines `SPACE`. Nothing here knows how a run is trained, or how a point is chosen.
 """
 
 import importlib
@@ -8,16 +8,21 @@ import importlib.util
 import pkgutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from pydantic import ValidationError
 
 import search_spaces
-from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Run, WeightedCrossEntropy
+from tune_bisenet.config import OHEM, SGD, AdamW, CrossEntropy, Expect, Run, WeightedCrossEntropy
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+    from tune_bisenet.suggested import Param
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,64 @@ class Grid:
             raise ValueError("\n".join(problems))
 
     @property
+    def rows(self) -> tuple[Run, ...]:
+        """The declared rows: all there is."""
+        return self.runs
+
+    @property
     def baseline(self) -> str | None:
         """The row most others are measured against; None if no row is."""
         over = Counter(run.expect.over for run in self.runs if run.expect and run.expect.over)
         return over.most_common(1)[0][0] if over else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """What decides how long a prediction takes: varied where latency is a goal of the search, and only there."""
+
+    head_widths: tuple[int, ...] = (64, 128, 256)
+    """Channels of the hidden layer of the head that predicts."""
+    input_scales: tuple[float, ...] = (0.5, 0.75, 1.0)
+    """Shares of the image size that the search is asked for."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Runs drawn one by one: `sample` chooses by Optuna's `suggest_*`, and its conditions are plain `if`s.
+
+    The name of a drawn run does not matter: the search gives it one. The rows of `around` are the first points; `point`
+    says of each row which values `sample` must be given to draw it.
+    """
+
+    title: str
+    sample: "Callable[[BaseTrial], Run]"
+    around: Grid | None = None
+    point: "Callable[[Run], Mapping[str, Param]] | None" = None
+    latency: Latency = field(default_factory=Latency)
+
+    def __post_init__(self) -> None:
+        if (self.around is None) != (self.point is None):
+            raise ValueError("a space around rows needs both: around=Grid(...), and point, from a row to its values.")
+
+    @property
+    def rows(self) -> tuple[Run, ...]:
+        """The declared rows that it begins with."""
+        return self.around.runs if self.around else ()
+
+    @property
+    def baseline(self) -> str | None:
+        """The row others are measured against; None if there is none."""
+        return self.around.baseline if self.around else None
+
+
+Space = Grid | Sampled
+
+
 class SpaceError(ValueError):
     """A space cannot be found or is not a space."""
 
 
-def load(name: str) -> Grid:
+def load(name: str) -> Space:
     """The space of a module in `search_spaces`, or of a Python file. Raises SpaceError saying what to do."""
     try:
         module = _module_of(name)
@@ -53,9 +105,10 @@ def load(name: str) -> Grid:
         kind = "" if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: "
         raise SpaceError(f"the space {name} cannot be used: {kind}{error}") from error
     space = getattr(module, "SPACE", None)
-    if not isinstance(space, Grid):
+    if not isinstance(space, Space):
         raise SpaceError(
-            f"the space {name} defines no SPACE of type Grid: end the file with SPACE = Grid(title, runs)."
+            f"the space {name} defines no SPACE of type Grid or Sampled: "
+            "end the file with SPACE = Grid(title, runs) or SPACE = Sampled(title, sample)."
         )
     return space
 
@@ -65,15 +118,15 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(search_spaces.__path__))
 
 
-def select(grid: Grid, wanted: Sequence[str] | None) -> tuple[Run, ...]:
+def select(space: Space, wanted: Sequence[str] | None) -> tuple[Run, ...]:
     """The rows named in `wanted` (None: all), in declared order. ValueError names those that do not exist."""
     if wanted is None:
-        return grid.runs
-    declared = [run.name for run in grid.runs]
+        return space.rows
+    declared = [run.name for run in space.rows]
     unknown = [name for name in wanted if name not in declared]
     if unknown:
-        raise ValueError(f"no row {', '.join(unknown)} in this space: it has {', '.join(declared)}.")
-    return tuple(run for run in grid.runs if run.name in wanted)
+        raise ValueError(f"no row {', '.join(unknown)} in this space: it has {', '.join(declared) or 'none'}.")
+    return tuple(run for run in space.rows if run.name in wanted)
 
 
 def grid_problems(runs: tuple[Run, ...]) -> list[str]:
@@ -141,7 +194,9 @@ def loss_words(run: Run) -> str:
         case CrossEntropy():
             name = "CE"
         case WeightedCrossEntropy():
-            name = "class-weighted CE"
+            name = "class-weighted CE" if loss.exponent == 1 else f"class-weighted CE, exponent {loss.exponent:g}"
+        case OHEM():
+            name = f"OHEM below {loss.threshold:g}"
         case _:
             assert_never(loss)
     words = f"{name}, alpha {loss.aux_weight:.1f}"

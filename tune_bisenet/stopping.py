@@ -1,7 +1,7 @@
-"""The Ray edge of early stopping: takes trials' results to `Rungs` and its verdicts back to Tune.
+"""The Ray edge of early stopping: takes trials' results to a judge and its verdicts back to Tune.
 
 Tune keeps no scheduler's state over a restart, so this one hands its own out, as JSON, and is built from it again.
-It decides nothing itself: the rule, and what the state holds, is in `rungs`.
+It decides nothing itself: the rules, and what their state holds, are in `rungs` and `median`.
 """
 
 from typing import Any, Final
@@ -11,16 +11,16 @@ from ray.tune.result import DEFAULT_METRIC
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from tune_bisenet.config import Run
-from tune_bisenet.rungs import Rungs
+from tune_bisenet.rungs import Judge
 
 METRIC: Final = "miou"
 MODE: Final = "max"
 
 
 class EarlyStopping(FIFOScheduler):
-    """Start trials first in, first out; stop those that `rungs` objects to.
+    """Start trials first in, first out; stop those that `judge` objects to.
 
-    With `Rungs(rungs_of=rungs.no_rungs)` it is a plain FIFO scheduler that stops diverged trials.
+    With `Rungs(rungs_of=no_rungs)` it is a plain FIFO scheduler that stops diverged trials.
 
     A result holds `epoch` (done, from 1), `miou` (percent, finite) and `diverged`; the trial's config holds the run's
     plain dict under "run", and `trial_name_creator` gives each trial a name that is unique in the search.
@@ -30,18 +30,18 @@ class EarlyStopping(FIFOScheduler):
     # report would end the whole search (seen in Ray 2.60). For the same reason leave it out of TuneConfig.
     _metric = DEFAULT_METRIC
 
-    def __init__(self, rungs: Rungs) -> None:
+    def __init__(self, judge: Judge) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rungs = rungs
+        self.judge = judge
 
     @property
     def stops(self) -> dict[str, str]:
         """Why each stopped trial was stopped, by its name."""
-        return self.rungs.stops
+        return self.judge.stops
 
     def state(self) -> dict[str, Any]:
-        """For `Rungs.from_json` in the next driver. Tune's callbacks get a result after it has been judged here."""
-        return self.rungs.to_json()
+        """For the judge's `from_json` in the next driver. Tune's callbacks get a result after it was judged here."""
+        return self.judge.to_json()
 
     def set_search_properties(self, metric: str | None, mode: str | None, **_spec: Any) -> bool:
         """Whether `TuneConfig(metric=, mode=)` agrees: left out or the same. On False Tune raises a ValueError."""
@@ -54,7 +54,7 @@ class EarlyStopping(FIFOScheduler):
             return TrialScheduler.CONTINUE
         missing = {"epoch", METRIC, "diverged"} - result.keys()
         assert not missing, f"trial {trial} reported no {', '.join(sorted(missing))}"
-        verdict = self.rungs.judge(
+        verdict = self.judge.judge(
             Run.model_validate(trial.config["run"]),
             trial_name(trial),
             epoch=result["epoch"],

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from ray import tune
 
-from tune_bisenet import backbone, checkpoint, engine, evidence
+from tune_bisenet import backbone, checkpoint, engine, evidence, latency
 from tune_bisenet.config import Job, Run, size_words
 from tune_bisenet.data.catalog import open_source
 from tune_bisenet.data.packed import Packed, open_packed
@@ -51,17 +51,18 @@ def run_trial(run: Run, job: Job, *, report: Callable[[dict[str, Any]], None]) -
     training, data = _begin(run, job)
     identity = job.identity(run)
     history = checkpoint.resume(training, folder, identity=identity)
+    latency_ms = _latency_ms(training, folder) if job.measures_latency else None
     with ExitStack() as stack:
         tracker = stack.enter_context(_Board(folder, run=run, job=job, completed_epochs=len(history)))
         stack.callback(faulthandler.cancel_dump_traceback_later)
         if history:  # the driver may have died before it heard of this epoch
-            report(result_of(history))
+            report(result_of(history, latency_ms=latency_ms))
         _die_if_hung(history)
         for end in engine.fit(training):
             history.append(end.epoch)
             _keep(training, end, history, data, folder, identity=identity)
             tracker.add(end, history, data)
-            report(result_of(history))
+            report(result_of(history, latency_ms=latency_ms))
             if end.epoch.diverged:
                 return
             _die_if_hung(history)
@@ -69,14 +70,18 @@ def run_trial(run: Run, job: Job, *, report: Callable[[dict[str, Any]], None]) -
         tracker.finish()
 
 
-def result_of(history: list[Epoch]) -> dict[str, Any]:
-    """What Tune, its scheduler and the leaderboard are told: the last epoch, and the best so far. mIoU never lacks."""
+def result_of(history: list[Epoch], *, latency_ms: float | None) -> dict[str, Any]:
+    """What Tune, its scheduler and the leaderboard are told: the last epoch, and the best so far. mIoU never lacks.
+
+    `latency_ms` are the milliseconds of one prediction, None where they are not measured.
+    """
     best = best_of(history)
     return asdict(history[-1]) | {
         "diverged": history[-1].diverged,
         "best_miou": best.miou,
         "best_epoch": best.epoch,
         "total_seconds": sum(epoch.seconds for epoch in history),
+        "latency_ms": latency_ms,
     }
 
 
@@ -107,6 +112,19 @@ def _open_data(run: Run, job: Job) -> Packed:
             f"({job.data_digests[size]}). Give every node the same data."
         )
     return data
+
+
+def _latency_ms(training: Training, folder: Storage) -> float:
+    """Milliseconds of one prediction: those that an earlier attempt has measured, if there was one."""
+    content = folder.read(latency.LATENCY)
+    if content is not None:
+        try:
+            return latency.Latency.from_json(json.loads(content)).median_ms
+        except ValueError as error:
+            log.warning("%s/%s is damaged, so latency is measured anew: %s", folder.path, latency.LATENCY, error)
+    measured = latency.measure(training.run, device=training.device, precision=training.precision)
+    folder.write(latency.LATENCY, json.dumps(measured.to_json()).encode())
+    return measured.median_ms
 
 
 def _keep(

@@ -1,19 +1,22 @@
-"""A small search as it lies on storage: two rows, two seeds, three epochs, every number known."""
+"""A small search as it lies on storage: two rows, two seeds, three epochs, every number known. And a sampled one."""
 
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 
-from tune_bisenet.config import SGD, CrossEntropy, Expect, Run, WarmupPoly
+from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Run, WarmupPoly
 from tune_bisenet.data.classes import NUM_CLASSES, VOID
 from tune_bisenet.evidence import BEST, Best, best_to_bytes
-from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Epoch, Standing, best_of
+from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Epoch, Standing, Status, best_of
 from tune_bisenet.storage import Storage
+from tune_bisenet.suggested import KNOWN, RUN, Known, Origin, Param, Suggested
 
 PROXY = "Proxy: 3 epochs stand for 50. Its mIoU is not that of the full runs."
 
@@ -160,3 +163,145 @@ def cut(folder: Storage, name: str) -> None:
     content = folder.read(name)
     assert content
     folder.write(name, content[: len(content) // 2])
+
+
+# --- a sampled search -----------------------------------------------------------------------------------------------
+
+LR_OF_BEST = 0.03
+"""Where the mIoU of the sampled search peaks; ten times off it loses six points."""
+
+STUDY: dict[str, Any] = {
+    "name": "sampled search",
+    "url": "postgresql://me:***@host/studies",
+    "sampler": "tpe",
+    "objectives": ["miou"],
+    "warm_start": [],
+    "best_of_rows": None,
+}
+
+RANGES = {
+    "optimizer": CategoricalDistribution(["sgd", "adamw"]),
+    "sgd_lr": FloatDistribution(1e-3, 1e-1, log=True),
+    "sgd_momentum": FloatDistribution(0.8, 0.98),
+    "adamw_lr": FloatDistribution(1e-4, 1e-2, log=True),
+    "aux_weight": FloatDistribution(0.0, 1.5),
+    "accumulation": CategoricalDistribution([1, 2, 4]),
+    "warmup_iterations": IntDistribution(500, 3000),
+}
+
+
+def point(number: int) -> dict[str, Param]:
+    """The values of a trial of the study: two of three are SGD."""
+    rng = random.Random(number)
+    common = {
+        "aux_weight": rng.uniform(0, 1.5),
+        "accumulation": rng.choice([1, 2, 4]),
+        "warmup_iterations": rng.randint(500, 3000),
+    }
+    if number % 3 == 2:
+        return {"optimizer": "adamw", "adamw_lr": 10 ** rng.uniform(-4, -2), **common}
+    return {"optimizer": "sgd", "sgd_lr": 10 ** rng.uniform(-3, -1), "sgd_momentum": rng.uniform(0.8, 0.98), **common}
+
+
+def miou_at(params: Mapping[str, Param]) -> float:
+    """What a point reaches: its learning rate decides, and a little the weight of the auxiliary losses."""
+    rate = float(params.get("sgd_lr") or 10 * float(params["adamw_lr"] or 0))
+    return 55 - 6 * abs(math.log10(rate / LR_OF_BEST)) - 0.4 * abs(float(params["aux_weight"] or 0) - 0.5)
+
+
+def suggested(
+    trial: str, origin: Origin, *, number: int | None, params: Mapping[str, Param], **changes: object
+) -> Suggested:
+    name = str(changes.pop("name", trial))
+    if params.get("optimizer") == "adamw":
+        changes["optimizer"] = AdamW(lr=float(params["adamw_lr"] or 0), weight_decay=1e-4)
+    elif params:
+        rate, momentum = float(params["sgd_lr"] or 0), float(params["sgd_momentum"] or 0)
+        changes["optimizer"] = SGD(lr=rate, momentum=momentum, weight_decay=1e-4)
+    expect = Expect(miou=(45, 60)) if origin == "row" else None
+    return Suggested(
+        trial=trial,
+        run=row(name, 0).model_copy(update={"expect": expect} | changes),
+        origin=origin,
+        number=number,
+        params=dict(params),
+        distributions={key: distribution_to_json(RANGES[key]) for key in params},
+    )
+
+
+def told(one: Suggested, miou: float, *, status: Status = "finished", latency_ms: float | None = None) -> Standing:
+    """How the trial stands if it came to `miou`; stopped or diverged, after two of three epochs."""
+    waiting = Standing(trial=one.trial, run=one.run.name, seed=one.run.seed, num_epochs=3, latency_ms=latency_ms)
+    if status == "failed":
+        return replace(waiting, status=status, error="no memory")
+    reached, last = (3, miou) if status == "finished" else (2, miou - 10)
+    return replace(waiting, status=status, epochs=reached, best_miou=last, best_epoch=reached, last_miou=last)
+
+
+def write_study(
+    place: Path,
+    *,
+    trials: int = 24,
+    known: int = 0,
+    fresh_seeds: int = 0,
+    latency: bool = False,
+    gain_on_fresh: float = 0.5,
+    **changes: object,
+) -> Storage:
+    """A sampled search: two declared rows, `trials` in all, one stopped in five, one diverged, one failed.
+
+    At fresh seeds the best sampled trial leads both rows by about `gain_on_fresh`. `changes` are of the manifest.
+    """
+    folder = Storage.at(str(place))
+    folder.make()
+    record = manifest(
+        name="sampled search",
+        space={"name": "around", "title": "Around two rows", "baseline": "r01"},
+        study=STUDY | {"objectives": ["miou", "latency"] if latency else ["miou"]},
+        limits={"trials": trials, "time_budget_seconds": None, "gpu_hours": None},
+        trials={},
+    )
+    write_json(folder, SEARCH, record | changes)
+    standings = [_write_sample(folder, place, number=known + place, latency=latency) for place in range(trials)]
+    best_one = max(standings, key=lambda one: one.best_miou or 0)
+    for seed in range(1, fresh_seeds + 1):
+        for name, gain in {best_one.run: gain_on_fresh, "r01": 0.0, "r02": 0.1}.items():
+            standings.append(_write_fresh(folder, name, seed, miou=50 + gain + 0.1 * seed * (gain > 0.2)))
+    if known:
+        write_json(folder, KNOWN, [_known(number).to_json() for number in range(known)])
+    write_json(folder, TRIALS, {"standings": [one.to_json() for one in standings], "scheduler": {}})
+    return folder
+
+
+def _write_sample(folder: Storage, place: int, *, number: int, latency: bool) -> Standing:
+    params = point(number)
+    trial = f"r{place + 1:02d}" if place < 2 else f"t{number:04d}"
+    one = suggested(trial, "row" if place < 2 else "sampled", number=number, params=params)
+    ends: dict[int, Status] = {3: "diverged", 5: "failed"}
+    status: Status = ends.get(place, "stopped" if place > 6 and place % 5 == 0 else "finished")
+    milliseconds = 10 + 2 * (number % 7) + 0.1 * number if latency and status == "finished" else None
+    standing = told(one, miou_at(params), status=status, latency_ms=milliseconds)
+    _write_suggested(folder, one, epochs(miou_at(params), standing.epochs))
+    return standing
+
+
+def _write_fresh(folder: Storage, name: str, seed: int, *, miou: float) -> Standing:
+    one = suggested(f"{name}-s{seed}", "confirm", number=None, params={}, name=name, seed=seed)
+    _write_suggested(folder, one, epochs(miou))
+    return told(one, miou)
+
+
+def _write_suggested(folder: Storage, one: Suggested, history: Sequence[Epoch]) -> None:
+    (folder / one.trial).make()
+    write_json(folder / one.trial, RUN, one.to_json())
+    if history:
+        write_trial(folder / one.trial, history, best(len(one.trial)))
+
+
+def _known(number: int) -> Known:
+    params = point(number)
+    one = suggested(f"t{number:04d}", "sampled", number=number, params=params)
+    history = tuple(epochs(miou_at(params)))
+    return Known(
+        suggested=one, standing=told(one, miou_at(params)), epochs=history, source=f"s3://bucket/earlier/{one.trial}"
+    )

@@ -10,7 +10,8 @@ from searches import MIOU, RUNS, best, epochs, write_search, write_trial
 
 from tune_bisenet.data.classes import CLASSES, VOID
 from tune_bisenet.evidence import BEST, best_to_bytes
-from tune_bisenet.report.figures import BASELINE_COLOUR, Trace, confusion_matrix, curves, iou_heatmap, row_colours
+from tune_bisenet.report.figures import BASELINE_COLOUR, Trace, curves, row_colours
+from tune_bisenet.report.heatmaps import confusion_matrix, iou_heatmap
 from tune_bisenet.report.pictures import LEGEND, WIDTH, gallery
 from tune_bisenet.report.read import SearchRecord, read_search
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from searches import standing, write_search
+from searches import PROXY, standing, write_search
 
 from tune_bisenet.report.__main__ import main
 
@@ -51,6 +51,36 @@ def test_next_says_when_seeds_would_decide_nothing(tmp_path: Path, capsys: pytes
     out, err = capsys.readouterr()
     assert out == ""
     assert "would decide nothing" in err
+
+
+def test_replay_says_what_other_rules_would_have_stopped_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    write_search(tmp_path, proxy=PROXY)
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(tmp_path), "--replay"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert [line.split()[0] for line in shown.splitlines() if "*" in line] == ["fifo*"]
+    for words in ("winner is r02-s1 with 53.50 %", "asha", "median", PROXY):
+        assert words in " ".join(shown.split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_replay_of_a_search_in_which_nothing_has_finished_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_search(tmp_path, trials={})
+    assert main([str(tmp_path), "--replay"]) == 0
+    assert "nothing to replay" in " ".join(capsys.readouterr().out.split())
+
+
+def test_only_one_thing_is_printed_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main([str(tmp_path), "--replay", "--next"])
+    assert refused.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_a_price_is_told_in_money(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from searches import MIOU, RUNS, write_search, write_trial
 
 from tune_bisenet.data.classes import CLASS_NAMES
-from tune_bisenet.report.page import judge_search
+from tune_bisenet.report.judging import judge_search
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.tables import files, mean_iou, settings, tables
 
@@ -21,7 +21,7 @@ def search(tmp_path: Path) -> SearchRecord:
 
 def test_every_table_has_its_lines(search: SearchRecord) -> None:
     lines = {name: len(table) for name, table in tables(search, judge_search(search)).items()}
-    assert lines == {"verdicts": 2, "leaderboard": 4, "epochs": 12, "iou": 4 * 19, "settings": 4}
+    assert lines == {"verdicts": 2, "leaderboard": 4, "epochs": 12, "iou": 4 * 19, "settings": 4, "params": 0}
 
 
 def test_epochs_are_in_long_form(search: SearchRecord) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from searches import RUNS, SESSION, cut, epochs, standing, write_search, write_trial
 
-from tune_bisenet.report import views
+from tune_bisenet.report import state, views
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.results import EPOCHS, Standing
 
@@ -48,12 +48,12 @@ def test_the_state_follows_session_and_trials(
 ) -> None:
     changed = Standing.from_json(standing("r02-s1", epochs(50)).to_json() | one)
     search = search_of(tmp_path, sessions=[SESSION | session], standings={"r02-s1": changed})
-    assert views.state(search, search.changed + timedelta(minutes=1)).word == word
+    assert state.state(search, search.changed + timedelta(minutes=1)).word == word
 
 
 def test_a_search_long_silent_has_perhaps_died(tmp_path: Path) -> None:
     search = search_of(tmp_path, sessions=[OPEN], standings={"r02-s1": running("r02-s1")})
-    found = views.state(search, search.changed + timedelta(minutes=11))
+    found = state.state(search, search.changed + timedelta(minutes=11))
     assert found.word == "silent"
     assert "it has died, or an epoch takes very long. 3 of 4 trials have ended." in found.sentence
 
@@ -62,12 +62,12 @@ def test_slow_epochs_are_waited_for(tmp_path: Path) -> None:
     folder = write_search(tmp_path, sessions=[OPEN], standings={"r02-s1": running("r02-s1")})
     write_trial(folder / "r02-s1", [replace(epochs(50)[0], train_seconds=3600.0)])
     search = read_search(folder)
-    assert views.state(search, search.changed + timedelta(hours=4)).word == "running"
-    assert views.state(search, search.changed + timedelta(hours=6)).word == "silent"
+    assert state.state(search, search.changed + timedelta(hours=4)).word == "running"
+    assert state.state(search, search.changed + timedelta(hours=6)).word == "silent"
 
 
 def test_times_are_told_with_their_zone() -> None:
-    assert views.when(datetime(2026, 3, 1, 14, 5, tzinfo=UTC)) == "2026-03-01 14:05 UTC"
+    assert state.when(datetime(2026, 3, 1, 14, 5, tzinfo=UTC)) == "2026-03-01 14:05 UTC"
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_without_gpus_the_machine_is_shared_by_the_trials_at_once(tmp_path: Path
 def test_every_session_is_told(tmp_path: Path) -> None:
     second = SESSION | {"ended": None, "commit": None, "command": ["python", "-m", "tune_bisenet.run", "a b"]}
     made = [
-        (line["what"], line["value"]) for line in lines(views.made(search_of(tmp_path, sessions=[SESSION, second])))
+        (line["what"], line["value"]) for line in lines(state.made(search_of(tmp_path, sessions=[SESSION, second])))
     ]
     assert ("session 2", "2026-03-01 10:00 UTC to open") in made
     assert ("command", "python -m tune_bisenet.run 'a b'") in made

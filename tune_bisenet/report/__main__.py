@@ -3,6 +3,7 @@
 python -m tune_bisenet.report results/NAME
 python -m tune_bisenet.report s3://bucket/searches/NAME --out report --price-per-gpu-hour 2.5
 python -m tune_bisenet.report results/NAME --next
+python -m tune_bisenet.report results/NAME --replay
 """
 
 import argparse
@@ -16,7 +17,10 @@ from rich.text import Text
 
 from tune_bisenet.report.page import Report
 from tune_bisenet.report.promises import Promise
+from tune_bisenet.report.read import SearchRecord, read_search
+from tune_bisenet.report.replay import replay, replay_view
 from tune_bisenet.report.verdicts import Verdict
+from tune_bisenet.report.views import View
 from tune_bisenet.storage import Storage
 
 OK, NO_SEARCH = 0, 2
@@ -29,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     try:
         folder = Storage.at(given.search)
+        if given.replay:
+            return _print_replay(read_search(folder))
         report = Report.of(folder, price=given.price_per_gpu_hour)
         return _print_next(report) if given.next else _write(report, Storage.at(given.out) if given.out else folder)
     except (ValueError, OSError) as error:
@@ -46,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("search", metavar="DIR_OR_URI", help="the search's folder: STORAGE/NAME")
     parser.add_argument("--out", metavar="DIR_OR_URI", help="where to write (default: into the search's folder)")
     parser.add_argument("--price-per-gpu-hour", metavar="X", type=_price, help="say what it cost in money, too")
-    parser.add_argument("--next", action="store_true", help="only print the command that runs the seeds needed")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--next", action="store_true", help="only print the command that runs the seeds needed")
+    instead.add_argument("--replay", action="store_true", help="only say what other schedulers would have stopped")
     return parser
 
 
@@ -65,6 +73,31 @@ def _print_next(report: Report) -> int:
     else:
         sys.stdout.write(f"{command}\n")
     return OK
+
+
+def _print_replay(search: SearchRecord) -> int:
+    view = replay_view(replay(search))
+    console = Console()
+    if view.rows:
+        console.print(_table(view))
+    console.print(Text(view.words))
+    if search.manifest.proxy:
+        _say(console, search.manifest.proxy)
+    for note in search.all_notes:
+        _say(console, f"note: {note}")
+    return OK
+
+
+def _table(view: View) -> Table:
+    """In 80 columns. What is marked has a star, which needs no colour."""
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True)
+    for title in view.columns:
+        table.add_column(title, justify="right" if title in view.numbers else "left")
+    for row in view.rows:
+        marked = any(cell.marked for cell in row)
+        cells = [Text(f"{cell.text}*" if cell.marked else cell.text) for cell in row]
+        table.add_row(*cells, style="bold" if marked else "")
+    return table
 
 
 def _write(report: Report, out: Storage) -> int:

@@ -9,12 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-import numpy as np
-
-from tune_bisenet.data.classes import CLASS_NAMES
-from tune_bisenet.report.leaderboard import best_first
 from tune_bisenet.report.read import SearchRecord
-from tune_bisenet.report.tables import mean_iou
+from tune_bisenet.report.samples import shown_rows
 from tune_bisenet.results import Epoch
 
 BASELINE_COLOUR: Final = "#7d8590"
@@ -23,9 +19,13 @@ COLOURS: Final = (
 )  # fmt: skip
 """Told apart on white and on near-black."""
 
+OTHERS: Final = "all others"
+OTHERS_COLOUR: Final = "#9aa3ad"
+"""Muted by its opacity, too."""
+OTHERS_OPACITY: Final = 0.35
+
 BAND_OPACITY: Final = 0.14
 SIGNIFICANT_DIGITS: Final = 5
-HEATMAP_MIN_WIDTH: Final = 860
 
 Trace = dict[str, Any]
 Scale = Literal["linear", "log"]
@@ -44,10 +44,12 @@ class Figure:
 
 
 def row_colours(search: SearchRecord) -> dict[str, str]:
-    """By row; the baseline is grey."""
-    others = [row.name for row in search.rows if row.name != search.baseline]
+    """By row; the baseline is grey. Rows that do not stand out share an entry, OTHERS."""
+    shown = shown_rows(search)
+    others = [name for name in shown if name != search.baseline]
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(others)}
-    return {row.name: colours.get(row.name, BASELINE_COLOUR) for row in search.rows}
+    rest = {} if len(shown) == len(search.rows) else {OTHERS: OTHERS_COLOUR}
+    return {name: colours.get(name, BASELINE_COLOUR) for name in shown} | rest
 
 
 # --- learning curves ------------------------------------------------------------------------------------------------
@@ -142,10 +144,14 @@ def _curve(
     scale: Scale = "linear",
 ) -> Figure:
     colours = row_colours(search)
+    below, above = ([row for row in values if (row in colours) is shown] for shown in (False, True))
     data = [
-        trace
-        for row, by_epoch in values.items()
-        for trace in _row_traces(row, by_epoch, colour=colours[row], is_baseline=row == search.baseline)
+        *(_muted(row, values[row]) for row in below),
+        *(
+            trace
+            for row in above
+            for trace in _row_traces(row, values[row], colour=colours[row], is_baseline=row == search.baseline)
+        ),
     ]
     y_axis = {"type": scale, "automargin": True} | ({"dtick": "D2"} if scale == "log" else {})
     layout = {"xaxis": {"title": {"text": "epoch"}, "rangemode": "tozero"}, "yaxis": y_axis, "showlegend": False}
@@ -164,14 +170,14 @@ def _by_epoch(measured: Iterable[tuple[int, float]]) -> dict[int, list[float]]:
 def _row_traces(name: str, values: Mapping[int, Sequence[float]], *, colour: str, is_baseline: bool) -> list[Trace]:
     """The band, if there are several seeds, below the line. `meta` is the row, by which the page hides and shows it."""
     epochs = list(values)
-    lows, highs = ([_short(bound(found)) for found in values.values()] for bound in (min, max))
+    lows, highs = ([short(bound(found)) for found in values.values()] for bound in (min, max))
     line = {
         "type": "scatter",
         "mode": "lines" if len(epochs) > 1 else "markers",
         "name": name,
         "meta": name,
         "x": epochs,
-        "y": [_short(sum(found) / len(found)) for found in values.values()],
+        "y": [short(sum(found) / len(found)) for found in values.values()],
         "customdata": [
             [low, high, f"{len(found)} seed{'s' * (len(found) > 1)}"]
             for low, high, found in zip(lows, highs, values.values(), strict=True)
@@ -197,111 +203,17 @@ def _row_traces(name: str, values: Mapping[int, Sequence[float]], *, colour: str
     return [band, line]
 
 
+def _muted(name: str, values: Mapping[int, Sequence[float]]) -> Trace:
+    """A row among many, its mean alone; shown and hidden with all that do not stand out."""
+    *_, line = _row_traces(name, values, colour=OTHERS_COLOUR, is_baseline=False)
+    line["line"]["width"] = 1
+    return line | {"meta": OTHERS, "opacity": OTHERS_OPACITY}
+
+
 def _translucent(colour: str) -> str:
     red, green, blue = bytes.fromhex(colour[1:])
     return f"rgba({red},{green},{blue},{BAND_OPACITY})"
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
-
-
-# --- classes --------------------------------------------------------------------------------------------------------
-
-
-def iou_heatmap(search: SearchRecord) -> Figure | None:
-    """Each row's IoU by class less the baseline's, in points; None without a baseline, or without anything else."""
-    ious = mean_iou(search)
-    bar = ious.pop(search.baseline, None) if search.baseline else None
-    if bar is None or not ious:
-        return None
-    differences = [[_minus(value, base) for value, base in zip(row, bar, strict=True)] for row in ious.values()]
-    most = max((abs(value) for row in differences for value in row if value is not None), default=0.0)
-    heat = {
-        "type": "heatmap",
-        "x": CLASS_NAMES,
-        "y": list(ious),
-        "z": differences,
-        "text": [["" if value is None else f"{value:+z.1f}" for value in row] for row in differences],
-        "texttemplate": "%{text}",
-        "textfont": {"size": 10},
-        "customdata": [list(zip(map(_words, row), map(_words, bar), strict=True)) for row in ious.values()],
-        "hovertemplate": f"<b>%{{y}}</b> %{{x}}: %{{customdata[0]}}<br>{search.baseline}: %{{customdata[1]}}, "
-        "%{text} points<extra></extra>",
-        "coloraxis": "coloraxis",
-        "xgap": 1,
-        "ygap": 1,
-    }
-    bound = max(_short(most), 0.1)
-    layout = {
-        "xaxis": {"tickangle": -45, "showgrid": False, "automargin": True},
-        "yaxis": {"autorange": "reversed", "showgrid": False, "automargin": True, "type": "category"},
-        "coloraxis": {"cmin": -bound, "cmax": bound, "cmid": 0, "colorbar": _colour_bar("points")},
-        "height": 140 + 34 * len(ious),
-    }
-    return Figure(
-        name="iou",
-        title=f"IoU by class, less that of {search.baseline}",
-        caption="Percentage points at the trials' best epochs, mean over seeds. The IoU itself shows on hover, and is "
-        "in tables/iou.csv.",
-        data=[heat],
-        layout=layout,
-        min_width=HEATMAP_MIN_WIDTH,
-    )
-
-
-def _minus(value: float | None, base: float | None) -> float | None:
-    return None if value is None or base is None else _short(value - base)
-
-
-def _words(iou: float | None) -> str:
-    return "does not occur" if iou is None else f"{iou:.1f} %"
-
-
-def confusion_matrix(search: SearchRecord) -> Figure | None:
-    """Of the trial of highest mIoU whose counts are kept: where the pixels of each class went, in percent."""
-    kept = [
-        standing for standing in best_first(search.standings) if search.trials[standing.trial].confusions is not None
-    ]
-    if not kept:
-        return None
-    best = kept[0]
-    confusions = search.trials[best.trial].confusions
-    assert confusions is not None
-    counts = confusions.sum(axis=0, dtype=np.int64)  # C x C
-    totals = counts.sum(axis=1, keepdims=True)
-    percent = np.divide(100.0 * counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
-    shares = [[_short(value) if math.isfinite(value) else None for value in row] for row in percent.tolist()]
-    heat = {
-        "type": "heatmap",
-        "x": CLASS_NAMES,
-        "y": CLASS_NAMES,
-        "z": shares,
-        "customdata": counts.tolist(),
-        "text": [["" if value is None or value < 1 else f"{value:.0f}" for value in row] for row in shares],
-        "texttemplate": "%{text}",
-        "textfont": {"size": 10},
-        "hovertemplate": "%{z:.2f} % of <b>%{y}</b><br>taken for <b>%{x}</b>, %{customdata:,} pixels<extra></extra>",
-        "coloraxis": "coloraxis",
-        "xgap": 1,
-        "ygap": 1,
-    }
-    layout = {
-        "xaxis": {"title": {"text": "predicted"}, "tickangle": -45, "showgrid": False, "automargin": True},
-        "yaxis": {"title": {"text": "label"}, "autorange": "reversed", "showgrid": False, "automargin": True},
-        "coloraxis": {"cmin": 0, "cmax": 100, "colorbar": _colour_bar("%")},
-        "height": 720,
-    }
-    return Figure(
-        name="confusion",
-        title=f"Confusion matrix of the best trial, {best.trial}",
-        caption=f"Each line is 100 % of a class's labelled pixels, over {len(confusions)} validation images at epoch "
-        f"{best.best_epoch}; shares under 1 % are left blank.",
-        data=[heat],
-        layout=layout,
-        min_width=HEATMAP_MIN_WIDTH,
-    )
-
-
-def _colour_bar(unit: str) -> dict[str, Any]:
-    return {"title": {"text": unit}, "thickness": 12, "outlinewidth": 0}

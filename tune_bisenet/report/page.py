@@ -17,10 +17,13 @@ from typing import Any, Final
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from tune_bisenet.report import figures, pictures, promises, tables, views
+from tune_bisenet.report import figures, heatmaps, pictures, promises, tables, views
+from tune_bisenet.report.judging import judge_search
 from tune_bisenet.report.promises import Promise
-from tune_bisenet.report.read import SearchRecord, TrialRecord, read_search
-from tune_bisenet.report.verdicts import Judgement, Measured, judge, more_seeds, next_command
+from tune_bisenet.report.read import SearchRecord, read_search
+from tune_bisenet.report.sampled import StudySections, study_sections
+from tune_bisenet.report.state import made, state, when
+from tune_bisenet.report.verdicts import Judgement, more_seeds, next_command
 from tune_bisenet.storage import Storage
 
 HTML: Final = "report.html"
@@ -50,45 +53,32 @@ class Report:
     @property
     def promises(self) -> list[Promise]:
         """The verdict table, in declared order."""
-        return promises.promises(self.judgement, self.search.rows, baseline=self.search.baseline, price=self.price)
+        search = self.search
+        return promises.promises(self.judgement, search.declared_rows, baseline=search.baseline, price=self.price)
 
     @property
     def next_command(self) -> str | None:
-        """What would run the seeds that undecided promises need; None if no number up to 100 would decide any."""
+        """What would run the seeds that undecided promises need; None if no number up to 100 would decide any.
+
+        A study has one seed, but for its choice: its rows are decided by a grid.
+        """
+        if self.search.study:
+            return None
         storage, name = _parent_and_name(self.search.folder)
         command = next_command(self.judgement, space=self.search.manifest.space.name, name=name)
         return command and f"{command} --storage {shlex.quote(storage)}"
 
     def write(self, out: Storage) -> str:
         """Write page, Markdown and tables into a folder; the page's URI."""
-        words = _words(self, now=datetime.now(UTC))
+        study = study_sections(self.search)
+        words = _words(self, now=datetime.now(UTC)) | {"study": study}
         out.make()
-        out.write(HTML, _rendered(HTML, words | _pictured(self.search)).encode())
+        out.write(HTML, _rendered(HTML, words | _pictured(self.search, study)).encode())
         out.write(MARKDOWN, _rendered(MARKDOWN, words).encode())
         (out / TABLES).make()
         for name, content in tables.files(tables.tables(self.search, self.judgement)):
             (out / TABLES).write(name, content)
         return (out / HTML).uri
-
-
-def judge_search(search: SearchRecord) -> Judgement:
-    """The rows' promises against what their trials measured."""
-    devices, unit = views.cost_basis(search.manifest.sessions[-1])
-    trials = [_measured(name, record) for name, record in search.trials.items()]
-    proxy = search.manifest.proxy is not None
-    return judge(search.rows, trials, proxy=proxy, devices_per_trial=devices, unit=unit)
-
-
-def _measured(name: str, record: TrialRecord) -> Measured:
-    return Measured(
-        trial=name,
-        run=record.run.name,
-        seed=record.run.seed,
-        status=record.standing.status,
-        num_epochs=record.run.num_epochs,
-        epochs=record.epochs,
-        confusions=record.confusions,
-    )
 
 
 def _parent_and_name(folder: Storage) -> tuple[str, str]:
@@ -127,8 +117,8 @@ def _words(report: Report, *, now: datetime) -> dict[str, Any]:
         "manifest": search.manifest,
         "baseline": search.baseline,
         "notes": search.all_notes,
-        "now": views.when(now),
-        "state": views.state(search, now),
+        "now": when(now),
+        "state": state(search, now),
         "summary": [(symbol, verdict, counts[verdict]) for verdict, symbol in promises.SYMBOLS.items()],
         "promises": report.promises,
         "judgement": report.judgement,
@@ -140,14 +130,14 @@ def _words(report: Report, *, now: datetime) -> dict[str, Any]:
         "costs": views.costs(search, report.price),
         "leaderboard": views.leaderboard(search),
         "row_means": views.row_means(search),
-        "made": views.made(search),
+        "made": made(search),
     }
 
 
-def _pictured(search: SearchRecord) -> dict[str, Any]:
+def _pictured(search: SearchRecord, study: StudySections | None) -> dict[str, Any]:
     """What the page alone shows, and the code it needs for that."""
-    curves, heatmap, confusion = figures.curves(search), figures.iou_heatmap(search), figures.confusion_matrix(search)
-    shown = [*curves, *(figure for figure in (heatmap, confusion) if figure)]
+    curves, heatmap, confusion = figures.curves(search), heatmaps.iou_heatmap(search), heatmaps.confusion_matrix(search)
+    shown = [*(study.figures if study else []), *curves, *(figure for figure in (heatmap, confusion) if figure)]
     scripts = [get_plotlyjs(), _source("report.js")]
     return {
         "curves": curves,

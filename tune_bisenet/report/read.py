@@ -5,7 +5,7 @@ costs that trial a note, never the whole. Neither Ray nor torch.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,11 +18,9 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 from tune_bisenet.config import Run
 from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.evidence import BEST, Best
+from tune_bisenet.report.study import READERS, Study, StudyRecord, one_line, read_study
 from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Epoch, Standing, best_of
 from tune_bisenet.storage import Storage
-
-READERS: Final = 16
-"""Trials read at once: object storage answers slowly, but many at a time."""
 
 _EPOCHS: Final = TypeAdapter(tuple[Epoch, ...])
 _STANDINGS: Final = TypeAdapter(tuple[Standing, ...])
@@ -43,6 +41,8 @@ class Session(_Written):
     started: AwareDatetime
     ended: AwareDatetime | None
     signal: int | None
+    limit: str | None = None
+    """Which bound ended it, in words."""
     command: tuple[str, ...]
     commit: str | None
     python: str
@@ -76,6 +76,14 @@ class Choices(_Written):
     precision: str
 
 
+class Limits(_Written):
+    """What the search was allowed; None for no bound."""
+
+    trials: int | None = None
+    time_budget_seconds: float | None = None
+    gpu_hours: float | None = None
+
+
 class Manifest(_Written):
     """How the search was made. `proxy` is the sentence that goes with everything shown of a proxy."""
 
@@ -86,6 +94,9 @@ class Manifest(_Written):
     data: Data
     backbone: Backbone
     proxy: str | None
+    study: Study | None = None
+    """None for a grid."""
+    limits: Limits = Limits()
     sessions: Annotated[tuple[Session, ...], Field(min_length=1)]
 
 
@@ -106,11 +117,13 @@ class TrialRecord:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SearchRecord:
-    """A search as storage has it, trials in declared order."""
+    """A search as storage has it, trials in declared order, or as its study numbered them."""
 
     folder: Storage
     manifest: Manifest
     trials: dict[str, TrialRecord]
+    study: StudyRecord | None
+    """None for a grid."""
     changed: datetime
     """When any trial last was heard of."""
     notes: tuple[str, ...]
@@ -127,6 +140,11 @@ class SearchRecord:
         for record in self.trials.values():
             rows.setdefault(record.run.name, record.run)
         return tuple(rows.values())
+
+    @property
+    def declared_rows(self) -> tuple[Run, ...]:
+        """The same without the runs that a sampler made up."""
+        return tuple(row for row in self.rows if not self.study or row.name not in self.study.sampled_rows)
 
     @property
     def standings(self) -> list[Standing]:
@@ -147,21 +165,29 @@ def read_search(folder: Storage) -> SearchRecord:
         manifest = Manifest.model_validate_json(content)
     except ValueError as error:
         raise ValueError(
-            f"{folder.uri}/{SEARCH} is damaged ({_one_line(error)}): without it nobody can say what was run."
+            f"{folder.uri}/{SEARCH} is damaged ({one_line(error)}): without it nobody can say what was run."
         ) from error
+    study, study_notes = read_study(folder, manifest.study) if manifest.study else (None, ())
+    runs = study.runs(manifest.trials) if study else manifest.trials
     standings, notes = _read_standings(folder)
 
     def read(name: str) -> TrialRecord:
-        return _read_trial(folder / name, manifest.trials[name], trial=name, standing=standings.get(name))
+        return _read_trial(folder / name, runs[name], trial=name, standing=standings.get(name))
 
     with ThreadPoolExecutor(READERS) as pool:
-        trials = dict(zip(manifest.trials, pool.map(read, manifest.trials), strict=True))
-    changed = _changed(folder, manifest)
-    return SearchRecord(folder=folder, manifest=manifest, trials=trials, changed=changed, notes=notes)
+        trials = dict(zip(runs, pool.map(read, runs), strict=True))
+    return SearchRecord(
+        folder=folder,
+        manifest=manifest,
+        trials=trials,
+        study=study,
+        changed=_changed(folder, manifest, trials),
+        notes=(*notes, *study_notes),
+    )
 
 
-def _changed(folder: Storage, manifest: Manifest) -> datetime:
-    paths = [f"{folder.path}/{TRIALS}", *(f"{folder.path}/{name}/{EPOCHS}" for name in manifest.trials)]
+def _changed(folder: Storage, manifest: Manifest, trials: Iterable[str]) -> datetime:
+    paths = [f"{folder.path}/{TRIALS}", *(f"{folder.path}/{name}/{EPOCHS}" for name in trials)]
     times: list[datetime | None] = [info.mtime for info in folder.filesystem.get_file_info(paths)]
     return max([manifest.sessions[-1].started, *(time for time in times if time is not None)])
 
@@ -172,7 +198,7 @@ def _read_standings(folder: Storage) -> tuple[dict[str, Standing], tuple[str, ..
         record = json.loads(folder.read(TRIALS) or b"")
         standings = _STANDINGS.validate_python([vars(Standing.from_json(row)) for row in record["standings"]])
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        words = f"{TRIALS} cannot be read ({_one_line(error)}); how trials stand is taken from their own folders."
+        words = f"{TRIALS} cannot be read ({one_line(error)}); how trials stand is taken from their own folders."
         return {}, (words,)
     return {standing.trial: standing for standing in standings}, ()
 
@@ -199,7 +225,7 @@ def _read_epochs(folder: Storage, notes: list[str]) -> tuple[Epoch, ...]:
         if any(len(epoch.iou) != NUM_CLASSES for epoch in epochs):
             raise ValueError(f"an epoch has no IoU for each of {NUM_CLASSES} classes")
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        notes.append(f"{EPOCHS} cannot be read: {_one_line(error)}")
+        notes.append(f"{EPOCHS} cannot be read: {one_line(error)}")
         return ()
     return epochs
 
@@ -224,10 +250,6 @@ def _standing(name: str, run: Run, epochs: Sequence[Epoch]) -> Standing:
     )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 # --- the file of a best epoch ---------------------------------------------------------------------------------------
 
 
@@ -248,7 +270,7 @@ def _read_confusions(folder: Storage, notes: list[str]) -> NDArray[np.int32] | N
         if confusions.shape[1:] != (NUM_CLASSES, NUM_CLASSES):
             raise ValueError(f"confusions of shape {confusions.shape}")
     except ValueError as error:
-        notes.append(f"{BEST} cannot be read: {_one_line(error)}")
+        notes.append(f"{BEST} cannot be read: {one_line(error)}")
         return None
     return confusions
 
@@ -262,4 +284,4 @@ def _read_arrays(folder: Storage, names: Sequence[str]) -> list[NDArray[Any]]:
         ):
             return [archive[name] for name in names]
     except Exception as error:  # zip, zlib and numpy each fail on damaged bytes in ways of their own
-        raise ValueError(f"{BEST} is missing or damaged: {_one_line(error)}") from error
+        raise ValueError(f"{BEST} is missing or damaged: {one_line(error)}") from error

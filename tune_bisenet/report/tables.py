@@ -32,6 +32,7 @@ def tables(search: SearchRecord, judgement: Judgement) -> dict[str, list[Line]]:
         "epochs": _epochs(search),
         "iou": _iou(search),
         "settings": [{**_who(search, trial), **settings(record.run)} for trial, record in search.trials.items()],
+        "params": _params(search),
     }
 
 
@@ -129,6 +130,44 @@ def _iou(search: SearchRecord) -> list[Line]:
         for best in [best_of(record.epochs)]
         for name, value in zip(CLASS_NAMES, best.iou, strict=True)
     ]
+
+
+def _params(search: SearchRecord) -> list[Line]:
+    """Of a study: its trials and those of the earlier searches that it knew; parameters named as Optuna's own table."""
+    if search.study is None:
+        return []
+    own = [(one, search.trials[trial].standing, "") for trial, one in search.study.suggested.items()]
+    everything = [*((one.suggested, one.standing, one.source) for one in search.study.known), *own]
+    names = dict.fromkeys(name for one, _, _ in everything for name in one.params)
+    lines = [
+        {
+            "trial": one.trial,
+            "number": one.number,
+            "origin": one.origin,
+            "state": standing.status,
+            "best_miou": standing.best_miou,
+            "latency_ms": standing.latency_ms,
+            **{f"params_{name}": one.params.get(name) for name in names},
+            "known_from": source,
+        }
+        for one, standing, source in everything
+    ]
+    return _of_one_type(lines)
+
+
+def _of_one_type(lines: list[Line]) -> list[Line]:
+    """Columns that mix words with numbers, or with truth values, become words: a column has one type."""
+    names = lines[0] if lines else {}
+    types = {name: {_type(line[name]) for line in lines if line[name] is not None} for name in names}
+    mixed = {name for name, found in types.items() if len(found) > 1}
+    return [
+        {name: str(value) if name in mixed and value is not None else value for name, value in line.items()}
+        for line in lines
+    ]
+
+
+def _type(value: object) -> type:
+    return float if type(value) is int else type(value)
 
 
 def _who(search: SearchRecord, trial: str) -> Line:

@@ -1,23 +1,19 @@
-"""Sections of the report as tables for a person: settings, what ended early, costs, leaderboard, how it was made.
+"""Sections of the report as tables for a person: settings, what ended early, costs, leaderboard.
 
 Each becomes HTML on the page and Markdown beside it. A section with nothing to show says so in `words`.
 """
 
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any, Final, Literal
+from datetime import timedelta
+from typing import Any
 
 from tune_bisenet.report.leaderboard import best_first, gains, over_seeds, status_in_words
 from tune_bisenet.report.read import SearchRecord, Session, TrialRecord
+from tune_bisenet.report.samples import shown_rows
 from tune_bisenet.report.tables import settings
 from tune_bisenet.report.verdicts import Unit
-
-PATIENCE: Final = timedelta(minutes=10)
-PATIENCE_EPOCHS: Final = 5
-"""Silence of so many of the slowest epochs, at least PATIENCE, is taken for an end."""
 
 
 @dataclass(frozen=True)
@@ -37,62 +33,22 @@ class View:
     numbers: frozenset[str] = frozenset()
 
 
-# --- how the search stands ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """`sentence` says all of it; `word` is its summary."""
-
-    word: Literal["finished", "running", "interrupted", "silent", "ended with failures"]
-    sentence: str
-
-
-def state(search: SearchRecord, now: datetime) -> State:
-    """Whether the search runs or how it ended, as far as its storage tells at `now`."""
-    ended = [standing for standing in search.standings if standing.status not in ("waiting", "running")]
-    failed = [standing.trial for standing in ended if standing.status == "failed"]
-    progress = f"{len(ended)} of {len(search.standings)} trials have ended"
-    session = search.manifest.sessions[-1]
-    silence = now - search.changed
-    if session.ended is None and silence > _patience(search):
-        silent = f"No news since {when(search.changed)}: it has died, or an epoch takes very long. {progress}."
-        return State(word="silent", sentence=silent)
-    if session.ended is None:
-        return State(word="running", sentence=f"Still running, as of {when(search.changed)}: {progress}.")
-    if session.signal is not None:
-        how = f"Interrupted by signal {session.signal} on {when(session.ended)}: {progress}."
-        return State(word="interrupted", sentence=how)
-    if failed or len(ended) < len(search.standings):
-        lost = f", of which failed: {', '.join(failed)}" if failed else ""
-        return State(word="ended with failures", sentence=f"Ended on {when(session.ended)}: {progress}{lost}.")
-    return State(word="finished", sentence=f"Finished on {when(session.ended)}: {progress}.")
-
-
-def when(time: datetime) -> str:
-    """As `2026-03-01 14:05 UTC`."""
-    return f"{time:%Y-%m-%d %H:%M %Z}"
-
-
-def _patience(search: SearchRecord) -> timedelta:
-    slowest = max((epoch.seconds for trial in search.trials.values() for epoch in trial.epochs), default=0.0)
-    return max(PATIENCE, timedelta(seconds=PATIENCE_EPOCHS * slowest))
-
-
 # --- the rows -------------------------------------------------------------------------------------------------------
 
 
 def settings_view(search: SearchRecord) -> View:
     """A column for each setting that rows differ in; what all rows share is told in words."""
-    rows = {row.name: settings(row) for row in search.rows}
+    declared, shown = [row.name for row in search.declared_rows], shown_rows(search)
+    rows = {row.name: settings(row) for row in search.rows if row.name in declared or row.name in shown}
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     varied = [name for name in names if len({_words(row, name) for row in rows.values()}) > 1]
-    first = next(iter(rows.values()))
+    first = next(iter(rows.values()), {})
     shared = [f"{name.replace('_', ' ')} {_words(first, name)}" for name in names if name not in varied]
     bar = rows.get(search.baseline or "")
     return View(
         words=(f"Marked: what differs from {search.baseline}. " if bar else "")
-        + f"All rows share: {', '.join(shared)}.",
+        + (f"All rows share: {', '.join(shared)}." if shared else "")
+        + (" The other trials are in tables/settings.csv." if len(rows) < len(search.rows) else ""),
         columns=("run", *(name.replace("_", " ") for name in varied)),
         rows=tuple((Cell(run), *_settings_cells(row, bar or row, varied)) for run, row in rows.items()),
     )
@@ -137,20 +93,22 @@ def early_ends(search: SearchRecord) -> View:
 def leaderboard(search: SearchRecord) -> View:
     """All trials, best first. Marked: not trained to the last epoch, or with something that could not be read."""
     gain_of = gains(search.standings, baseline=search.baseline)
+    has_latency = search.study is not None and "latency" in search.study.objectives
+    latency = ("ms",) if has_latency else ()
     return View(
         words="A trial counts by its best epoch. Marked: best of a trial that did not go to its last epoch."
         if search.standings
         else "There are no trials.",
-        columns=("#", "trial", "status", "epochs", "best mIoU", "at", "last", "gain", "h:mm:ss"),
+        columns=("#", "trial", "status", "epochs", "best mIoU", "at", "last", "gain", *latency, "h:mm:ss"),
         rows=tuple(
-            _trial_cells(rank, search.trials[standing.trial], gain_of[standing.trial])
+            _trial_cells(rank, search.trials[standing.trial], gain_of[standing.trial], has_latency=has_latency)
             for rank, standing in enumerate(best_first(search.standings), start=1)
         ),
-        numbers=frozenset({"#", "epochs", "best mIoU", "at", "last", "gain", "h:mm:ss"}),
+        numbers=frozenset({"#", "epochs", "best mIoU", "at", "last", "gain", *latency, "h:mm:ss"}),
     )
 
 
-def _trial_cells(rank: int, record: TrialRecord, gain: float | None) -> tuple[Cell, ...]:
+def _trial_cells(rank: int, record: TrialRecord, gain: float | None, *, has_latency: bool) -> tuple[Cell, ...]:
     standing = record.standing
     return (
         Cell(str(rank)),
@@ -161,12 +119,17 @@ def _trial_cells(rank: int, record: TrialRecord, gain: float | None) -> tuple[Ce
         Cell("" if standing.best_epoch is None else str(standing.best_epoch)),
         Cell(_percent(standing.last_miou)),
         Cell("" if gain is None else f"{gain:+z.2f}"),
+        *([Cell(_percent(standing.latency_ms))] if has_latency else []),
         Cell(_clock(standing.seconds)),
     )
 
 
 def row_means(search: SearchRecord) -> View:
-    """Rows over the seeds that went to their end; only words where there is one seed."""
+    """Rows over the seeds that went to their end; only words where there is one seed. Of a study nothing: its runs
+    have one seed, but for the choice, which has a section of its own.
+    """
+    if search.study:
+        return View(words="")
     if len({standing.seed for standing in search.standings}) < 2 or search.baseline is None:
         return View(words="One seed a row: there is no spread over seeds.")
     return View(
@@ -198,8 +161,7 @@ def cost_basis(session: Session) -> tuple[float, Unit]:
 def costs(search: SearchRecord, price: float | None) -> View:
     """By row: hours of its trials' epochs, speed, and money at `price` for an hour of a device."""
     devices, unit = cost_basis(search.manifest.sessions[-1])
-    rows = {row.name: [t for t in search.trials.values() if t.run.name == row.name and t.epochs] for row in search.rows}
-    measured = {name: trials for name, trials in rows.items() if trials}
+    measured = _by_row(search) if search.study is None else _by_origin(search)
     if not measured:
         return View(words="No epoch has ended yet, so nothing is known of speed and cost.")
     everything = [trial for trials in measured.values() for trial in trials]
@@ -211,10 +173,28 @@ def costs(search: SearchRecord, price: float | None) -> View:
     return View(
         words=f"Training and validation of all epochs, a trial having {_share(devices, unit)} to itself; start-up and "
         f"retried epochs are not counted. Speeds are medians over epochs.{at}",
-        columns=("run", *numbers),
+        columns=("run" if search.study is None else "trials of", *numbers),
         rows=tuple(_cost_cells(name, trials, devices=devices, price=price) for name, trials in lines),
         numbers=frozenset(numbers),
     )
+
+
+def _by_row(search: SearchRecord) -> dict[str, list[TrialRecord]]:
+    """The trials that have epochs."""
+    rows: dict[str, list[TrialRecord]] = {row.name: [] for row in search.rows}
+    for trial in search.trials.values():
+        rows[trial.run.name] += [trial] if trial.epochs else []
+    return {name: trials for name, trials in rows.items() if trials}
+
+
+def _by_origin(search: SearchRecord) -> dict[str, list[TrialRecord]]:
+    """The same, for a study has too many rows to tell each one's cost."""
+    assert search.study is not None
+    origins: dict[str, list[TrialRecord]] = {"declared rows": [], "sampled": [], "fresh seeds": []}
+    for name, trial in search.trials.items():
+        sampled = "sampled" if trial.run.name in search.study.sampled_rows else "declared rows"
+        origins["fresh seeds" if search.study.is_confirm(name) else sampled] += [trial] if trial.epochs else []
+    return {name: trials for name, trials in origins.items() if trials}
 
 
 def _share(devices: float, unit: Unit) -> str:
@@ -236,40 +216,6 @@ def _cost_cells(name: str, trials: Sequence[TrialRecord], *, devices: float, pri
         Cell(f"{statistics.median(epoch.seconds for epoch in epochs):.1f}"),
         Cell(f"{statistics.median(epoch.val_seconds for epoch in epochs):.1f}"),
     )
-
-
-# --- how it was made ------------------------------------------------------------------------------------------------
-
-
-def made(search: SearchRecord) -> View:
-    """What is needed to believe the search, or to repeat it."""
-    manifest = search.manifest
-    digests = ", ".join(f"{digest} at {size}" for size, digest in manifest.data.digests.items())
-    lines = [
-        ("space", f"{manifest.space.name}: {manifest.space.title}"),
-        ("data", f"{manifest.data.name}: {manifest.data.train_images:,} training images, "
-                 f"{manifest.data.val_images:,} validation images"),
-        ("data digest", digests),
-        ("backbone", f"ResNet-18, {manifest.backbone.name}, digest {manifest.backbone.digest}"),
-        ("scheduler", manifest.choices.scheduler),
-        ("precision", manifest.choices.precision),
-        ("storage", search.folder.uri),
-        *(line for number, session in enumerate(manifest.sessions, start=1) for line in _session(number, session)),
-    ]  # fmt: skip
-    return View(words="", columns=("what", "value"), rows=tuple((Cell(title), Cell(text)) for title, text in lines))
-
-
-def _session(number: int, session: Session) -> list[tuple[str, str]]:
-    until = "open" if session.ended is None else when(session.ended)
-    versions = ", ".join(f"{name} {version}" for name, version in session.packages.items())
-    resources = f"{session.gpus_per_trial:g} GPUs and {session.cpus_per_trial} CPU cores"
-    return [
-        (f"session {number}", f"{when(session.started)} to {until}"),
-        ("command", shlex.join(session.command)),
-        ("commit", session.commit or "not from a checkout"),
-        ("versions", f"Python {session.python}, {versions}"),
-        ("a trial's share", f"{resources}, {session.trials_at_once} trials at once"),
-    ]
 
 
 def _percent(value: float | None) -> str:

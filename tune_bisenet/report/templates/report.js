@@ -22,6 +22,8 @@ function template() {
         diverging: [[0, "#c2502e"], [0.25, "#e2a184"], [0.5, page], [0.75, "#83aede"], [1, "#2a66b5"]],
         sequential: [[0, page], [0.03, mixed(page, "#2a66b5", 0.18)], [0.3, "#83aede"], [1, "#2a66b5"]],
       },
+      // Of marks and lines, which must all be seen: from what recedes to what stands out.
+      coloraxis2: { colorscale: [[0, mixed(page, ink, 0.3)], [0.5, "#4f8fd9"], [0.85, "#e8833a"], [1, "#d1402f"]] },
     },
   };
 }
@@ -37,7 +39,8 @@ function draw() {
   const config = { responsive: true, displaylogo: false, modeBarButtons: buttons, plotlyServerURL: "" };
   figures.forEach(({ data, layout }, index) => {
     const shared = { margin: { l: 50, r: 12, t: 30, b: 44 }, hovermode: "closest", dragmode: touch ? false : "zoom" };
-    Plotly.newPlot(plots[index], data, { ...shared, ...layout, template: template() }, config);
+    const small = layout.height < 240 ? { displayModeBar: false } : {};
+    Plotly.newPlot(plots[index], data, { ...shared, ...layout, template: template() }, { ...config, ...small });
   });
 }
 
@@ -70,7 +73,25 @@ document.querySelector(".rows .all")?.addEventListener("click", () => {
   show(buttons);
 });
 
+document.querySelectorAll(".source button").forEach((button) => {
+  button.addEventListener("click", async () => {
+    const source = button.parentElement.querySelector("pre");
+    getSelection().selectAllChildren(source); // to be copied by hand where the browser does not let us
+    await navigator.clipboard?.writeText(source.textContent);
+    button.textContent = "copied";
+  });
+});
+
+// On parallel axes, the line that is pointed at comes out of the crowd.
+function follow(plot) {
+  const before = plot.data.map(({ line, opacity }) => ({ width: line?.width, opacity }));
+  const draw = (curve, width, opacity) => Plotly.restyle(plot, { "line.width": width, opacity }, [curve]);
+  plot.on("plotly_hover", ({ points: [{ curveNumber: curve }] }) => draw(curve, 5, 1));
+  plot.on("plotly_unhover", ({ points: [{ curveNumber: curve }] }) => draw(curve, before[curve].width, before[curve].opacity));
+}
+
 draw();
+plots.filter(({ id }) => id === "plot-parallel").forEach(follow);
 dark.addEventListener("change", () => recolour());
 addEventListener("beforeprint", () => {
   document.documentElement.classList.add("printing");

@@ -1,0 +1,341 @@
+"""The Optuna study of a sampled search: what to try next, and what became of it, told once and only once.
+
+Storage is the state, as everywhere: trials' folders say what was asked for and how far it came, and the study follows
+them (`Study.reconcile`). A driver may be killed between any two lines; the next one finds in the study what it lacks,
+adds that, and nothing twice. A trial that was cut off waits (Optuna's WAITING) with the values it has, and is the next
+to be started.
+
+No Ray here: whoever trains calls `next`, `heard`, `ended` and `close`.
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, assert_never
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
+
+from tune_bisenet.config import Objective, Run, Sampler
+from tune_bisenet.results import Epoch, Standing, Status
+from tune_bisenet.sampling import Draw, Point, build_sampler
+from tune_bisenet.suggested import Known, Suggested
+
+DIRECTIONS: Final[dict[Objective, StudyDirection]] = {
+    "miou": StudyDirection.MAXIMIZE,
+    "latency": StudyDirection.MINIMIZE,
+}
+METRIC_NAMES: Final[dict[Objective, str]] = {"miou": "best mIoU in %", "latency": "ms per prediction"}
+
+MAX_FAILED_DRAWS: Final = 20
+"""In a row: a space that gives no run so often is wrong, whatever its rehearsal said."""
+
+BUSY_SECONDS: Final = 60
+"""How long a writer waits for an SQLite file that a dashboard reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a search asks of its space: how it draws, the declared rows it begins with, its goals and its sampler."""
+
+    draw: Draw
+    rows: Mapping[str, tuple[Run, Point]]
+    """By name: the row as it is trained, and its point."""
+    objectives: tuple[Objective, ...]
+    sampler: Sampler
+    seed: int
+    """Of the sampler, and of every trial."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A trial of this search as its folder has it."""
+
+    suggested: Suggested
+    standing: Standing
+    epochs: Sequence[Epoch]
+
+
+DATABASE_ERRORS: Final = (SQLAlchemyError, StorageInternalError, ImportError)
+"""How a database says that it cannot be used; ImportError for one whose driver is not installed."""
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Optuna's storage at an SQLAlchemy URL. One of DATABASE_ERRORS if it cannot be used."""
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if url.startswith("sqlite"):
+        options["connect_args"] = {"timeout": BUSY_SECONDS}
+    return get_storage(RDBStorage(url, engine_kwargs=options))
+
+
+def exists(storage: BaseStorage, name: str) -> bool:
+    return any(study.study_name == name for study in storage.get_all_studies())
+
+
+class Study:
+    """One search's study. `limit` is how many trials it may ask for in all; None for no end."""
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        question: Question,
+        *,
+        limit: int | None,
+        checkpoint_of: Callable[[str], str],
+    ) -> None:
+        self._storage = storage
+        self._question = question
+        self._limit = limit
+        self._checkpoint_of = checkpoint_of
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=[DIRECTIONS[objective] for objective in question.objectives],
+            load_if_exists=True,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names([METRIC_NAMES[objective] for objective in question.objectives])
+        self._asked: set[str] = set()
+        self._ids: dict[str, int] = {}
+
+    # --- what to try ------------------------------------------------------------------------------------------------
+
+    def next(self) -> Suggested | None:
+        """What was cut off, then the declared rows, then what the sampler draws; None when the limit is reached."""
+        for _ in range(MAX_FAILED_DRAWS):
+            trial = self._next_trial()
+            if trial is None:
+                return None
+            try:
+                drawn = self._question.draw(trial)
+            except ValueError as error:
+                trial.set_user_attr("error", str(error))
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                continue
+            return self._suggest(trial, drawn)
+        raise RuntimeError(f"{MAX_FAILED_DRAWS} draws from the space in a row cannot be trained; the study has why.")
+
+    def _next_trial(self) -> Trial | None:
+        trials = self._study.get_trials(deepcopy=False)
+        waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
+        begun = [trial for trial in waiting if name_of(trial) in self._asked]
+        if not begun and self._limit is not None and len(self._asked) >= self._limit:
+            return None
+        self._study.sampler = build_sampler(
+            self._question.sampler, seed=_seed_of_draw(self._question.seed, number=len(trials))
+        )
+        for trial in [*begun, *waiting]:
+            if self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                return Trial(self._study, trial._trial_id)
+        return self._study.ask()
+
+    def _suggest(self, trial: Trial, drawn: Run) -> Suggested:
+        name = name_of(trial)
+        row = self._question.rows.get(name)
+        seed = self._question.seed
+        suggested = Suggested(
+            trial=name,
+            run=row[0] if row else drawn.model_copy(update={"name": name, "seed": seed}),
+            origin="row" if row else "sampled",
+            number=trial.number,
+            params=trial.params,
+            distributions=Point(run=drawn, params=trial.params, distributions=trial.distributions).ranges,
+        )
+        for key, value in {"trial": name, "seed": seed, **({"row": name} if row else {})}.items():
+            trial.set_user_attr(key, value)
+        self._asked.add(name)
+        self._ids[name] = trial._trial_id
+        return suggested
+
+    # --- what became of it ------------------------------------------------------------------------------------------
+
+    def heard(self, trial: str, epoch: int, miou: float) -> None:
+        """A trial's mIoU in percent after `epoch`; told again, it stands as it is."""
+        self._storage.set_trial_intermediate_value(self._ids[trial], epoch, miou)
+
+    def ended(self, standing: Standing) -> None:
+        """A trial has ended, well or not; told again, nothing changes."""
+        trial_id = self._ids[standing.trial]
+        frozen = self._storage.get_trial(trial_id)
+        if frozen.state.is_finished():
+            return
+        if frozen.state is TrialState.WAITING:
+            self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        for key, value in self._about(standing).items():
+            self._storage.set_trial_user_attr(trial_id, key, value)
+        state = _state_of(standing, self._question.objectives)
+        complete = state is TrialState.COMPLETE  # of a pruned trial Optuna itself takes the last mIoU
+        self._study.tell(
+            frozen.number, _values_of(state, standing, self._question.objectives) if complete else None, state
+        )
+
+    def close(self) -> None:
+        """Nothing runs any more: what was running waits, with its values and its curve."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+    # --- after a crash ----------------------------------------------------------------------------------------------
+
+    def reconcile(
+        self, records: Sequence[Record], known: Sequence[Known], *, live: Collection[str] = ()
+    ) -> dict[str, Status]:
+        """Bring the study in line with what the folders say. It may be cut off anywhere, and be called again.
+
+        `live` trials run now. Returns how those trials ended of which the study knows an end and the folders do not.
+        """
+        self._asked = {record.suggested.trial for record in records}
+        self._add_known(known)
+        latest = {name_of(trial): trial for trial in self._own_trials()}
+        ends = {
+            record.suggested.trial: end
+            for record in records
+            if (end := self._follow(record, latest.get(record.suggested.trial))) is not None
+        }
+        self._leave_waiting(live)
+        self._enqueue_rows(known)
+        return ends
+
+    def _follow(self, record: Record, trial: FrozenTrial | None) -> Status | None:
+        """Give `trial`, the last of its name in the study, what `record` has more; or return the end it has."""
+        standing, name = record.standing, record.suggested.trial
+        if trial is None:
+            self._add(record, state=_state_of(standing, self._question.objectives), attributes={})
+        elif trial.state is TrialState.FAIL and standing.status != "failed":
+            self._add(record, state=TrialState.WAITING, attributes={"retry_of": trial.number})
+        elif trial.state.is_finished():
+            self._ids[name] = trial._trial_id
+            told: Status = trial.user_attrs.get("status", "finished")
+            return told if standing.status in ("waiting", "running") else None
+        else:
+            self._ids[name] = trial._trial_id
+            for epoch in record.epochs:
+                if epoch.epoch not in trial.intermediate_values:
+                    self.heard(name, epoch.epoch, epoch.miou)
+            if standing.status not in ("waiting", "running"):
+                self.ended(standing)
+        return None
+
+    def _add(self, record: Record, *, state: TrialState, attributes: Mapping[str, Any]) -> None:
+        suggested, standing = record.suggested, record.standing
+        row = {"row": suggested.trial} if suggested.origin == "row" else {}
+        frozen = create_trial(
+            state=state,
+            values=_values_of(state, standing, self._question.objectives),
+            params=dict(suggested.params),
+            distributions=_distributions(suggested),
+            intermediate_values={epoch.epoch: epoch.miou for epoch in record.epochs},
+            user_attrs={
+                "trial": suggested.trial,
+                "seed": suggested.run.seed,
+                **row,
+                **self._about(standing),
+                **attributes,
+            },
+        )
+        self._ids[suggested.trial] = self._create(frozen)
+
+    def _add_known(self, known: Sequence[Known]) -> None:
+        """Trials of earlier searches, as they ended there."""
+        there = {trial.user_attrs.get("source") for trial in self._study.get_trials(deepcopy=False)}
+        for one in known:
+            if one.source not in there:
+                self._create(_frozen(one, self._question.objectives))
+
+    def _leave_waiting(self, live: Collection[str]) -> None:
+        for trial in self._own_trials():
+            if trial.state is TrialState.RUNNING and name_of(trial) not in live:
+                self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+    def _enqueue_rows(self, known: Sequence[Known]) -> None:
+        there = {trial.user_attrs.get("row") for trial in self._own_trials()}
+        there |= {one.suggested.run.name for one in known}
+        for name, (_run, point) in self._question.rows.items():
+            if name not in there:
+                self._study.enqueue_trial(point.params, user_attrs={"trial": name, "row": name})
+
+    def _own_trials(self) -> list[FrozenTrial]:
+        """By number, without those of earlier searches."""
+        return [trial for trial in self._study.get_trials(deepcopy=False) if "source" not in trial.user_attrs]
+
+    def _create(self, frozen: FrozenTrial) -> int:
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        return self._storage.create_new_trial(study_id, template_trial=frozen)
+
+    def _about(self, standing: Standing) -> dict[str, str]:
+        """What a person wants to know of an ended trial, beside its numbers; nothing of one that has not ended."""
+        if standing.status in ("waiting", "running"):
+            return {}
+        checkpoint = {"checkpoint": self._checkpoint_of(standing.trial)} if standing.best_miou is not None else {}
+        reason = standing.stopped_by or standing.error
+        return {"status": standing.status, **({"reason": reason} if reason else {}), **checkpoint}
+
+
+def name_of(trial: FrozenTrial | Trial) -> str:
+    """A trial's name in the search: that of its row, or its number in the study."""
+    return str(trial.user_attrs.get("trial") or f"t{trial.number:04d}")
+
+
+def _seed_of_draw(seed: int, *, number: int) -> int:
+    """Of the sampler that draws a trial: a function of the search's seed and of how many trials there are."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def _state_of(standing: Standing, objectives: Sequence[Objective]) -> TrialState:
+    """A trial stopped early is pruned: its mIoU then is no final one. Optuna prunes only where there is one goal."""
+    match standing.status:
+        case "finished":
+            return TrialState.COMPLETE
+        case "stopped" | "diverged":
+            return TrialState.PRUNED if len(objectives) == 1 else TrialState.FAIL
+        case "failed":
+            return TrialState.FAIL
+        case "waiting" | "running":
+            return TrialState.WAITING
+        case _:
+            assert_never(standing.status)
+
+
+def _values_of(state: TrialState, standing: Standing, objectives: Sequence[Objective]) -> list[float] | None:
+    """Of a complete trial its best mIoU, and latency if asked; of a pruned one its last mIoU, as Optuna gives it."""
+    if state is TrialState.PRUNED:
+        return None if standing.last_miou is None else [standing.last_miou]
+    if state is not TrialState.COMPLETE:
+        return None
+    measured: dict[Objective, float | None] = {"miou": standing.best_miou, "latency": standing.latency_ms}
+    values = [value for objective in objectives if (value := measured[objective]) is not None]
+    assert len(values) == len(objectives), f"{standing.trial} finished without {' and '.join(objectives)}"
+    return values
+
+
+def _frozen(known: Known, objectives: Sequence[Objective]) -> FrozenTrial:
+    """A trial of an earlier search, as it ended there."""
+    suggested, standing = known.suggested, known.standing
+    state = _state_of(standing, objectives)
+    row = {"row": suggested.run.name} if suggested.origin == "row" else {}
+    return create_trial(
+        state=state,
+        values=_values_of(state, standing, objectives),
+        params=dict(suggested.params),
+        distributions=_distributions(suggested),
+        intermediate_values={epoch.epoch: epoch.miou for epoch in known.epochs},
+        user_attrs={
+            "trial": suggested.trial,
+            "seed": suggested.run.seed,
+            "status": standing.status,
+            "source": known.source,
+            "checkpoint": f"{known.source}/best.pt",
+            **row,
+        },
+    )
+
+
+def _distributions(suggested: Suggested) -> dict[str, BaseDistribution]:
+    return {name: json_to_distribution(text) for name, text in suggested.distributions.items()}

@@ -1,0 +1,101 @@
+"""Where a search's study is kept: any database that Optuna can use, or an SQLite file in the search's own folder.
+
+SQLite needs a disk. Of a search in object storage this machine keeps the file, and a copy of it lies in the folder.
+"""
+
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from optuna.storages import BaseStorage
+
+from tune_bisenet.config import fingerprint
+from tune_bisenet.secrets import HIDDEN, hidden, in_a_line
+from tune_bisenet.storage import Storage
+from tune_bisenet.study import DATABASE_ERRORS, exists, open_storage
+
+
+class StudyError(ValueError):
+    """A study's database cannot be used."""
+
+
+STUDY_FILE: Final = "study.db"
+STUDY_VARIABLE: Final = "TUNE_BISENET_STUDY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPlace:
+    """A study's database. `url` holds its password; `shown` does not."""
+
+    url: str
+    folder: Storage
+    is_own: bool
+    """Whether it is a file of the search's own."""
+    file: Path | None
+    """This machine's file of a study whose copy lies in object storage."""
+
+    @property
+    def shown(self) -> str:
+        """How a person is told of it."""
+        return hidden(self.url)
+
+    def check(self, name: str, *, is_new: bool) -> None:
+        """ValueError if a database of the user's does not answer, or has a study of that name that is not ours.
+
+        A file of the search's own is not touched: it is made when the search is.
+        """
+        if self.is_own:
+            return
+        with self._explained():
+            taken = is_new and exists(open_storage(self.url), name)
+        if taken:
+            raise StudyError(
+                f"--study {self.shown}: there is a study {name} already. Take another --name, or another database."
+            )
+
+    def open(self) -> BaseStorage:
+        """Optuna's storage there. In object storage it begins with the copy, which may be older than the trials."""
+        if self.file is not None:
+            content = self.folder.read(STUDY_FILE)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.unlink(missing_ok=True)
+            if content is not None:
+                self.file.write_bytes(content)
+        with self._explained():
+            return open_storage(self.url)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except DATABASE_ERRORS as error:
+            if self.is_own:
+                remedy = f"Remove the file {STUDY_FILE}: it is made anew from the folders of the trials."
+            else:
+                remedy = "The address is SQLAlchemy's, as in postgresql://user:password@host/database."
+            raise StudyError(f"the study in {self.shown} cannot be used: {in_a_line(error)}. {remedy}") from None
+
+    def snapshot(self) -> None:
+        """Bring the copy in object storage up to date."""
+        if self.file is None:
+            return
+        with tempfile.TemporaryDirectory() as place:
+            copy = Path(place) / STUDY_FILE
+            with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
+                source.backup(target)
+            self.folder.write(STUDY_FILE, copy.read_bytes())
+
+
+def study_place(folder: Storage, *, url: str | None, cache_dir: Path) -> StudyPlace:
+    """The place at `url`, or the file in `folder`. `url` may not have its password hidden."""
+    assert url is None or HIDDEN not in url, "a password was hidden before it was used"
+    if url is not None:
+        return StudyPlace(url=url, folder=folder, is_own=False, file=None)
+    if folder.local_path is not None:
+        return StudyPlace(url=f"sqlite:///{folder.local_path / STUDY_FILE}", folder=folder, is_own=True, file=None)
+    file = cache_dir / "studies" / f"{fingerprint(folder.uri)}.db"
+    return StudyPlace(url=f"sqlite:///{file}", folder=folder, is_own=True, file=file)

@@ -43,6 +43,39 @@ SPACE = Grid("rows of a test", ({rows}))
 """
 
 
+SAMPLED_SPACE = """
+from tune_bisenet.config import SGD, CrossEntropy, Expect, Run, WarmupPoly
+from tune_bisenet.spaces import Grid, Sampled
+
+
+def row(name, lr, momentum=0.9, expect=None):
+    return Run(
+        name=name,
+        optimizer=SGD(lr=lr, momentum=momentum, weight_decay=1e-4),
+        schedule=WarmupPoly(warmup_iterations=1, power=0.9),
+        loss=CrossEntropy(aux_weight=1.0),
+        accumulation=1,
+        max_grad_norm=None,
+        num_epochs={num_epochs},
+        expect=expect,
+    )
+
+
+def sample(trial):
+    plain = trial.suggest_categorical("plain", [True, False])
+    momentum = 0.9 if plain else trial.suggest_float("momentum", 0.5, 0.95)
+    return row("drawn", trial.suggest_float("lr", 1e-4, 0.1, log=True), momentum)
+
+
+def point(run):
+    return {"plain": True, "lr": run.optimizer.lr}
+
+
+ROWS = Grid("two rows", (row("a", 0.01), row("b", 0.03, expect=Expect(gain=(0, 5), over="a"))))
+SPACE = Sampled("around two rows", sample, around=ROWS, point=point)
+"""
+
+
 # --- a place to search in -------------------------------------------------------------------------------------------
 
 
@@ -50,6 +83,13 @@ def write_space(path: Path, rows: dict[str, float], *, num_epochs: int, baseline
     """A space of plain SGD, one row for each name and rate."""
     calls = (f"row({name!r}, {lr}, {None if name == baseline else baseline!r})," for name, lr in rows.items())
     path.write_text(SPACE.replace("{num_epochs}", str(num_epochs)).replace("{rows}", " ".join(calls)))
+
+
+def write_sampled_space(path: Path, *, num_epochs: int) -> None:
+    """Rates and momentums around two rows, `a`, the baseline, and `b`; beside it `rows.py` with the rows alone."""
+    text = SAMPLED_SPACE.replace("{num_epochs}", str(num_epochs))
+    path.write_text(text)
+    path.with_name("rows.py").write_text(text + "SPACE = ROWS\n")
 
 
 def write_frames(root: Path) -> None:

@@ -20,6 +20,8 @@ from tune_bisenet.secrets import hidden
 
 STREETS: Final = "streets"
 NO_BACKBONE: Final = "none"
+STUDY_VARIABLE: Final = "TUNE_BISENET_STUDY"
+"""Holds the address of a study, where its password is not to stand on a command line."""
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 
 
@@ -241,10 +243,10 @@ def absolute(name: str, value: Any) -> Any:
 
     Of an address only what may be seen is a choice.
     """
-    if name == "study":
+    if name in ("study", "warm_start") and "://" in value:
         return hidden(value)
     is_path = (
-        (name == "warm_start" and "://" not in value)
+        name == "warm_start"
         or (name == "data" and value != STREETS)
         or (name == "backbone" and value not in (NO_BACKBONE, "imagenet"))
         or (name == "space" and (value.endswith(".py") or "/" in value))

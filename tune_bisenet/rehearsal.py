@@ -12,7 +12,7 @@ from pathlib import Path
 from pyarrow.fs import FileSelector, FileType
 
 from tune_bisenet import sampling, warm
-from tune_bisenet.arguments import Arguments, Choices
+from tune_bisenet.arguments import STUDY_VARIABLE, Arguments, Choices
 from tune_bisenet.config import Run
 from tune_bisenet.plan import DataFacts, Settings
 from tune_bisenet.report.read import read_search
@@ -21,7 +21,7 @@ from tune_bisenet.secrets import HIDDEN, hidden
 from tune_bisenet.spaces import Sampled
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import Question
-from tune_bisenet.study_place import STUDY_VARIABLE, StudyPlace, study_place
+from tune_bisenet.study_place import StudyPlace, study_place
 from tune_bisenet.suggested import KNOWN, RUN, Known, Suggested
 
 
@@ -90,7 +90,7 @@ def prepare(
         precision=choices.precision,
         objectives=choices.objectives,
     )
-    taken = _known(folder, choices, here)
+    taken = _known(folder, given.warm_start or choices.warm_start, here)
     return Sampling(
         question=draft.question,
         example=draft.points[0].run,
@@ -103,27 +103,26 @@ def prepare(
 
 def _study_url(given: Arguments, choices: Choices) -> str | None:
     """With its password, which only the command line or the environment has; None for a file of the search's own."""
-    if given.study is not None or choices.study is None:
-        return given.study
+    address = given.study or choices.study
+    if address is None or HIDDEN not in address:
+        return address
     variable = os.environ.get(STUDY_VARIABLE)
-    if variable is not None and hidden(variable) == choices.study:
+    if variable is not None and hidden(variable) == address:
         return variable
-    if HIDDEN in choices.study:
-        raise ValueError(
-            f"this search's study lies in {choices.study}, and nothing of its password is kept. "
-            f"Give the address again by --study, or in ${STUDY_VARIABLE}."
-        )
-    return choices.study
+    raise ValueError(
+        f"the study lies in {address}, and nothing of its password is kept. "
+        f"Give the address with its password by --study, or in ${STUDY_VARIABLE}."
+    )
 
 
-def _known(folder: Storage, choices: Choices, here: warm.Here) -> warm.Taken:
+def _known(folder: Storage, warm_start: str | None, here: warm.Here) -> warm.Taken:
     """As it was taken over when the search began, or now."""
     content = folder.read(KNOWN)
     if content is not None:
         return warm.Taken(known=tuple(Known.from_json(record) for record in json.loads(content)), left_out={})
-    if choices.warm_start is None:
+    if warm_start is None:
         return warm.Taken(known=(), left_out={})
-    return warm.take_over(read_search(Storage.at(choices.warm_start)), here)
+    return warm.take_over(read_search(Storage.at(warm_start)), here)
 
 
 # --- the trials it has had ------------------------------------------------------------------------------------------

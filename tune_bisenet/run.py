@@ -5,8 +5,10 @@ torch and ray are imported late: `--show` and a mistyped flag must not wait for 
 
 import argparse
 import logging
+import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +30,8 @@ failed, the rest completed; 2 the input was wrong and nothing was started; 75 Ra
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if argv is None:
+        _hide_password()
     words = sys.argv[1:] if argv is None else argv
     flags = vars(_parser().parse_args(words))
     if flags.pop("show", False):
@@ -50,6 +54,17 @@ def main(argv: list[str] | None = None) -> int:
         return launch(flight, console, ["python", "-m", "tune_bisenet.run", *map(hidden, words)])
     except CANNOT_BEGIN as error:
         return _refuse([str(error)])
+
+
+def _hide_password() -> None:
+    """Start over with the study's password in the environment: anyone may read a command line, and Ray notes it."""
+    from tune_bisenet.arguments import STUDY_VARIABLE
+    from tune_bisenet.secrets import has_secret, hidden
+
+    studies = [word.removeprefix("--study=") for before, word in pairwise(sys.argv) if "--study" in (before, word[:7])]
+    for address in filter(has_secret, studies):
+        words = [word.replace(address, hidden(address)) for word in sys.orig_argv[1:]]
+        os.execve(sys.executable, [sys.executable, *words], os.environ | {STUDY_VARIABLE: address})
 
 
 def _parser() -> argparse.ArgumentParser:

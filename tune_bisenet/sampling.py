@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, assert_never, get_args
+from typing import Any, Final, assert_never, get_args
 
+import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
@@ -18,7 +19,8 @@ from optuna.distributions import (
     distribution_to_json,
 )
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.trial import BaseTrial, FixedTrial, Trial
+from optuna.study import Study
+from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
 from pydantic import ValidationError
 
 from tune_bisenet import plan
@@ -217,6 +219,40 @@ def _range_words(distribution: BaseDistribution) -> str:
 
 def build_sampler(kind: Sampler, *, seed: int) -> BaseSampler:
     """Optuna's sampler of that name. Built for each trial from a seed of its own, it draws the same after a crash."""
+    return _Repeatable(kind, seed)
+
+
+class _Repeatable(BaseSampler):
+    """What is drawn for itself is drawn by a seed of its own, however many values a crash has left of the trial."""
+
+    def __init__(self, kind: Sampler, seed: int) -> None:
+        self._kind: Sampler = kind
+        self._seed = seed
+        self._joint = _optunas(kind, seed=seed)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._joint.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._joint.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        seed = np.random.SeedSequence([self._seed, *param_name.encode()]).generate_state(1)[0]
+        alone = _optunas(self._kind, seed=int(seed))
+        return alone.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._joint.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._joint.after_trial(study, trial, state, values)
+
+
+def _optunas(kind: Sampler, *, seed: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match kind:

@@ -17,6 +17,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.exceptions import StorageInternalError
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -129,13 +130,17 @@ class Study:
         begun = [trial for trial in waiting if name_of(trial) in self._asked]
         if not begun and self._limit is not None and len(self._asked) >= self._limit:
             return None
-        self._study.sampler = build_sampler(
-            self._question.sampler, seed=_seed_of_draw(self._question.seed, number=len(trials))
-        )
         for trial in [*begun, *waiting]:
             if self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                self._study.sampler = self._sampler_of(trial.number)
                 return Trial(self._study, trial._trial_id)
+        self._study.sampler = self._sampler_of(len(trials))
         return self._study.ask()
+
+    def _sampler_of(self, number: int) -> BaseSampler:
+        """That draws the trial of this number."""
+        seed = np.random.SeedSequence([self._question.seed, number]).generate_state(1)[0]
+        return build_sampler(self._question.sampler, seed=int(seed))
 
     def _suggest(self, trial: Trial, drawn: Run) -> Suggested:
         name = name_of(trial)
@@ -281,11 +286,6 @@ class Study:
 def name_of(trial: FrozenTrial | Trial) -> str:
     """A trial's name in the search: that of its row, or its number in the study."""
     return str(trial.user_attrs.get("trial") or f"t{trial.number:04d}")
-
-
-def _seed_of_draw(seed: int, *, number: int) -> int:
-    """Of the sampler that draws a trial: a function of the search's seed and of how many trials there are."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 def _state_of(standing: Standing, objectives: Sequence[Objective]) -> TrialState:

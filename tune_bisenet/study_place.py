@@ -24,7 +24,6 @@ class StudyError(ValueError):
 
 
 STUDY_FILE: Final = "study.db"
-STUDY_VARIABLE: Final = "TUNE_BISENET_STUDY"
 
 
 @dataclass(frozen=True, kw_only=True)

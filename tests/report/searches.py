@@ -263,14 +263,20 @@ def write_study(
     )
     write_json(folder, SEARCH, record | changes)
     standings = [_write_sample(folder, place, number=known + place, latency=latency) for place in range(trials)]
-    best_one = max(standings, key=lambda one: one.best_miou or 0)
-    for seed in range(1, fresh_seeds + 1):
-        for name, gain in {best_one.run: gain_on_fresh, "r01": 0.0, "r02": 0.1}.items():
-            standings.append(_write_fresh(folder, name, seed, miou=50 + gain + 0.1 * seed * (gain > 0.2)))
+    standings += [
+        _write_fresh(folder, name, seed, miou=50 + gain)
+        for seed in range(1, fresh_seeds + 1)
+        for name, gain in {_chosen(standings): gain_on_fresh + 0.1 * seed, "r01": 0.0, "r02": 0.1}.items()
+    ]
     if known:
         write_json(folder, KNOWN, [_known(number).to_json() for number in range(known)])
     write_json(folder, TRIALS, {"standings": [one.to_json() for one in standings], "scheduler": {}})
     return folder
+
+
+def _chosen(standings: Sequence[Standing]) -> str:
+    """The best sampled trial."""
+    return max(standings[2:], key=lambda one: (one.status == "finished", one.best_miou or 0)).run
 
 
 def _write_sample(folder: Storage, place: int, *, number: int, latency: bool) -> Standing:

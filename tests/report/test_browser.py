@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from searches import write_search
+from searches import write_search, write_study
 
 from tune_bisenet.report.page import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: make setup")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
@@ -45,6 +46,27 @@ DRAWN = """return Object.fromEntries([...document.querySelectorAll('.js-plotly-p
     buttons: [...plot.querySelectorAll('.modebar-btn')].map((button) => button.dataset.title),
   },
 ]))"""
+
+
+STUDY_PLOTS = {
+    "front",
+    "history",
+    "parallel",
+    *(f"importance-{place}" for place in range(2)),
+    *(f"slice-{place}" for place in range(7)),
+}
+
+
+CROSSING = """const plot = document.getElementById('plot-parallel');
+plot.scrollIntoView();
+const { xaxis, yaxis } = plot._fullLayout, { left, top } = plot.getBoundingClientRect(), curve = plot.data.length - 2;
+return [left + xaxis._offset + xaxis.d2p(1), top + yaxis._offset + yaxis.d2p(plot.data[curve].y[1]), curve]"""
+"""Where the best trial's line crosses the second axis."""
+
+
+@pytest.fixture(scope="module")
+def study_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_report(write_study(tmp_path_factory.mktemp("study"), known=3, latency=True, fresh_seeds=2))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +137,34 @@ def test_plots_take_the_colours_of_the_page(browser: Any) -> None:
     browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
     assert browser.execute_script(ground) != before
     assert browser.execute_script(paper) == browser.execute_script(ground)
+
+
+def test_the_plots_of_a_study_are_drawn_without_error_or_overflow(browser: Any, width: int, study_page: str) -> None:
+    browser.get(f"file://{study_page}")
+    drawn = browser.execute_script("return [...document.querySelectorAll('.js-plotly-plot')].map(({ id }) => id)")
+    assert {f"plot-{name}" for name in STUDY_PLOTS} <= set(drawn)
+    marks = "return document.querySelectorAll('#plot-{} {}').length"
+    assert browser.execute_script(marks.format("history", ".scatterlayer .point")) == 27
+    assert browser.execute_script(marks.format("parallel", ".scatterlayer .js-line")) == 26
+    assert browser.execute_script(marks.format("importance-0", ".bars .point")) == 8
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.get_log("browser") == []
+
+
+def test_a_line_that_is_pointed_at_comes_out_of_the_crowd(browser: Any, study_page: str) -> None:
+    browser.get(f"file://{study_page}")
+    x, y, curve = browser.execute_script(CROSSING)
+    width = f"return document.getElementById('plot-parallel').data[{curve}].line.width"
+    before = browser.execute_script(width)
+    for place, is_wide in [((x, y), True), ((1, 1), False)]:
+        browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": place[0], "y": place[1]})
+        WebDriverWait(browser, 5).until(lambda page, wide=is_wide: (page.execute_script(width) > before) is wide)
+
+
+def test_the_best_row_can_be_copied(browser: Any, study_page: str) -> None:
+    browser.get(f"file://{study_page}")
+    browser.execute_script("document.querySelector('.source button').click()")
+    assert browser.execute_script("return getSelection().toString()").startswith('Run(\n    name="best"')
 
 
 def _requests(browser: Any) -> set[str]:

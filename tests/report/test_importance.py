@@ -45,13 +45,10 @@ def test_only_trials_that_went_to_their_end_count(of: list[Sample]) -> None:
 def test_a_low_decade_weighs_as_much_as_a_high_one(of: list[Sample]) -> None:
     """An effect at rates under 0.004 alone, which are 3 % of the range but a third of its logarithm."""
     sgd = [one for one in of if "sgd_lr" in one.params and one.is_complete]
-    low = [
-        replace(
-            one, standing=replace(one.standing, best_miou=40.0 if float(one.params["sgd_lr"] or 0) < 0.004 else 50.0)
-        )
-        for one in sgd
-    ]
-    (found,) = importances(low)
+    mious = [40.0 if float(one.params["sgd_lr"] or 0) < 0.004 else 50.0 for one in sgd]
+    (found,) = importances(
+        [replace(one, standing=replace(one.standing, best_miou=miou)) for one, miou in zip(sgd, mious, strict=True)]
+    )
     assert found.shares["fANOVA"]["sgd_lr"] > 0.8
 
 

@@ -90,16 +90,16 @@ def test_one_seed_has_no_deviation() -> None:
 def test_the_csv_has_one_line_a_trial_in_declared_order() -> None:
     assert to_csv([R01, R02, R03]).split("\n") == [
         "run,seed,status,stopped_by,epochs,best_miou,best_epoch,last_miou,pixel_accuracy,seconds,"
-        "trial,num_epochs,gain_over_r01,error",
-        "r01,0,finished,,8,24.10,7,23.99,80.12,3725.4,r01-0,8,,",
-        'r02,0,stopped,"ASHA, epoch 2",2,24.52,2,24.00,,0.0,r02-0,8,0.42,',
-        "r03,0,failed,,0,,,,,0.0,r03-0,8,,OSError: [Errno 28] No space left | on /disk",
+        "trial,num_epochs,gain_over_r01,latency_ms,error",
+        "r01,0,finished,,8,24.10,7,23.99,80.12,3725.4,r01-0,8,,,",
+        'r02,0,stopped,"ASHA, epoch 2",2,24.52,2,24.00,,0.0,r02-0,8,0.42,,',
+        "r03,0,failed,,0,,,,,0.0,r03-0,8,,,OSError: [Errno 28] No space left | on /disk",
         "",
     ]
 
 
 def test_the_csv_of_no_trials_is_its_header() -> None:
-    assert to_csv([], baseline="r05").endswith(",trial,num_epochs,gain_over_r05,error\n")
+    assert to_csv([], baseline="r05").endswith(",trial,num_epochs,gain_over_r05,latency_ms,error\n")
 
 
 def test_words_with_commas_and_quotes_come_back_from_the_csv() -> None:
@@ -176,3 +176,26 @@ def test_without_a_baseline_no_table_speaks_of_gains() -> None:
     assert "gain" not in to_csv(standings, baseline=None)
     assert "| over" not in to_markdown(standings, baseline=None)
     assert "over" not in shown(standings, baseline=None)
+
+
+def test_a_second_goal_stands_where_the_last_miou_would() -> None:
+    fast = standing("r02", 24.5, latency_ms=12.34)
+    text = shown([R01, fast, standing("r02", 24.0, seed=1)], width=80)
+    assert " ms " in text
+    assert "12.3" in text
+    assert "last" not in text
+
+
+def test_eighty_columns_hold_several_seeds_and_long_names() -> None:
+    text = shown(
+        [standing(name, 24.5, seed=seed, num_epochs=8, epochs=8) for name in ("r01", "t0011") for seed in (0, 1)],
+        width=80,
+    )
+    assert "finished" in text
+    assert "0:00:00" in text
+
+
+def test_many_reasons_are_counted_instead_of_listed() -> None:
+    text = shown([standing(f"t{number:04d}", 10.0, status="stopped", stopped_by="too slow") for number in range(20)])
+    assert "20 trials ended early" in text
+    assert "t0003 stopped: too slow" not in text

@@ -1,5 +1,6 @@
 """The page: everything on it, whatever is missing or damaged, and nothing that runs or leaves it."""
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from searches import (
     PROXY,
     RUNS,
     SESSION,
+    STUDY,
     best,
     cut,
     epochs,
@@ -19,6 +21,7 @@ from searches import (
     standing,
     write_json,
     write_search,
+    write_study,
     write_trial,
 )
 
@@ -27,6 +30,7 @@ from tune_bisenet.evidence import BEST, best_to_bytes
 from tune_bisenet.report.page import HTML, MARKDOWN, Report, write_report
 from tune_bisenet.results import EPOCHS, SEARCH, TRIALS
 from tune_bisenet.storage import Storage
+from tune_bisenet.suggested import KNOWN, RUN
 
 SECTIONS = [
     "Did each row keep its promise?",
@@ -135,6 +139,95 @@ def test_a_space_without_a_baseline_has_a_page(tmp_path: Path) -> None:
     }
     space = {"name": "small", "title": "Two rows", "baseline": None}
     assert "There is nothing to compare yet" in page_of(write_search(tmp_path, trials=trials, space=space))
+
+
+# --- a sampled search -----------------------------------------------------------------------------------------------
+
+STUDY_SECTIONS = [
+    "The best of the search",
+    "mIoU against latency",
+    "How the search went",
+    "Which parameters mattered",
+    "mIoU over the parameters",
+]
+
+
+def test_a_study_is_told_before_its_promises(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, known=3, latency=True, fresh_seeds=2)
+    page = page_of(folder)
+    assert re.findall(r"<h2 [^>]*>(.*?)</h2>", page) == [*STUDY_SECTIONS, *SECTIONS]
+    text, markdown = Elements(page).text, markdown_of(folder)
+    for words in ("On fresh seeds", "over r02", 'name="best"', "not what caused it", "head width"):
+        assert words in text
+        assert words in markdown
+    assert "optimizer = sgd" in page
+
+
+def test_without_fresh_seeds_the_best_comes_with_a_caution(tmp_path: Path) -> None:
+    folder = write_study(tmp_path)
+    assert "--confirm K trains it" in page_of(folder)
+    assert "--confirm K trains it" in markdown_of(folder)
+    assert "--confirm K" not in page_of(write_study(tmp_path / "confirmed", fresh_seeds=2))
+
+
+def test_a_study_for_miou_alone_has_no_front(tmp_path: Path) -> None:
+    assert "mIoU against latency" not in page_of(write_study(tmp_path))
+
+
+def test_a_study_without_promises_has_no_verdicts(tmp_path: Path) -> None:
+    folder = write_study(tmp_path)
+    for name in ("r01", "r02"):
+        content = (folder / name).read(RUN)
+        assert content
+        record = json.loads(content)
+        write_json(folder / name, RUN, record | {"run": record["run"] | {"expect": None}})
+    page = page_of(folder)
+    assert "Did each row keep its promise?" not in page
+    assert "#verdicts" not in page
+    assert "keep its promise" not in markdown_of(folder)
+
+
+def test_a_study_of_a_proxy_says_that_the_row_is_the_proxys(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, proxy=PROXY)
+    page = page_of(folder)
+    assert all("proxy" in heading for heading in re.findall(r"<h2 [^>]*>.*?</h2>", page))
+    assert "those of the proxy" in page
+    assert "those of the proxy" in markdown_of(folder)
+
+
+def test_a_study_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    text = Elements(page_of(write_study(tmp_path, trials=0))).text
+    assert "No trial has an mIoU yet." in text
+    assert "nothing is known of the parameters" in text
+
+
+@pytest.mark.parametrize(("place", "name"), [("t0004", RUN), ("t0004", EPOCHS), (".", KNOWN)])
+def test_a_truncated_file_of_a_study_costs_a_note_never_the_page(tmp_path: Path, place: str, name: str) -> None:
+    folder = write_study(tmp_path, known=1, trials=12)
+    cut(folder / place, name)
+    assert f"{name} cannot be read" in Elements(page_of(folder)).text
+
+
+def test_forty_trials_of_fifty_epochs_stay_under_8_megabytes(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, trials=40)
+    rng = np.random.default_rng(0)
+    for place in range(2, 40):
+        history = [replace(epochs(50)[0], epoch=epoch, miou=epoch + rng.random()) for epoch in range(1, 51)]
+        write_trial(folder / f"t{place:04d}", history)
+    assert len(page_of(folder).encode()) < 8e6
+
+
+def test_no_words_of_a_study_can_become_code(tmp_path: Path) -> None:
+    study = STUDY | {"name": HOSTILE, "url": HOSTILE, "sampler": HOSTILE, "warm_start": [HOSTILE]}
+    folder = write_study(tmp_path, study=study, sessions=[SESSION | {"limit": HOSTILE}])
+    elements = Elements(page_of(folder))
+    assert [tag for tag, _ in elements.elements].count("script") == 3
+    assert not any(name.startswith("on") for _, attributes in elements.elements for name in attributes)
+    assert HOSTILE in elements.text
+
+
+def test_a_study_suggests_no_grid_of_seeds(tmp_path: Path) -> None:
+    assert Report.of(write_study(tmp_path)).next_command is None
 
 
 # --- what is missing or damaged -------------------------------------------------------------------------------------

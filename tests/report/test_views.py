@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from searches import RUNS, SESSION, cut, epochs, standing, write_search, write_trial
+from searches import RUNS, SESSION, cut, epochs, standing, write_search, write_study, write_trial
 
 from tune_bisenet.report import state, views
 from tune_bisenet.report.read import SearchRecord, read_search
@@ -49,6 +49,23 @@ def test_the_state_follows_session_and_trials(
     changed = Standing.from_json(standing("r02-s1", epochs(50)).to_json() | one)
     search = search_of(tmp_path, sessions=[SESSION | session], standings={"r02-s1": changed})
     assert state.state(search, search.changed + timedelta(minutes=1)).word == word
+
+
+@pytest.mark.parametrize(("status", "word"), [("waiting", "limit reached"), ("finished", "finished")])
+def test_a_limit_that_ended_the_search_is_told(tmp_path: Path, status: str, word: str) -> None:
+    changed = Standing.from_json(standing("r02-s1", epochs(50)).to_json() | {"status": status})
+    session = SESSION | {"limit": "--time-budget 2h was used up"}
+    search = search_of(tmp_path, sessions=[session], standings={"r02-s1": changed})
+    found = state.state(search, search.changed)
+    assert found.word == word
+    assert "as --time-budget 2h was used up: " in found.sentence
+
+
+def test_of_a_study_the_best_is_told(tmp_path: Path) -> None:
+    search = read_search(write_study(tmp_path, fresh_seeds=2))
+    best = max(search.standings, key=lambda one: one.best_miou or 0)
+    words = f"The best of them is {best.trial} with {best.best_miou:.2f} % mIoU."
+    assert state.state(search, search.changed).sentence.endswith(words)
 
 
 def test_a_search_long_silent_has_perhaps_died(tmp_path: Path) -> None:
@@ -124,6 +141,28 @@ def test_costs_are_hours_of_the_devices_that_trials_have(tmp_path: Path) -> None
     assert "cost" not in lines(views.costs(search, price=None))[0]
 
 
+def test_a_study_tells_costs_by_what_trials_were_for(tmp_path: Path) -> None:
+    found = lines(views.costs(read_search(write_study(tmp_path, fresh_seeds=2)), price=None))
+    assert [(line["trials of"], line["trials"]) for line in found] == [
+        ("declared rows", "2"),
+        ("sampled", "21"),
+        ("fresh seeds", "6"),
+        ("all", "29"),
+    ]
+
+
+def test_a_study_shows_the_settings_of_its_rows_and_of_its_best(tmp_path: Path) -> None:
+    view = views.settings_view(read_search(write_study(tmp_path)))
+    assert [line["run"] for line in lines(view)][:2] == ["r01", "r02"]
+    assert 5 <= len(view.rows) <= 7
+    assert "tables/settings.csv" in view.words
+
+
+def test_a_leaderboard_of_two_goals_has_latency(tmp_path: Path) -> None:
+    assert "ms" in views.leaderboard(read_search(write_study(tmp_path, latency=True))).columns
+    assert "ms" not in views.leaderboard(read_search(write_study(tmp_path / "one"))).columns
+
+
 def test_without_gpus_the_machine_is_shared_by_the_trials_at_once(tmp_path: Path) -> None:
     search = search_of(tmp_path, sessions=[SESSION | {"gpus_per_trial": 0.0}])
     assert views.cost_basis(search.manifest.sessions[-1]) == (0.5, "machine-hours")
@@ -139,3 +178,11 @@ def test_every_session_is_told(tmp_path: Path) -> None:
     assert ("command", "python -m tune_bisenet.run 'a b'") in made
     assert ("commit", "not from a checkout") in made
     assert ("data digest", "feedbeef at 32x64") in made
+
+
+def test_study_and_limits_are_told(tmp_path: Path) -> None:
+    search = read_search(write_study(tmp_path, limits={"trials": 24, "time_budget_seconds": 7200, "gpu_hours": 3}))
+    made = {line["what"]: line["value"] for line in lines(state.made(search))}
+    assert made["study"] == "sampled search in postgresql://me:***@host/studies"
+    assert made["sampler"] == "tpe, for miou"
+    assert made["limits"] == "24 trials, 2:00:00 hours, 3 GPU-hours"

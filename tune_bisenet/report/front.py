@@ -82,12 +82,12 @@ def front_figure(of: Sequence[Sample]) -> Figure | None:
     rings["marker"] |= {"symbol": "circle-open", "size": MARKER_SIZE + 6}
     return Figure(
         name="front",
-        title="Best mIoU in % against latency",
+        title="Best mIoU in % against latency in ms",
         caption="To the upper left is better. Filled: went to its last epoch; hollow: stopped early.",
         data=[line, rings, *(_markers(name, colour, group) for (name, colour), group in groups.items() if group)],
         layout={
-            "xaxis": {"title": {"text": "latency in ms"}, "zeroline": False},
-            "yaxis": {"title": {"text": "best mIoU in %"}, "automargin": True, "zeroline": False},
+            "xaxis": {"automargin": True, "zeroline": False},
+            "yaxis": {"automargin": True, "zeroline": False},
             "legend": LEGEND_BELOW,
             "height": 420,
         },

@@ -37,15 +37,15 @@ def history(of: Sequence[Sample]) -> Figure | None:
     below = sum(one.miou is None or one.miou < floor for one in shown)
     ticks = [number for number in round_numbers(0, max(one.number for one in of)) if number == round(number)]
     layout = {
-        "xaxis": {"title": {"text": "trial of the study"}, "zeroline": False, "tickvals": ticks},
-        "yaxis": {"title": {"text": "best mIoU in %"}, "automargin": True, "zeroline": False},
+        "xaxis": {"automargin": True, "zeroline": False, "tickvals": ticks},
+        "yaxis": {"automargin": True, "zeroline": False},
         "legend": LEGEND_BELOW,
         "height": 420,
     }
     lines = [*_reference(shown), _best_so_far(shown)]
     return Figure(
         name="history",
-        title="Best mIoU by trial",
+        title="Best mIoU in % by trial of the study",
         caption=KEY + floor_words(below),
         data=[*lines, *_points(shown, floor)],
         layout=layout,

@@ -4,7 +4,7 @@ Only trials that went to their last epoch count: where a trial was stopped says 
 parameters. A parameter that only some trials have is measured within those.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -15,8 +15,6 @@ from tune_bisenet.report.samples import Parameter, Sample, param_words, paramete
 from tune_bisenet.report.views import Cell, View
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from optuna.importance import BaseImportanceEvaluator
     from optuna.study import Study
 
@@ -154,7 +152,7 @@ def _study(group: Sequence[Sample], varied: Sequence[Parameter]) -> "Study":
 
 
 @contextmanager
-def _quiet() -> "Iterator[None]":
+def _quiet() -> Iterator[None]:
     """Optuna announces each new study in the terminal."""
     import optuna
 

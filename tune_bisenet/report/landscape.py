@@ -52,7 +52,7 @@ def parallel(of: Sequence[Sample]) -> Figure | None:
         },
         "yaxis": {"range": [NOT_THERE - 0.06, 1.04], "visible": False, "fixedrange": True},
         "showlegend": False,
-        "margin": {"l": 16, "r": 60, "t": 40, "b": 8},
+        "margin": {"l": 16, "r": 96, "t": 40, "b": 8},
         "height": 480,
     }
     return Figure(

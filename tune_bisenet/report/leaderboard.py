@@ -25,6 +25,9 @@ BASELINE: Final = "r01"
 UNFINISHED: Final = "*"
 NOTE: Final = f"{UNFINISHED}: not trained to its last epoch, so its best is no final result."
 
+MAX_REASONS: Final = 12
+"""A terminal does not list more: a sampled search stops dozens."""
+
 Align = Literal["left", "right"]
 
 
@@ -133,6 +136,7 @@ def _csv_line(standing: Standing, gain: float | None, baseline: str | None) -> d
         "trial": standing.trial,
         "num_epochs": standing.num_epochs,
         **({} if baseline is None else {f"gain_over_{baseline}": _percent(gain)}),
+        "latency_ms": _milliseconds(standing.latency_ms),
         "error": _one_line(standing.error),
     }
 
@@ -156,13 +160,15 @@ def to_rich(
     standings: Sequence[Standing], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()
 ) -> RenderableType:
     """The same trials for a terminal of 80 columns; why some ended early stands below, and needs no colour."""
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True)
     for title, align in _columns(standings, baseline):
         table.add_column(title, justify=align, no_wrap=True, overflow="crop")
     for standing, cells in zip(best_first(standings), _cells(standings, baseline, status=_status), strict=True):
         table.add_row(*cells, style="dim" if _unfinished(standing) else "")
     explained = [standing for standing in standings if standing.stopped_by or standing.error]
     reasons = [f"{standing.trial} {status_in_words(standing)}" for standing in explained]
+    if len(reasons) > MAX_REASONS:
+        reasons = [f"{len(reasons)} trials ended early; the report and leaderboard.md say why."]
     notes = [*reasons, *captions, *([NOTE] if any(map(_unfinished, standings)) else [])]
     # As Text: an error's words may hold brackets, which strings would turn into markup.
     return Group(table, *(Text(note) for note in notes))
@@ -182,10 +188,15 @@ def _columns(standings: Sequence[Standing], baseline: str | None) -> list[tuple[
         ("epochs", "right"),
         ("best mIoU", "right"),
         ("at", "right"),
-        ("last", "right"),
+        _last_or_latency(standings),
         *_gain_column(baseline),
         ("h:mm:ss", "right"),
     ]
+
+
+def _last_or_latency(standings: Sequence[Standing]) -> tuple[str, Align]:
+    """A second goal takes the place of the last mIoU: 80 columns hold no more."""
+    return ("ms", "right") if _has_latency(standings) else ("last", "right")
 
 
 def _gain_column(baseline: str | None) -> list[tuple[str, Align]]:
@@ -197,6 +208,7 @@ def _cells(
 ) -> list[list[str]]:
     gain_of = gains(standings, baseline=baseline)
     several_seeds = _several_seeds(standings)
+    has_latency = _has_latency(standings)
     return [
         [
             str(rank),
@@ -206,7 +218,7 @@ def _cells(
             f"{standing.epochs}/{standing.num_epochs}",
             _marked_best(standing),
             "" if standing.best_epoch is None else str(standing.best_epoch),
-            _percent(standing.last_miou),
+            _milliseconds(standing.latency_ms) if has_latency else _percent(standing.last_miou),
             *([] if baseline is None else [_signed(gain_of[standing.trial])]),
             str(timedelta(seconds=round(standing.seconds))),
         ]
@@ -271,6 +283,14 @@ def _unfinished(standing: Standing) -> bool:
 
 def _several_seeds(standings: Sequence[Standing]) -> bool:
     return len({standing.seed for standing in standings}) > 1
+
+
+def _has_latency(standings: Sequence[Standing]) -> bool:
+    return any(standing.latency_ms is not None for standing in standings)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def _percent(value: float | None) -> str:

@@ -74,11 +74,11 @@ document.querySelector(".rows .all")?.addEventListener("click", () => {
 });
 
 document.querySelectorAll(".source button").forEach((button) => {
-  button.addEventListener("click", async () => {
+  button.addEventListener("click", () => {
     const source = button.parentElement.querySelector("pre");
     getSelection().selectAllChildren(source); // to be copied by hand where the browser does not let us
-    await navigator.clipboard?.writeText(source.textContent);
-    button.textContent = "copied";
+    const say = (word) => () => { button.textContent = word; };
+    (navigator.clipboard?.writeText(source.textContent) ?? Promise.reject()).then(say("copied"), say("selected"));
   });
 });
 

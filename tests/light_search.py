@@ -1,0 +1,393 @@
+"""A sampled search without Ray and torch: its trials reach what arithmetic says. For the tests that kill it.
+
+Everything that remembers is the real thing: folders, ledger, supply, study. `python light_search.py JSON` runs a
+search in child processes that are killed at random moments, until one comes to its end; it prints how many were killed.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
+
+from tune_bisenet import ledger, sampling
+from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Objective, Run, Sampler, WarmupPoly
+from tune_bisenet.ledger import Ledger
+from tune_bisenet.plan import DataFacts, Settings, plan_runs
+from tune_bisenet.rehearsal import read_suggested
+from tune_bisenet.results import EPOCHS, Epoch, Standing, Status, best_of
+from tune_bisenet.spaces import Grid, Sampled
+from tune_bisenet.storage import Storage
+from tune_bisenet.study import Question, Study, name_of
+from tune_bisenet.study_place import StudyPlace, study_place
+from tune_bisenet.suggested import Known, Param, Suggested
+from tune_bisenet.supply import Asked, read_epochs
+
+NUM_EPOCHS = 3
+FACTS = DataFacts(num_train=8, num_val=3, suggested_image_size=(32, 64))
+UNLUCKY = 1.3
+"""An auxiliary weight above this makes no run: one draw in eight."""
+
+
+# --- a space --------------------------------------------------------------------------------------------------------
+
+
+def row(name: str, lr: float, *, momentum: float = 0.9, expect: Expect | None = None) -> Run:
+    return Run(
+        name=name,
+        optimizer=SGD(lr=lr, momentum=momentum, weight_decay=1e-4),
+        schedule=WarmupPoly(warmup_iterations=1, power=0.9),
+        loss=CrossEntropy(aux_weight=1.0),
+        accumulation=1,
+        max_grad_norm=None,
+        num_epochs=NUM_EPOCHS,
+        image_size=(32, 64),
+        expect=expect,
+    )
+
+
+ROWS = (row("a", 0.01), row("b", 0.02, expect=Expect(gain=(0, 5), over="a")))
+
+
+def sample(trial: BaseTrial) -> Run:
+    lr = trial.suggest_float("lr", 1e-3, 1e-1, log=True)
+    if trial.suggest_categorical("optimizer", ["sgd", "adamw"]) == "sgd":
+        drawn = row("drawn", lr, momentum=trial.suggest_float("momentum", 0.5, 0.99))
+    else:
+        drawn = row("drawn", lr).model_copy(update={"optimizer": AdamW(lr=lr, weight_decay=1e-4)})
+    aux_weight = trial.suggest_float("aux_weight", 0.0, 1.5)
+    if aux_weight > UNLUCKY:
+        raise ValueError(f"an auxiliary weight of {aux_weight:g} is out of luck")
+    accumulation = trial.suggest_categorical("accumulation", [1, 2, 4])
+    return drawn.model_copy(update={"loss": CrossEntropy(aux_weight=aux_weight), "accumulation": accumulation})
+
+
+def point(run: Run) -> dict[str, Param]:
+    assert isinstance(run.optimizer, SGD)
+    return {
+        "lr": run.optimizer.lr,
+        "optimizer": "sgd",
+        "momentum": run.optimizer.momentum,
+        "aux_weight": run.loss.aux_weight,
+        "accumulation": run.accumulation,
+    }
+
+
+SPACE = Sampled("around two rows", sample, around=Grid("two rows", ROWS), point=point)
+
+
+def question(
+    space: Sampled = SPACE,
+    *,
+    sampler: Sampler = "tpe",
+    seed: int = 0,
+    objectives: tuple[Objective, ...] = ("miou",),
+) -> Question:
+    draw = sampling.draw_with(space, Settings(), FACTS, objectives)
+    rows = plan_runs(space.rows, Settings(seeds=(seed,)), FACTS) if space.rows else ()
+    declared = {one.name: one for one in space.rows}
+    points = {run.name: sampling.point_of(declared[run.name], space, draw, objectives) for run in rows}
+    return Question(
+        draw=draw,
+        rows={run.name: (run, points[run.name]) for run in rows},
+        objectives=objectives,
+        sampler=sampler,
+        seed=seed,
+    )
+
+
+# --- training, by arithmetic ----------------------------------------------------------------------------------------
+
+
+def miou_after(run: Run, epoch: int) -> float:
+    """In percent: it peaks at a rate of 0.02, and half of what is missing comes with each epoch."""
+    best = 60 - 8 * abs(math.log10(run.optimizer.lr / 0.02)) - run.loss.aux_weight - 0.1 * run.accumulation
+    return best * (1 - 0.5**epoch)
+
+
+def end_of(run: Run) -> tuple[int, Status]:
+    """After which epoch a run ends, and how: large rates diverge, small ones are stopped."""
+    if run.optimizer.lr > 0.06:
+        return 2, "diverged"
+    return (2, "stopped") if run.optimizer.lr < 0.003 else (run.num_epochs, "finished")
+
+
+def curve_of(run: Run) -> list[Epoch]:
+    """All its epochs."""
+    last, status = end_of(run)
+    return [
+        Epoch(
+            epoch=number,
+            iterations=2 * number,
+            loss=math.nan if (status, number) == ("diverged", last) else 1 / number,
+            loss_main=1 / number,
+            loss_aux1=0.0,
+            loss_aux2=0.0,
+            lr=run.optimizer.lr,
+            grad_norm=1.0,
+            miou=miou_after(run, number),
+            iou=(miou_after(run, number),) * 19,
+            pixel_accuracy=90.0,
+            images_per_second=10.0,
+            train_seconds=1.0,
+            val_seconds=1.0,
+        )
+        for number in range(1, last + 1)
+    ]
+
+
+def reported(history: Sequence[Epoch]) -> dict[str, Any]:
+    """What the trial tells after its last epoch so far."""
+    best = best_of(history)
+    return vars(history[-1]) | {
+        "best_miou": best.miou,
+        "best_epoch": best.epoch,
+        "total_seconds": sum(epoch.seconds for epoch in history),
+        "latency_ms": None,
+    }
+
+
+def ended(one: Suggested) -> Standing:
+    """How the trial stands at its end."""
+    last, status = end_of(one.run)
+    history = curve_of(one.run)
+    best = best_of(history)
+    return Standing(
+        trial=one.trial,
+        run=one.run.name,
+        seed=one.run.seed,
+        num_epochs=one.run.num_epochs,
+        status=status,
+        epochs=last,
+        best_miou=best.miou,
+        best_epoch=best.epoch,
+        last_miou=history[-1].miou,
+        pixel_accuracy=90.0,
+        seconds=2.0 * last,
+    )
+
+
+def earlier_trials(count: int) -> tuple[Known, ...]:
+    """Trials of another search, drawn at random: enough of them, and the sampler knows what it is after."""
+    draw = question().draw
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=7))
+    known: list[Known] = []
+    while len(known) < count:
+        trial = study.ask()
+        try:
+            run = draw(trial).model_copy(update={"name": f"e{trial.number}"})
+        except ValueError:
+            continue
+        drawn = sampling.Point(run=run, params=trial.params, distributions=trial.distributions)
+        one = Suggested(
+            trial=run.name,
+            run=run,
+            origin="sampled",
+            number=trial.number,
+            params=trial.params,
+            distributions=drawn.ranges,
+        )
+        known.append(
+            Known(suggested=one, standing=ended(one), epochs=tuple(curve_of(run)), source=f"/earlier/{run.name}")
+        )
+    return tuple(known)
+
+
+# --- a driver -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Search:
+    """One search and how it is made. `run` is a session of it: it goes on from whatever is there."""
+
+    folder: Storage
+    limit: int
+    sampler: Sampler = "tpe"
+    seed: int = 0
+    at_once: int = 1
+    known: tuple[Known, ...] = ()
+    url: str | None = None
+    between: Callable[[], None] = lambda: None
+    """Called after each epoch."""
+
+    @property
+    def place(self) -> StudyPlace:
+        return study_place(self.folder, url=self.url, cache_dir=Path(self.folder.path) / "cache")
+
+    def run(self) -> None:
+        """As `launch` and `search` do it."""
+        self.folder.make()
+        with ledger.exclusive(self.folder):
+            kept = ledger.read_trials(self.folder)
+            suggested = read_suggested(self.folder)
+            book = Ledger(
+                self.folder,
+                [ledger.carried_over(name, one.run, kept.standings) for name, one in suggested.items()],
+                captions=[],
+                baseline="a",
+                scheduler_state=lambda: {"seen": [], "stops": {}},
+            )
+            book.write()
+            supply = self._supply(book, suggested)
+            if supply.begin():
+                self._train_all(book, supply)
+            book.close()
+            supply.close()
+
+    def _supply(self, book: Ledger, suggested: Mapping[str, Suggested]) -> Asked:
+        study = Study(
+            self.place.open(),
+            "light",
+            question(sampler=self.sampler, seed=self.seed),
+            limit=self.limit,
+            checkpoint_of=lambda trial: f"{trial}/best.pt",
+        )
+        return Asked(
+            study,
+            self.folder,
+            book,
+            suggested=suggested,
+            known=self.known,
+            limit=self.limit,
+            at_once=self.at_once,
+            num_epochs=NUM_EPOCHS,
+            snapshot=self.place.snapshot,
+        )
+
+    def _train_all(self, book: Ledger, supply: Asked) -> None:
+        """As many as are handed out at once, an epoch of each in turn."""
+        running: dict[str, Run] = {}
+        while True:
+            while (found := supply.next()) is not None:
+                running[found[0]] = found[1]
+                book.started(found[0])
+            if supply.exhausted and not running:
+                return
+            for name, run in list(running.items()):
+                if self._train_epoch(name, run, book, supply):
+                    del running[name]
+
+    def _train_epoch(self, name: str, run: Run, book: Ledger, supply: Asked) -> bool:
+        """Whether it was the last one."""
+        folder = self.folder / name
+        history, whole = read_epochs(folder), curve_of(run)
+        if book[name].epochs == len(history):  # else its last epoch is not yet heard of
+            history = whole[: len(history) + 1]
+            folder.write(EPOCHS, json.dumps([epoch.to_json() for epoch in history]).encode())
+        book.heard(name, reported(history))
+        book.write_if_due()
+        supply.heard(name, epoch=len(history), miou=history[-1].miou)
+        self.between()
+        if len(history) < len(whole):
+            return False
+        status = end_of(run)[1]
+        book.ended(name, diverged=status == "diverged", stopped_by="" if status == "finished" else status)
+        supply.ended(book[name])
+        return True
+
+
+# --- what it left ---------------------------------------------------------------------------------------------------
+
+
+def trials_in(search: Search) -> list[FrozenTrial]:
+    """By number, as the study has them."""
+    storage = RDBStorage(search.place.url, skip_compatibility_check=True, skip_table_creation=True)
+    return optuna.load_study(study_name="light", storage=storage).get_trials(deepcopy=False)
+
+
+def results(trials: Sequence[FrozenTrial]) -> dict[str, tuple[Any, ...]]:
+    """Of each trial what it was, and what it came to."""
+    return {
+        name_of(trial): (trial.state.name, trial.number, trial.params, trial.values, trial.intermediate_values)
+        for trial in trials
+        if trial.state is not TrialState.FAIL
+    }
+
+
+def assert_whole(search: Search, trials: Sequence[FrozenTrial]) -> None:
+    """Nothing lost, nothing twice, nothing left over; study, ledger and folders agree."""
+    own = [trial for trial in trials if "source" not in trial.user_attrs and trial.state is not TrialState.FAIL]
+    names = [name_of(trial) for trial in own]
+    assert len(trials) - len({trial.number for trial in trials}) == 0
+    assert len(set(names)) == len(names) == search.limit
+    assert [trial.user_attrs["source"] for trial in trials if "source" in trial.user_attrs] == [
+        one.source for one in search.known
+    ]
+    standings = {one.trial: one for one in ledger.read_trials(search.folder).standings}
+    suggested = read_suggested(search.folder)
+    assert set(standings) == set(suggested) == set(names)
+    for trial in own:
+        one, standing = suggested[name_of(trial)], standings[name_of(trial)]
+        whole = curve_of(one.run)
+        assert standing == ended(one) or (standing.status, standing.epochs, standing.best_miou) == (
+            ended(one).status,
+            len(whole),
+            best_of(whole).miou,
+        )
+        assert trial.params == one.params
+        assert trial.intermediate_values == {epoch.epoch: epoch.miou for epoch in whole}
+        assert [epoch.epoch for epoch in read_epochs(search.folder / one.trial)] == [epoch.epoch for epoch in whole]
+        finished = standing.status == "finished"
+        assert trial.state is (TrialState.COMPLETE if finished else TrialState.PRUNED)
+        assert trial.value == (standing.best_miou if finished else standing.last_miou)
+        assert trial.user_attrs["status"] == standing.status
+
+
+# --- killed at random -----------------------------------------------------------------------------------------------
+
+
+def run_and_kill(search: Search, rng: random.Random, *, mean_seconds: float, max_kills: int) -> int:
+    """Sessions that live `mean_seconds` on average, until one comes to its end; how many were killed."""
+    kills = 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            _run_and_exit(search)
+        if kills < max_kills:
+            time.sleep(rng.expovariate(1 / mean_seconds))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            assert os.waitstatus_to_exitcode(status) == 0, "a session failed"
+            return kills
+        kills += 1
+
+
+def _run_and_exit(search: Search) -> None:
+    try:
+        search.run()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    wanted = json.loads(sys.argv[1])
+    search = Search(
+        folder=Storage.at(wanted["place"]),
+        limit=wanted["limit"],
+        sampler=wanted["sampler"],
+        at_once=wanted["at_once"],
+        known=earlier_trials(wanted["num_known"]),
+        url=wanted["url"],
+    )
+    rng = random.Random(wanted["seed_of_kills"])
+    print(  # noqa: T201 - what the test reads
+        run_and_kill(search, rng, mean_seconds=wanted["mean_seconds"], max_kills=wanted["max_kills"])
+    )
+
+
+if __name__ == "__main__":
+    main()

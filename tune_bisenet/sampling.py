@@ -6,7 +6,6 @@ Knows Optuna's trials and samplers, not where a study is kept.
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, assert_never, get_args
 
 import numpy as np
@@ -32,9 +31,6 @@ from tune_bisenet.suggested import Param
 REHEARSALS: Final = 200
 """Points drawn at random before a search, to find in its first second what would go wrong in its eighth hour."""
 
-Draw = Callable[[BaseTrial], Run]
-"""From a trial's values to a run that is ready to train."""
-
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -55,16 +51,35 @@ class Point:
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How a search draws: the space's `sample`, the search's own scale, and what varies with latency if that is a goal.
+
+    Called with a trial, it gives a run that is ready to train; PlanError, or the ValueError that `sample` raised,
+    where the values make none.
+    """
+
+    space: Sampled
+    settings: Settings
+    facts: DataFacts
+    with_latency: bool
+
+    def __call__(self, trial: BaseTrial) -> Run:
+        (run,) = plan.plan_runs([self.space.sample(trial)], self.settings, self.facts)
+        return vary_latency(trial, run, self.space.latency) if self.with_latency else run
+
+    def as_row(self, run: Run, params: Mapping[str, Param]) -> Run:
+        """What a space file would say of `run`, drawn by `params`: on the rows' own scale, not on that of a proxy."""
+        row = self.space.sample(FixedTrial(dict(params)))
+        changes = {"name": run.name, "head_width": run.head_width}
+        if "image_size" in row.model_fields_set or params.get("input_scale", 1.0) != 1.0:
+            changes["image_size"] = run.image_size
+        return row.model_copy(update=changes)
+
+
 def draw_with(space: Sampled, settings: Settings, facts: DataFacts, objectives: Sequence[Objective]) -> Draw:
-    """How this search draws: the space's `sample`, the search's own scale, and what varies with latency if asked."""
-    return partial(_draw, space=space, settings=settings, facts=facts, latency="latency" in objectives)
-
-
-def _draw(trial: BaseTrial, *, space: Sampled, settings: Settings, facts: DataFacts, latency: bool) -> Run:
-    """PlanError, or the ValueError that `sample` raised, where the values make no run that can be trained."""
-    drawn = space.sample(trial)
-    (run,) = plan.plan_runs([drawn], settings, facts)
-    return vary_latency(trial, run, space.latency) if latency else run
+    """How a search for these goals draws."""
+    return Draw(space=space, settings=settings, facts=facts, with_latency="latency" in objectives)
 
 
 def vary_latency(trial: BaseTrial, run: Run, latency: Latency) -> Run:
@@ -81,7 +96,7 @@ def scaled(size: tuple[int, int], share: float) -> tuple[int, int]:
     return height, width
 
 
-def point_at(params: Mapping[str, Param], draw: Draw) -> Point:
+def point_at(params: Mapping[str, Param], draw: Callable[[BaseTrial], Run]) -> Point:
     """The point with these values. ValueError if they lie outside the space, or are not just those that it asks for."""
     trial = FixedTrial(dict(params))
     with warnings.catch_warnings():

@@ -153,6 +153,7 @@ class Study:
             number=trial.number,
             params=trial.params,
             distributions=Point(run=drawn, params=trial.params, distributions=trial.distributions).ranges,
+            row=self._question.draw.as_row(drawn, trial.params),
         )
         for key, value in {"trial": name, "seed": seed, **({"row": name} if row else {})}.items():
             trial.set_user_attr(key, value)
@@ -212,13 +213,13 @@ class Study:
         """Give `trial`, the last of its name in the study, what `record` has more; or return the end it has."""
         standing, name = record.standing, record.suggested.trial
         if trial is None:
-            self._add(record, state=_state_of(standing, self._question.objectives), attributes={})
-        elif trial.state is TrialState.FAIL and standing.status != "failed":
-            self._add(record, state=TrialState.WAITING, attributes={"retry_of": trial.number})
+            self._fill_up_to(record.suggested.number or 0)
+            self._add(record, attributes={})
+        elif _told(trial) == "failed" and standing.status != "failed":
+            self._add(record, attributes={"retry_of": trial.number})
         elif trial.state.is_finished():
             self._ids[name] = trial._trial_id
-            told: Status = trial.user_attrs.get("status", "finished")
-            return told if standing.status in ("waiting", "running") else None
+            return _told(trial) if standing.status in ("waiting", "running") else None
         else:
             self._ids[name] = trial._trial_id
             for epoch in record.epochs:
@@ -228,8 +229,14 @@ class Study:
                 self.ended(standing)
         return None
 
-    def _add(self, record: Record, *, state: TrialState, attributes: Mapping[str, Any]) -> None:
+    def _fill_up_to(self, number: int) -> None:
+        """Numbers name trials: one whose trial left nothing, in a study that was lost, is not given again."""
+        for _ in range(len(self._study.get_trials(deepcopy=False)), number):
+            self._create(create_trial(state=TrialState.FAIL, user_attrs={"error": "lost with an earlier database"}))
+
+    def _add(self, record: Record, *, attributes: Mapping[str, Any]) -> None:
         suggested, standing = record.suggested, record.standing
+        state = _state_of(standing, self._question.objectives)
         row = {"row": suggested.trial} if suggested.origin == "row" else {}
         frozen = create_trial(
             state=state,
@@ -286,6 +293,14 @@ class Study:
 def name_of(trial: FrozenTrial | Trial) -> str:
     """A trial's name in the search: that of its row, or its number in the study."""
     return str(trial.user_attrs.get("trial") or f"t{trial.number:04d}")
+
+
+def _told(trial: FrozenTrial) -> Status | None:
+    """How the study was told that a trial ended; None if it has not."""
+    if not trial.state.is_finished():
+        return None
+    told: Status = trial.user_attrs.get("status", "failed" if trial.state is TrialState.FAIL else "finished")
+    return told
 
 
 def _state_of(standing: Standing, objectives: Sequence[Objective]) -> TrialState:

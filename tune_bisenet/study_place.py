@@ -14,7 +14,7 @@ from typing import Final
 from optuna.storages import BaseStorage
 
 from tune_bisenet.config import fingerprint
-from tune_bisenet.secrets import HIDDEN, hidden, in_a_line
+from tune_bisenet.secrets import HIDDEN, hidden, in_a_line, is_ambiguous
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import DATABASE_ERRORS, exists, open_storage
 
@@ -49,9 +49,13 @@ class StudyPlace:
         """
         if self.is_own:
             return
+        if is_ambiguous(self.url):
+            raise StudyError(
+                "--study: write the characters @ / ? # and blanks in a password percent-encoded, as in %40 for @."
+            )
         with self._explained():
-            taken = is_new and exists(open_storage(self.url), name)
-        if taken:
+            is_there = exists(open_storage(self.url), name)
+        if is_new and is_there:
             raise StudyError(
                 f"--study {self.shown}: there is a study {name} already. Take another --name, or another database."
             )
@@ -71,7 +75,9 @@ class StudyPlace:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except DATABASE_ERRORS as error:
+        except ValueError:  # its text may hold a piece of a password
+            raise StudyError(f"the study in {self.shown} cannot be used: its port is no number.") from None
+        except (*DATABASE_ERRORS, RuntimeError) as error:  # RuntimeError for tables of another version of Optuna
             if self.is_own:
                 remedy = f"Remove the file {STUDY_FILE}: it is made anew from the folders of the trials."
             else:

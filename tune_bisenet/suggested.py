@@ -32,13 +32,18 @@ class Suggested:
     """By name, as the space's `sample` was given them; empty where the study is not told."""
     distributions: dict[str, str]
     """The range of each parameter, in Optuna's JSON."""
+    row: Run | None = None
+    """What a space file would say of it, on the rows' own scale; None where the study is not told."""
 
     def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"run": self.run.model_dump(mode="json")}
+        row = self.row and self.row.model_dump(mode="json")
+        return vars(self) | {"run": self.run.model_dump(mode="json"), "row": row}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
-        return cls(**(record | {"run": Run.model_validate(record["run"])}))
+        row = record.get("row")
+        runs = {"run": Run.model_validate(record["run"]), "row": row and Run.model_validate(row)}
+        return cls(**(record | runs))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from tune_bisenet.config import Run
 from tune_bisenet.ledger import Ledger, to_json
-from tune_bisenet.results import EPOCHS, Epoch, Standing
+from tune_bisenet.results import EPOCHS, Epoch, Standing, best_of
 from tune_bisenet.secrets import in_a_line
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import DATABASE_ERRORS, Record, Study
@@ -145,18 +145,22 @@ class Asked:
         return self._exhausted
 
     def heard(self, trial: str, *, epoch: int, miou: float) -> None:
-        with self._tolerated():
-            self._study.heard(trial, epoch, miou)
+        if self._catch_up():
+            with self._tolerated():
+                self._study.heard(trial, epoch, miou)
 
     def ended(self, standing: Standing) -> None:
         self._live.discard(standing.trial)
-        with self._tolerated():
-            self._study.ended(standing)
-            self._snapshot()
+        if self._catch_up():
+            with self._tolerated():
+                self._study.ended(standing)
+                self._snapshot()
 
     def close(self) -> None:
         self._live.clear()
         with self._tolerated():
+            if self._behind_since is not None:
+                self._reconcile()
             self._study.close()
             self._snapshot()
 
@@ -185,7 +189,10 @@ class Asked:
             Record(suggested=one, standing=standings[name], epochs=read_epochs(self._folder / name))
             for name, one in self._suggested.items()
         ]
+        curves = {record.suggested.trial: record.epochs for record in records}
         for trial, status in self._study.reconcile(records, self._known, live=self._live).items():
+            if curves[trial]:
+                self._ledger.heard(trial, reported(curves[trial]))
             self._ledger.learnt(trial, status)
         self._snapshot()
 
@@ -225,3 +232,17 @@ def read_epochs(folder: Storage) -> list[Epoch]:
         return [Epoch.from_json(record) for record in json.loads(folder.read(EPOCHS) or b"[]")]
     except (ValueError, LookupError, TypeError, AttributeError):
         return []
+
+
+def reported(history: Sequence[Epoch]) -> dict[str, Any]:
+    """What a trial with this curve has told the ledger, as far as its epochs say."""
+    last, best = history[-1], best_of(history)
+    return {
+        "epoch": last.epoch,
+        "miou": last.miou,
+        "pixel_accuracy": last.pixel_accuracy,
+        "best_miou": best.miou,
+        "best_epoch": best.epoch,
+        "total_seconds": sum(epoch.seconds for epoch in history),
+        "latency_ms": None,
+    }

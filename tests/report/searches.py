@@ -20,6 +20,9 @@ from tune_bisenet.suggested import KNOWN, RUN, Known, Origin, Param, Suggested
 
 PROXY = "Proxy: 3 epochs stand for 50. Its mIoU is not that of the full runs."
 
+ROW_EPOCHS = 50
+"""On the scale of a space's own rows."""
+
 MIOU = {"r01-s0": 50.0, "r01-s1": 51.0, "r02-s0": 52.0, "r02-s1": 53.5}
 """Of the last epoch, which is the best."""
 
@@ -219,9 +222,11 @@ def suggested(
         rate, momentum = float(params["sgd_lr"] or 0), float(params["sgd_momentum"] or 0)
         changes["optimizer"] = SGD(lr=rate, momentum=momentum, weight_decay=1e-4)
     expect = Expect(miou=(45, 60)) if origin == "row" else None
+    run = row(name, 0).model_copy(update={"expect": expect} | changes)
     return Suggested(
         trial=trial,
-        run=row(name, 0).model_copy(update={"expect": expect} | changes),
+        run=run,
+        row=run.model_copy(update={"num_epochs": ROW_EPOCHS}),
         origin=origin,
         number=number,
         params=dict(params),

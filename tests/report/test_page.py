@@ -187,12 +187,13 @@ def test_a_study_without_promises_has_no_verdicts(tmp_path: Path) -> None:
     assert "keep its promise" not in markdown_of(folder)
 
 
-def test_a_study_of_a_proxy_says_that_the_row_is_the_proxys(tmp_path: Path) -> None:
+def test_the_row_to_paste_is_on_the_scale_of_the_space_and_not_on_that_of_the_proxy(tmp_path: Path) -> None:
     folder = write_study(tmp_path, proxy=PROXY)
     page = page_of(folder)
     assert all("proxy" in heading for heading in re.findall(r"<h2 [^>]*>.*?</h2>", page))
-    assert "those of the proxy" in page
-    assert "those of the proxy" in markdown_of(folder)
+    for text in (page, markdown_of(folder)):
+        assert "the scale of the space" in text
+        assert "num_epochs" not in text.partition("Run(")[2].partition(")\n")[0], "50 epochs are the default"
 
 
 def test_a_study_that_has_just_begun_has_a_page(tmp_path: Path) -> None:

@@ -13,11 +13,8 @@ from tune_bisenet.report.samples import Sample, best_sample, samples
 from tune_bisenet.report.source import to_python
 from tune_bisenet.report.views import View
 
-AS_TRAINED = "As it was trained, as a row to paste into the file of a space."
-AS_TRAINED_ON_A_PROXY = (
-    "As it was trained, as a row to paste into the file of a space: on a proxy, so epochs, image size, warm-up and the "
-    "switch to Lovász are those of the proxy, not of a full run."
-)
+AS_A_ROW = "As a row to paste into the file of a space."
+ON_A_PROXY = " It is on the scale of the space's own rows, of which this proxy trained a part."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +56,7 @@ def study_sections(search: SearchRecord) -> StudySections | None:
         best=best_words(of, num_trials=num_trials),
         caution="" if fresh or not any(one.miou is not None for one in of) else CAUTION,
         source=_source(of),
-        source_words=AS_TRAINED_ON_A_PROXY if search.manifest.proxy else AS_TRAINED,
+        source_words=AS_A_ROW + (ON_A_PROXY if search.manifest.proxy else ""),
         fresh=fresh,
         front=front_view(of) if has_latency else None,
         importance=importance_view(found),
@@ -74,4 +71,7 @@ def study_sections(search: SearchRecord) -> StudySections | None:
 
 def _source(of: list[Sample]) -> str:
     best = best_sample(one for one in of if not one.is_known)
-    return to_python(best.run.model_copy(update={"name": "best", "expect": None})) if best else ""
+    if best is None:
+        return ""
+    row = best.suggested.row or best.run
+    return to_python(row.model_copy(update={"name": "best", "expect": None}))

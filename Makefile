@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA ?= streets
 
 .DEFAULT_GOAL := help
-.PHONY: help setup runs10 smoke test test-browser lint format lock tensorboard clean
+.PHONY: help setup runs10 around10 smoke test test-browser test-postgres lint format lock tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ setup: .venv/.complete  ## the locked environment in .venv
 runs10: setup  ## the ten runs on the built-in streets, or on DATA=folder
 	$(BIN)/python -m tune_bisenet.run --space runs10 --data $(DATA)
 
+around10: setup  ## 30 trials around the ten, by Optuna; WARM=results/NAME begins with what that search measured
+	$(BIN)/python -m tune_bisenet.run --space around10 --data $(DATA) --trials 30 $(if $(WARM),--warm-start $(WARM))
+
 smoke: setup  ## three short rows: does everything work here?
 	$(BIN)/python -m tune_bisenet.run --space smoke --epochs 2 --scheduler fifo
 
@@ -36,6 +39,10 @@ test: setup  ## all tests
 test-browser: setup  ## the report in a real Chromium; installs Debian's if it is not there
 	command -v chromium chromedriver >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
 	$(BIN)/python -m pytest tests/report/test_browser.py
+
+test-postgres: setup  ## the study in a real PostgreSQL; installs Debian's if it is not there
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
+	$(BIN)/python -m pytest tests/test_study_postgres.py
 
 lint: setup  ## formatting, lint, types, import layers
 	$(BIN)/ruff format --check

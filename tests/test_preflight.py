@@ -60,15 +60,68 @@ MISTAKES = {
     ),
     "resuming nothing in particular": (["--resume"], ["--resume", "need the --name"]),
     "resuming what is not there": (["--resume", "--name", "x"], ["there is no search x", "--storage"]),
+    "a sampler for a grid": (["--sampler", "tpe", "--trials", "3"], ["--trials, --sampler", "a grid of declared rows"]),
+    "an unknown sampler": (["--space", "around10", "--sampler", "best"], ["--sampler best", "tpe", "cmaes", "qmc"]),
+    "an unknown goal": (["--space", "around10", "--objectives", "speed"], ["--objectives", "speed"]),
+    "latency alone": (["--space", "around10", "--objectives", "latency"], ["latency is no choice", "miou,latency"]),
+    "a sampler for one goal": (
+        ["--space", "around10", "--objectives", "miou,latency", "--sampler", "cmaes"],
+        ["cmaes searches for one goal", "tpe"],
+    ),
+    "stopping by one of two goals": (
+        ["--space", "around10", "--objectives", "miou,latency", "--scheduler", "asha"],
+        ["--scheduler asha stops by mIoU alone", "fifo"],
+    ),
+    "several seeds of a sampled space": (["--space", "around10", "--seeds", "0,1"], ["one seed", "--confirm K"]),
+    "a time without a unit": (["--time-budget", "8"], ["8 is no time", "8h"]),
+    "no hours": (["--gpu-hours", "0"], ["--gpu-hours 0"]),
+    "a teacher that is not there": (["--space", "around10", "--warm-start", "gone"], ["no search in", "gone"]),
+    "a database that does not answer": (
+        ["--space", "around10", "--study", "postgresql://me:secret@127.0.0.1:1/db"],
+        ["postgresql://me:***@127.0.0.1:1/db cannot be used", "Connection refused"],
+    ),
+    "a database without a password": (
+        ["--space", "around10", "--study", "postgresql://me:***@127.0.0.1:1/db"],
+        ["nothing of its password is kept", "$TUNE_BISENET_STUDY"],
+    ),
+    "an unknown kind of database": (["--space", "around10", "--study", "nosuch://x"], ["nosuch://x cannot be used"]),
+    "a warm-up that no draw fits": (
+        ["--space", "around10", "--data", "frames", "--backbone", "none"],
+        ["does not fit", "--proxy"],
+    ),
     "an unknown storage": (["--storage", "nosuch://bucket"], ["cannot use nosuch://bucket as storage"]),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named_with_its_way_out(capsys: pytest.CaptureFixture[str], mistake: str) -> None:
+def test_a_mistake_is_named_with_its_way_out(capsys: pytest.CaptureFixture[str], frames: Path, mistake: str) -> None:
+    assert frames.is_dir()
     flags, words = MISTAKES[mistake]
     said = refused(capsys, *flags)
     assert all(word in said for word in words), said
+    assert "secret" not in said
+
+
+BROKEN_SPACE = """
+from search_spaces.around10 import *
+
+def sample_some(trial):
+    if trial.suggest_float("luck", 0, 1) > 0.9:
+        raise KeyError("forgotten")
+    return sample(trial)
+
+SPACE = Sampled("mine", sample_some)
+"""
+
+
+def test_a_space_that_breaks_in_one_branch_is_refused_naming_the_draw(
+    capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    (place / "mine.py").write_text(BROKEN_SPACE)
+    said = refused(capsys, "--space", str(place / "mine.py"))
+    assert "of 200 random draws from the space cannot be trained" in said
+    assert "luck 0.9" in said
+    assert "forgotten" in said
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", "a\nb", "", ".", "..", "-x", "x" * 101, "a b"])

@@ -1,6 +1,7 @@
 """Passwords in addresses: hidden wherever an address is shown or an error quotes one; ordinary text stays as it is."""
 
 import pytest
+from sqlalchemy import make_url
 
 from tune_bisenet.secrets import has_secret, hidden, in_a_line, is_ambiguous
 
@@ -69,11 +70,16 @@ def test_a_character_that_ends_a_password_for_some_must_be_encoded(password: str
     assert is_ambiguous(f"postgresql://me:{password}@host/studies")
 
 
+def test_an_address_that_sqlalchemy_takes_a_password_from_is_ambiguous() -> None:
+    address = "postgresql://host:5432/studies?user=me@work"
+    assert make_url(address).password == "5432/studies?user=me"
+    assert is_ambiguous(address)
+
+
 @pytest.mark.parametrize(
     "address",
     [
         "postgresql://me:p%40s%2Fs!$&'()*+,;=:~._-w@host:5432/studies",
-        "postgresql://host:5432/studies?user=me@work",
         "postgresql://me@host/studies",
         "sqlite:////home/me/a:b@c@d/study.db",
         "s3://bucket/a@b:c@d",

@@ -84,11 +84,19 @@ def _study(sampling: Sampling | None) -> list[tuple[str, str]]:
 
 
 def print_results(
-    console: Console, flight: Flight, standings: Sequence[Standing], *, page: str | None, outcome: Outcome
+    console: Console,
+    flight: Flight,
+    standings: Sequence[Standing],
+    *,
+    page: str | None,
+    best: Sequence[str] = (),
+    outcome: Outcome,
 ) -> None:
     """The leaderboard, where it lies, and what to do if the search is not whole."""
     console.print()
     console.print(leaderboard.to_rich(standings, baseline=flight.space.baseline, captions=flight.captions))
+    for line in best:
+        _print_line(console, line)
     _print_line(console, f"results: {flight.folder.uri}")
     if page is not None:
         _print_line(console, f"report:  {page}")
@@ -109,9 +117,7 @@ def _endings(flight: Flight, standings: Sequence[Standing], outcome: Outcome) ->
         return []
     lines = [f"ended: --trials {flight.limits.trials} have been run. More by --resume --name {flight.name} --trials N."]
     if flight.limits.confirm is None:
-        lines.append(
-            f"The best of many looks better than it is: --resume --name {flight.name} --confirm 3 trains it anew."
-        )
+        lines.append(f"Fresh seeds for the best: --resume --name {flight.name} --confirm 3.")
     elif not any(standing.trial != standing.run for standing in standings):
         lines.append("--confirm: no sampled trial was trained to its end, so there is nothing to confirm.")
     return lines

@@ -92,7 +92,8 @@ class _Session:
                 outcome.signal_number = self._confirm(flight.sampling, flight.limits.confirm, progress).signal_number
         manifest.write(flight.folder, manifest.closed(record, outcome.signal_number, outcome.limit))
         page = keeper.write_safely(flight.folder)
-        briefing.print_results(console, flight, self.book.standings, page=page, outcome=outcome)
+        best = keeper.best_safely(flight.folder) if flight.sampling else []
+        briefing.print_results(console, flight, self.book.standings, page=page, best=best, outcome=outcome)
         return _exit_code(self.book.standings, outcome.signal_number)
 
     def _search(
@@ -121,6 +122,10 @@ class _Session:
             sampling.question,
             limit=flight.limits.trials,
             checkpoint_of=lambda trial: f"{flight.folder.uri}/{trial}/best.pt",
+        )
+        notes = {f"note {number}": caption for number, caption in enumerate(flight.captions, start=1)}
+        study.describe(
+            {"search": flight.folder.uri, "space": flight.choices.space, "data": flight.choices.data} | notes
         )
         return Asked(
             study,

@@ -107,6 +107,11 @@ class Study:
         self._asked: set[str] = set()
         self._ids: dict[str, int] = {}
 
+    def describe(self, attributes: Mapping[str, str]) -> None:
+        """What somebody who opens the study should know of it."""
+        for key, value in attributes.items():
+            self._study.set_user_attr(key, value)
+
     # --- what to try ------------------------------------------------------------------------------------------------
 
     def next(self) -> Suggested | None:

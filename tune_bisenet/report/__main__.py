@@ -19,6 +19,7 @@ from tune_bisenet.report.page import Report
 from tune_bisenet.report.promises import Promise
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.replay import replay, replay_view
+from tune_bisenet.report.sampled import best_lines
 from tune_bisenet.report.verdicts import Verdict
 from tune_bisenet.report.views import View
 from tune_bisenet.storage import Storage
@@ -104,6 +105,8 @@ def _write(report: Report, out: Storage) -> int:
     page = report.write(out)
     console = Console()
     console.print(_verdict_table(report))
+    for line in best_lines(report.search):
+        _say(console, line)
     for note in report.search.all_notes:
         _say(console, f"note: {note}")
     if report.next_command:

@@ -41,3 +41,15 @@ def write_safely(folder: Storage) -> str | None:
     except Exception as error:  # a search of days must not end because of its picture
         log.warning("the report could not be written: %s: %s", type(error).__name__, error)
         return None
+
+
+def best_safely(folder: Storage) -> list[str]:
+    """What the report says of the best of a sampled search; nothing, and a line in the log, if that fails."""
+    try:
+        from tune_bisenet.report.read import read_search
+        from tune_bisenet.report.sampled import best_lines  # late: Optuna takes half a second
+
+        return best_lines(read_search(folder))
+    except Exception as error:  # as above
+        log.warning("the best of the search could not be told: %s: %s", type(error).__name__, error)
+        return []

@@ -69,6 +69,16 @@ def study_sections(search: SearchRecord) -> StudySections | None:
     )
 
 
+def best_lines(search: SearchRecord) -> list[str]:
+    """What a terminal says of the best of a study, a sentence or more a line; nothing of a grid."""
+    if search.study is None:
+        return []
+    of = samples(search)
+    num_trials = sum(one.miou is not None and not one.is_known for one in of)
+    fresh = [view.words for view in confirmed(search, of)]
+    return [best_words(of, num_trials=num_trials), *(fresh or [CAUTION] if num_trials else [])]
+
+
 def _source(of: list[Sample]) -> str:
     best = best_sample(one for one in of if not one.is_known)
     if best is None:

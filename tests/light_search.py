@@ -8,11 +8,14 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
+from sqlalchemy import Pool, event
 
 from tune_bisenet import ledger, sampling
 from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Objective, Run, Sampler, WarmupPoly
@@ -36,8 +40,33 @@ from tune_bisenet.supply import Asked, read_epochs
 
 NUM_EPOCHS = 3
 FACTS = DataFacts(num_train=8, num_val=3, suggested_image_size=(32, 64))
-UNLUCKY = 1.3
-"""An auxiliary weight above this makes no run: one draw in eight."""
+UNLUCKY = 1.1
+"""An auxiliary weight above this makes no run: one draw in four."""
+
+
+# --- a place --------------------------------------------------------------------------------------------------------
+
+
+def make_place() -> Iterator[Path]:
+    """A folder in memory where there is such, removed afterwards: thousands of commits take no time there."""
+    memory = Path("/dev/shm")
+    place = Path(tempfile.mkdtemp(prefix="tb-", dir=memory if memory.is_dir() else None))
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def close_connections() -> Iterator[None]:
+    """Whatever is connected to a database in the meantime is closed afterwards, as the end of a process does."""
+    connections: list[Any] = []
+
+    def keep(connection: Any, _record: Any) -> None:
+        connections.append(connection)
+
+    event.listen(Pool, "connect", keep)
+    yield
+    event.remove(Pool, "connect", keep)
+    for connection in connections:
+        connection.close()
 
 
 # --- a space --------------------------------------------------------------------------------------------------------
@@ -229,23 +258,27 @@ class Search:
         """As `launch` and `search` do it."""
         self.folder.make()
         with ledger.exclusive(self.folder):
-            kept = ledger.read_trials(self.folder)
             suggested = read_suggested(self.folder)
-            book = Ledger(
-                self.folder,
-                [ledger.carried_over(name, one.run, kept.standings) for name, one in suggested.items()],
-                captions=[],
-                baseline="a",
-                scheduler_state=lambda: {"seen": [], "stops": {}},
-            )
+            book = self.book(suggested)
             book.write()
-            supply = self._supply(book, suggested)
+            supply = self.supply(book, suggested)
             if supply.begin():
                 self._train_all(book, supply)
             book.close()
             supply.close()
 
-    def _supply(self, book: Ledger, suggested: Mapping[str, Suggested]) -> Asked:
+    def book(self, suggested: Mapping[str, Suggested]) -> Ledger:
+        """What the last session has left of it, or a new one."""
+        kept = ledger.read_trials(self.folder)
+        return Ledger(
+            self.folder,
+            [ledger.carried_over(name, one.run, kept.standings) for name, one in suggested.items()],
+            captions=[],
+            baseline="a",
+            scheduler_state=lambda: {"seen": [], "stops": {}},
+        )
+
+    def supply(self, book: Ledger, suggested: Mapping[str, Suggested]) -> Asked:
         study = Study(
             self.place.open(),
             "light",
@@ -345,6 +378,25 @@ def assert_whole(search: Search, trials: Sequence[FrozenTrial]) -> None:
 
 
 # --- killed at random -----------------------------------------------------------------------------------------------
+
+
+def killed(search: Search, *, seed: int, mean_seconds: float, max_kills: int) -> int:
+    """Run the search in processes that are killed at random moments; how many were."""
+    wanted = {
+        "place": search.folder.path,
+        "limit": search.limit,
+        "sampler": search.sampler,
+        "at_once": search.at_once,
+        "num_known": len(search.known),
+        "url": search.url,
+        "seed_of_kills": seed,
+        "mean_seconds": mean_seconds,
+        "max_kills": max_kills,
+    }
+    command = [sys.executable, "-W", "error", __file__, json.dumps(wanted)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout)
 
 
 def run_and_kill(search: Search, rng: random.Random, *, mean_seconds: float, max_kills: int) -> int:

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
-from driving import write_frames, write_space
+from driving import write_frames, write_sampled_space, write_space
 from rich.console import Console
 
 from tune_bisenet import arguments, briefing, preflight
@@ -100,7 +100,7 @@ def test_at_the_end_it_says_what_failed_and_how_to_go_on(place: Path) -> None:
     said = screen.getvalue()
     assert "12.30" in said
     assert "[no] memory" in " ".join(said.split())
-    assert "failed: r02. Try these again with --resume --name mine." in said
+    assert "failed: r02. Try these again with --resume --name mine --storage " in said
     assert f"results: {flight.folder.uri}" in said
     assert "interrupted" not in said
 
@@ -109,5 +109,50 @@ def test_after_a_signal_it_says_how_to_go_on(place: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=40)
     briefing.print_results(console, flight_of(place), [standing("r01")], page=None, outcome=Outcome(signal_number=15))
-    assert "interrupted. Go on with --resume --name mine." in screen.getvalue()
+    assert "interrupted. Go on with --resume --name mine --storage " in screen.getvalue()
     assert "failed" not in screen.getvalue()
+
+
+# --- a sampled search -----------------------------------------------------------------------------------------------
+
+
+def sampled_flight(place: Path, **flags: object) -> preflight.Flight:
+    write_sampled_space(place / "sampled.py", num_epochs=4)
+    return flight_of(place, space=str(place / "sampled.py"), **flags)
+
+
+def endings(flight: preflight.Flight, outcome: Outcome, *standings: Standing) -> str:
+    screen = io.StringIO()
+    console = Console(file=screen, width=100)
+    briefing.print_results(console, flight, standings, page=None, best=["t0003 is the best."], outcome=outcome)
+    return screen.getvalue()
+
+
+def test_the_plan_of_a_sampled_search_says_what_bounds_it_and_where_its_study_is(place: Path) -> None:
+    flight = sampled_flight(place, trials="7", time_budget="90m", gpu_hours="2")
+    plan = dict(briefing.plan_lines(flight, TWO_CORES, {}))
+    assert plan["trials"] == "7, the rows a, b first, 4 epochs of 2 iterations each"
+    assert plan["sampler"] == "tpe, for miou"
+    assert plan["limits"] == "ends after 1h30m of time or 2 GPU-hours, whichever comes first"
+    assert plan["study"] == f"optuna-dashboard sqlite:///{flight.folder.path}/study.db"
+
+
+def test_without_any_limit_a_sampled_search_has_forty_trials(place: Path) -> None:
+    assert dict(briefing.plan_lines(sampled_flight(place), TWO_CORES, {}))["trials"].startswith("40, ")
+    flight = sampled_flight(place, time_budget="8h")
+    assert dict(briefing.plan_lines(flight, TWO_CORES, {}))["trials"].startswith("as many as time allows, ")
+
+
+def test_at_its_end_a_sampled_search_says_why_it_ended_and_what_may_follow(place: Path) -> None:
+    flight = sampled_flight(place, trials="7")
+    said = endings(flight, Outcome(), standing("a"))
+    assert "t0003 is the best." in said
+    assert "ended: --trials 7 have been run." in said
+    assert "--resume --name mine" in said
+    assert "--confirm 3" in said
+    assert "ended: --time-budget 1h was used up." in endings(flight, Outcome(limit="--time-budget 1h was used up"))
+
+
+def test_with_nothing_to_confirm_it_says_so(place: Path) -> None:
+    flight = sampled_flight(place, trials="2", confirm="3")
+    assert "there is nothing to confirm" in endings(flight, Outcome(), standing("a"), standing("b"))

@@ -30,7 +30,7 @@ def called(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("space", ["runs10", "smoke"])
+@pytest.mark.parametrize("space", ["runs10", "smoke", "around10"])
 def test_show_prints_the_table_and_imports_neither_torch_nor_ray(space: str) -> None:
     shown = called("--show", "--space", space)
     assert shown.returncode == 0

@@ -1,4 +1,4 @@
-"""From values to runs and back: what a space may get wrong is found before a search, and samplers draw again the same."""
+"""From values to runs and back: what a space may get wrong is found before a search, and samplers repeat themselves."""
 
 import logging
 from collections.abc import Sequence
@@ -133,7 +133,7 @@ def test_a_point_outside_the_space_is_refused(changes: dict[str, Param], words: 
 
 def test_a_point_that_lacks_a_value_is_refused() -> None:
     wrong = replace(SPACE, point=lambda run: {"lr": run.optimizer.lr})
-    with pytest.raises(SpaceError, match="the row b is not a point of the space: .*optimizer"):
+    with pytest.raises(SpaceError, match=r"the row b is not a point of the space: .*optimizer"):
         sampling.check_rows(wrong)
 
 
@@ -175,7 +175,7 @@ def test_a_mistake_of_any_kind_in_a_space_is_told_as_one() -> None:
     def sample_typo(trial: BaseTrial) -> Run:
         return row("drawn", {"lr": trial.suggest_float("lr", 0.01, 0.1)}["rate"])
 
-    with pytest.raises(SpaceError, match="200 of 200 random draws .* With lr 0.0.*: 'rate'"):
+    with pytest.raises(SpaceError, match=r"200 of 200 random draws .* With lr 0.0.*: 'rate'"):
         sampling.rehearse(draw_of(Sampled("typo", sample_typo)), seed=0)
 
 

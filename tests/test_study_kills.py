@@ -3,6 +3,7 @@
 `tests/light_search.py` is the search: everything that remembers is real, only training is arithmetic.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,23 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from light_search import Search, assert_whole, earlier_trials, results, trials_in
+from light_search import Search, assert_whole, close_connections, earlier_trials, killed, make_place, results, trials_in
+from optuna.trial import TrialState
 from sqlalchemy import Engine, event
 
+from tune_bisenet.config import Sampler
 from tune_bisenet.storage import Storage
 
-PLACE = "/dev/shm" if Path("/dev/shm").is_dir() else None
-"""Memory: what is safe on it is safe from a process that dies, and thousands of commits take no time."""
-
-
-@pytest.fixture
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in memory, where there is such."""
-    place = tmp_path_factory.mktemp("kills")
-    in_memory = Path(PLACE) / f"tb-{place.parent.name}-{place.name}" if PLACE else place
-    in_memory.mkdir(exist_ok=True)
-    yield in_memory
-    shutil.rmtree(in_memory)
+place = pytest.fixture(make_place)
+_closed = pytest.fixture(autouse=True)(close_connections)
 
 
 # --- at every place -------------------------------------------------------------------------------------------------
@@ -93,13 +86,24 @@ def states_of_disk(search: Search, into: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_driver_killed_before_any_change_on_disk_changes_no_result(place: Path) -> None:
-    search = Search(folder=Storage.at(str(place / "undisturbed")), limit=4, known=earlier_trials(11))
+@pytest.mark.parametrize(
+    ("sampler", "seed", "num_known"),
+    [
+        ("tpe", 0, 11),  # enough for it to draw from what it knows
+        ("random", 6, 1),  # its first draw makes no run
+    ],
+)
+def test_a_driver_killed_before_any_change_on_disk_changes_no_result(
+    place: Path, sampler: Sampler, seed: int, num_known: int
+) -> None:
+    folder = Storage.at(str(place / "undisturbed"))
+    search = Search(folder=folder, limit=3, sampler=sampler, seed=seed, known=earlier_trials(num_known))
     states = states_of_disk(search, place / "states")
-    undisturbed = results(trials_in(search))
-    assert_whole(search, trials_in(search))
-    assert len(states) > 150
-    assert {name[0] for name in undisturbed} == {"e", "a", "b", "t"}
+    trials = trials_in(search)
+    undisturbed = results(trials)
+    assert_whole(search, trials)
+    assert len(states) > 100
+    assert (TrialState.FAIL in {trial.state for trial in trials}) == (sampler == "random")
     for state in states:
         resumed = replace(search, folder=Storage.at(str(state)))
         resumed.run()
@@ -107,3 +111,32 @@ def test_a_driver_killed_before_any_change_on_disk_changes_no_result(place: Path
         assert results(trials) == undisturbed, f"killed before change {state.name}"
         assert_whole(resumed, trials)
         shutil.rmtree(state)
+
+
+# --- at random ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_drivers_killed_at_any_moment_again_and_again_change_no_result(place: Path, sampler: Sampler) -> None:
+    undisturbed = Search(
+        folder=Storage.at(str(place / "undisturbed")), limit=12, sampler=sampler, known=earlier_trials(4)
+    )
+    undisturbed.run()
+    kills = 0
+    for seed in itertools.count():
+        search = replace(undisturbed, folder=Storage.at(str(place / str(seed))))
+        kills += killed(search, seed=seed, mean_seconds=0.15, max_kills=15)
+        assert results(trials_in(search)) == results(trials_in(undisturbed))
+        assert_whole(search, trials_in(search))
+        if kills >= 15:
+            return
+
+
+def test_of_several_trials_at_once_none_is_lost_and_none_is_trained_twice(place: Path) -> None:
+    kills = 0
+    for seed in itertools.count():
+        search = Search(folder=Storage.at(str(place / str(seed))), limit=14, at_once=3, known=earlier_trials(3))
+        kills += killed(search, seed=seed, mean_seconds=0.15, max_kills=15)
+        assert_whole(search, trials_in(search))
+        if kills >= 15:
+            return

@@ -1,5 +1,6 @@
 """What the terminal says before and after a search: the plan, and what came of it."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -38,7 +39,7 @@ def plan_lines(flight: Flight, resources: Resources, runs: Mapping[str, Run]) ->
         ("results", flight.folder.uri),
         ("watch", f"tensorboard --logdir {flight.folder.uri}"),
         *_study(flight.sampling),
-        ("resume", f"python -m tune_bisenet.run --resume --name {flight.name} --storage {flight.arguments.storage}"),
+        ("resume", f"python -m tune_bisenet.run {_again(flight)}"),
     ]
     return [*lines, *(("note", caption) for caption in flight.captions)]
 
@@ -102,7 +103,7 @@ def print_results(
         _print_line(console, f"report:  {page}")
     failed = [standing.trial for standing in standings if standing.status == "failed"]
     if failed:
-        _print_line(console, f"failed: {', '.join(failed)}. Try these again with --resume --name {flight.name}.")
+        _print_line(console, f"failed: {', '.join(failed)}. Try these again with {_again(flight)}.")
     for line in _endings(flight, standings, outcome):
         _print_line(console, line)
 
@@ -110,17 +111,22 @@ def print_results(
 def _endings(flight: Flight, standings: Sequence[Standing], outcome: Outcome) -> list[str]:
     """Why the search ended, where that is not plain, and how to go on."""
     if outcome.signal_number is not None:
-        return [f"interrupted. Go on with --resume --name {flight.name}."]
+        return [f"interrupted. Go on with {_again(flight)}."]
     if outcome.limit:
-        return [f"ended: {outcome.limit}. Go on with --resume --name {flight.name} and a higher limit."]
+        return [f"ended: {outcome.limit}. Go on with {_again(flight)} and a higher limit."]
     if flight.sampling is None:
         return []
-    lines = [f"ended: --trials {flight.limits.trials} have been run. More by --resume --name {flight.name} --trials N."]
+    lines = [f"ended: --trials {flight.limits.trials} have been run. More by {_again(flight)} --trials N."]
     if flight.limits.confirm is None:
-        lines.append(f"Fresh seeds for the best: --resume --name {flight.name} --confirm 3.")
+        lines.append(f"Fresh seeds for the best: {_again(flight)} --confirm 3.")
     elif not any(standing.trial != standing.run for standing in standings):
         lines.append("--confirm: no sampled trial was trained to its end, so there is nothing to confirm.")
     return lines
+
+
+def _again(flight: Flight) -> str:
+    """The flags that go on with this search."""
+    return f"--resume --name {flight.name} --storage {shlex.quote(flight.arguments.storage)}"
 
 
 def _print_line(console: Console, line: str | Text) -> None:

@@ -145,7 +145,7 @@ def _read_run(folder: Storage) -> Suggested | None:
     try:
         content = folder.read(RUN)
         return None if content is None else Suggested.from_json(json.loads(content))
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

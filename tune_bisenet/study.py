@@ -137,15 +137,16 @@ class Study:
             return None
         for trial in [*begun, *waiting]:
             if self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                self._study.sampler = self._sampler_of(trial.number)
+                self._study.sampler = self._sampler_of(trial.number, trials)
                 return Trial(self._study, trial._trial_id)
-        self._study.sampler = self._sampler_of(len(trials))
+        self._study.sampler = self._sampler_of(len(trials), trials)
         return self._study.ask()
 
-    def _sampler_of(self, number: int) -> BaseSampler:
-        """That draws the trial of this number."""
+    def _sampler_of(self, number: int, trials: Sequence[FrozenTrial]) -> BaseSampler:
+        """That draws the trial of this number; at random after one that made no run, which no sampler learns from."""
+        made_no_run = number > 0 and "error" in trials[number - 1].user_attrs
         seed = np.random.SeedSequence([self._question.seed, number]).generate_state(1)[0]
-        return build_sampler(self._question.sampler, seed=int(seed))
+        return build_sampler("random" if made_no_run else self._question.sampler, seed=int(seed))
 
     def _suggest(self, trial: Trial, drawn: Run) -> Suggested:
         name = name_of(trial)

@@ -50,7 +50,7 @@ def test_what_is_hidden_stays_as_it_is() -> None:
         "the loss was no longer a number at epoch 2",
         "results/2026-03-01: r01, r02 @ 0.5",
         "/home/me@work/cityscapes:old/leftImg8bit",
-        "sqlite:////home/me/a:b@c/study.db",
+        "sqlite:////srv/a:b@c/study.db",
         "sqlite:///study.db",
         "postgresql://host:5432/studies",
         "postgresql://me@host/studies",
@@ -81,7 +81,7 @@ def test_an_address_that_sqlalchemy_takes_a_password_from_is_ambiguous() -> None
     [
         "postgresql://me:p%40s%2Fs!$&'()*+,;=:~._-w@host:5432/studies",
         "postgresql://me@host/studies",
-        "sqlite:////home/me/a:b@c@d/study.db",
+        "sqlite:////srv/a:b@c@d/study.db",
         "s3://bucket/a@b:c@d",
     ],
 )

@@ -254,8 +254,8 @@ class Search:
     def place(self) -> StudyPlace:
         return study_place(self.folder, url=self.url, cache_dir=Path(self.folder.path) / "cache")
 
-    def run(self) -> None:
-        """As `launch` and `search` do it."""
+    def run(self) -> str:
+        """As `launch` and `search` do it. Returns what trouble ended it, if any did."""
         self.folder.make()
         with ledger.exclusive(self.folder):
             suggested = read_suggested(self.folder)
@@ -266,6 +266,7 @@ class Search:
                 self._train_all(book, supply)
             book.close()
             supply.close()
+            return supply.trouble
 
     def book(self, suggested: Mapping[str, Suggested]) -> Ledger:
         """What the last session has left of it, or a new one."""
@@ -305,7 +306,7 @@ class Search:
             while (found := supply.next()) is not None:
                 running[found[0]] = found[1]
                 book.started(found[0])
-            if supply.exhausted and not running:
+            if supply.trouble or (supply.exhausted and not running):
                 return
             for name, run in list(running.items()):
                 if self._train_epoch(name, run, book, supply):

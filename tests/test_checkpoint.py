@@ -186,7 +186,7 @@ def test_a_state_comes_back_as_it_was() -> None:
 
 
 def test_no_flipped_bit_anywhere_goes_unnoticed() -> None:
-    """Not even in the archive's directory, where torch would load zeros for weights without a word."""
+    """Not even in the archive's directory, where torch would load whatever lies in memory without a word."""
     content = to_bytes(small_state())
     bits = random.Random(0)
     for place in range(len(content)):
@@ -196,12 +196,12 @@ def test_no_flipped_bit_anywhere_goes_unnoticed() -> None:
             from_bytes(bytes(damaged))
 
 
-def test_the_bit_that_makes_torch_load_zeros_is_noticed() -> None:
+def test_the_bit_that_makes_torch_load_what_lies_in_memory_is_noticed() -> None:
     content = bytearray(to_bytes(small_state()))
     entry = content.rindex(b"archive/data/0") - 46  # in the archive's directory, behind a header of 46 bytes
     content[entry + 38] ^= 0x10  # "is a folder", among the attributes no checksum covers
     silently = torch.load(io.BytesIO(bytes(content)), weights_only=True)
-    assert not same(silently, small_state())
+    assert silently.keys() == small_state().keys()  # the weight's memory is never written to: it may hold anything
     with pytest.raises(CheckpointError, match="damaged"):
         from_bytes(bytes(content))
 

@@ -165,10 +165,9 @@ def test_trials_go_on_while_the_server_is_away_and_nothing_is_lost(
         replace(search, between=between).run()
     else:
         monkeypatch.setattr(supply, "OUTAGE_SECONDS", 0.5)
-        with pytest.raises(RuntimeError, match=r"has not answered .*Nothing is lost: go on with --resume when it does"):
-            replace(search, between=between).run()
+        assert "the study's database has not answered for" in replace(search, between=between).run()
         server.start()
-        search.run()
+        assert search.run() == ""
     assert_whole(search, trials_in(search))
 
 
@@ -184,7 +183,7 @@ def test_what_ends_while_the_server_is_away_is_told_at_the_latest_when_the_searc
     server.stop()
     history = curve_of(run)
     (search.folder / name).write(EPOCHS, json.dumps([epoch.to_json() for epoch in history]).encode())
-    book.heard(name, supply.reported(history))
+    book.heard(name, supply.reported(history, latency_ms=None))
     asked.heard(name, epoch=3, miou=history[-1].miou)
     book.ended(name, diverged=False, stopped_by="")
     asked.ended(book[name])

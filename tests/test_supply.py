@@ -20,12 +20,13 @@ from light_search import (
 from optuna.trial import TrialState
 
 from tune_bisenet import ledger
+from tune_bisenet.latency import Latency
 from tune_bisenet.ledger import Ledger
 from tune_bisenet.rehearsal import read_suggested
-from tune_bisenet.results import TRIALS, Standing
+from tune_bisenet.results import LATENCY, TRIALS, Standing
 from tune_bisenet.storage import Storage
 from tune_bisenet.suggested import RUN
-from tune_bisenet.supply import Declared, read_epochs, reported
+from tune_bisenet.supply import Declared, read_epochs, read_latency, reported
 
 place = pytest.fixture(make_place)
 _closed = pytest.fixture(autouse=True)(close_connections)
@@ -178,6 +179,23 @@ def test_standings_lost_after_the_end_come_back(search: Search) -> None:
     assert [replace(one, stopped_by="") for one in after] == [replace(one, stopped_by="") for one in before]
 
 
+@pytest.mark.parametrize("epochs", [9, 10, 13])
+@pytest.mark.parametrize("lose_standings", [False, True])
+def test_an_ended_trial_whose_folder_has_lost_what_it_trained_is_not_trained_again(
+    search: Search, undisturbed: Search, epochs: int, *, lose_standings: bool
+) -> None:
+    stop_after(search, epochs)
+    ended = {trial.user_attrs["trial"] for trial in trials_in(search) if trial.state.is_finished()} - {"a"}
+    assert ended
+    for name in ended:
+        (search.folder / name).write(RUN, b"{")
+    if lose_standings:
+        search.folder.delete(TRIALS)
+    search.run()
+    assert results(trials_in(search)) == results(trials_in(undisturbed))
+    assert_whole(search, trials_in(search))
+
+
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b'{"trial": 1}'])
 def test_a_trial_whose_folder_has_lost_what_it_trains_is_asked_for_again(
     search: Search, undisturbed: Search, content: bytes | None
@@ -218,12 +236,27 @@ def test_a_damaged_curve_is_none(search: Search, content: bytes) -> None:
 
 def test_a_curve_says_what_its_trial_has_reported() -> None:
     history = curve_of(row("a", 0.01))
-    assert json.loads(json.dumps(reported(history))) == {
+    assert json.loads(json.dumps(reported(history, latency_ms=12.5))) == {
         "epoch": 3,
         "miou": history[2].miou,
         "pixel_accuracy": 90.0,
         "best_miou": history[2].miou,
         "best_epoch": 3,
         "total_seconds": 6.0,
-        "latency_ms": None,
+        "latency_ms": 12.5,
     }
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[", b"[]", b"{}", b'{"median_ms": null}', b"\xff"])
+def test_a_latency_that_is_missing_or_damaged_is_none(search: Search, content: bytes | None) -> None:
+    search.folder.make()
+    if content is not None:
+        search.folder.write(LATENCY, content)
+    assert read_latency(search.folder) is None
+
+
+def test_a_latency_is_read_from_what_the_trial_wrote(search: Search) -> None:
+    search.folder.make()
+    written = Latency(median_ms=12.5, low_ms=12.0, high_ms=13.0, repeats=10, device="CPU, 1 thread")
+    search.folder.write(LATENCY, json.dumps(written.to_json()).encode())
+    assert read_latency(search.folder) == 12.5

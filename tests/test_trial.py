@@ -13,7 +13,8 @@ from driving import write_frames
 
 from tune_bisenet import checkpoint
 from tune_bisenet.config import Job, Run
-from tune_bisenet.latency import LATENCY, Latency
+from tune_bisenet.latency import Latency
+from tune_bisenet.results import LATENCY
 from tune_bisenet.storage import Storage
 from tune_bisenet.trial import run_trial
 

@@ -272,13 +272,22 @@ def test_trials_of_an_earlier_sampled_search_come_by_their_values(place: Path) -
     found = taken(search.folder)
     suggested = read_suggested(search.folder)
     assert not found.left_out
-    assert {one.suggested.trial for one in found.known} == set(suggested)
+    assert {one.source.rpartition("/")[2] for one in found.known} == set(suggested)
     assert {one.standing.status for one in found.known} > {"finished"}
     for one in found.known:
-        earlier = suggested[one.suggested.trial]
-        assert (one.suggested.run, one.suggested.params) == (earlier.run, earlier.params)
+        earlier = suggested[one.source.rpartition("/")[2]]
+        assert one.suggested.run.fingerprint() == earlier.run.fingerprint()
+        assert one.suggested.params == earlier.params
         assert (one.suggested.origin, one.suggested.number) == (earlier.origin, None)
-        assert replace(one.standing, stopped_by="") == ended(earlier)
+        standing = replace(one.standing, trial=earlier.trial, run=earlier.run.name, stopped_by="")
+        assert standing == ended(earlier)
+
+
+def test_what_an_earlier_search_sampled_has_a_name_that_no_trial_here_will_have(place: Path) -> None:
+    known = taken(searched(place, limit=4).folder).known
+    names = [(one.suggested.trial, one.suggested.run.name, one.standing.trial, one.standing.run) for one in known]
+    assert names[:2] == [("a",) * 4, ("b",) * 4]
+    assert all(set(four) == {f"earlier-t{number:04d}"} for number, four in enumerate(names[2:], start=2))
 
 
 def test_a_search_begun_with_an_earlier_one_goes_on_from_there(place: Path) -> None:

@@ -112,6 +112,8 @@ def _endings(flight: Flight, standings: Sequence[Standing], outcome: Outcome) ->
     """Why the search ended, where that is not plain, and how to go on."""
     if outcome.signal_number is not None:
         return [f"interrupted. Go on with {_again(flight)}."]
+    if outcome.trouble:
+        return [f"ended: {outcome.trouble}. Nothing is lost: go on with {_again(flight)} when it does."]
     if outcome.limit:
         return [f"ended: {outcome.limit}. Go on with {_again(flight)} and a higher limit."]
     if flight.sampling is None:

@@ -2,7 +2,7 @@
 
 A trial keeps three files: `last.pt` to go on from, `previous.pt` should that one be damaged, and `best.pt`, the
 weights of its best epoch. Each is an archive as torch writes it, followed by its SHA-256, which torch.load skips. The
-archive's own CRC-32 sums do not cover its directory, where one flipped bit makes torch load zeros as weights.
+archive's own CRC-32 sums do not cover its directory, where one flipped bit makes torch load anything as weights.
 """
 
 import hashlib

@@ -18,9 +18,6 @@ from tune_bisenet import engine
 from tune_bisenet.config import Precision, Run
 from tune_bisenet.model import BiSeNet
 
-LATENCY: Final = "latency.json"
-"""A `Latency`; in a trial's folder."""
-
 NUM_WARMUPS: Final = 5
 """Predictions before the first that counts: caches fill, cuDNN chooses its algorithms, clocks rise."""
 MIN_REPEATS: Final = 10

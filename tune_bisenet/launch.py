@@ -88,13 +88,13 @@ class _Session:
         with Progress(console) as progress, keeper.kept_current(flight.folder):
             progress.update([*self.book.standings, *supply.to_come()])
             outcome = self._search(supply, flight.limits, progress)
-            if flight.sampling and flight.limits.confirm and outcome.signal_number is None:
+            if flight.sampling and flight.limits.confirm and outcome.signal_number is None and not outcome.trouble:
                 outcome.signal_number = self._confirm(flight.sampling, flight.limits.confirm, progress).signal_number
         manifest.write(flight.folder, manifest.closed(record, outcome.signal_number, outcome.limit))
         page = keeper.write_safely(flight.folder)
         best = keeper.best_safely(flight.folder) if flight.sampling else []
         briefing.print_results(console, flight, self.book.standings, page=page, best=best, outcome=outcome)
-        return _exit_code(self.book.standings, outcome.signal_number)
+        return _exit_code(self.book.standings, outcome)
 
     def _search(
         self, supply: Supply, limits: Limits, progress: Progress, scheduler: EarlyStopping | None = None
@@ -204,7 +204,9 @@ def _judged_from_on(facts: DataFacts, run: Run) -> int:
     return first_judged_epoch(run, iterations_per_epoch=plan.iterations_per_epoch(run, facts))
 
 
-def _exit_code(standings: Sequence[Standing], signal_number: int | None) -> int:
-    if signal_number is not None:
-        return 128 + signal_number
+def _exit_code(standings: Sequence[Standing], outcome: Outcome) -> int:
+    if outcome.signal_number is not None:
+        return 128 + outcome.signal_number
+    if outcome.trouble:
+        return ray_session.RESTARTABLE
     return SOME_FAILED if any(standing.status == "failed" for standing in standings) else OK

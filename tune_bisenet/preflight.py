@@ -4,9 +4,9 @@
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -27,7 +27,7 @@ from tune_bisenet.data.catalog import open_source
 from tune_bisenet.data.packed import Packed, suggested_image_size
 from tune_bisenet.data.packing import prepare
 from tune_bisenet.data.source import DataError, Source
-from tune_bisenet.rehearsal import Sampling
+from tune_bisenet.rehearsal import Draft, Sampling
 from tune_bisenet.storage import Storage
 
 STREETS_EPOCHS: Final = 8
@@ -101,25 +101,40 @@ class _Problems:
 
     found: list[str] = field(default_factory=list)
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Take note of a user's mistake, ValueError in this project, and go on after the block."""
-        try:
-            yield
-        except DataError as error:
-            self.found += str(error).splitlines()  # a broken download has thousands; the message stops at some
-        except plan.PlanError as error:
-            self.found += error.problems
-        except ValueError as error:
-            self.found.append(str(error))
-
     def attempt(self, function: Callable[[], Value]) -> Value | None:
-        with self.gathered():
+        """Its value; None after a user's mistake, ValueError in this project, of which a note is taken."""
+        try:
             return function()
-        return None
+        except ValueError as error:
+            self.found += _sentences(error)
+            return None
+
+
+def _sentences(error: ValueError) -> Sequence[str]:
+    """What is wrong, one thing each."""
+    if isinstance(error, DataError):
+        return str(error).splitlines()  # a broken download has thousands; the message stops at some
+    return error.problems if isinstance(error, plan.PlanError) else [str(error)]
 
 
 # --- the checks ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is asked for, and can be had as far as one sees without decoding a frame."""
+
+    given: Arguments
+    name: str
+    folder: Storage
+    earlier: dict[str, Any] | None
+    choices: Choices
+    limits: Limits
+    space: spaces.Space
+    backbone_digest: str
+    source: Source
+    facts: plan.DataFacts
+    runs: tuple[Run, ...]
 
 
 def check(
@@ -129,14 +144,21 @@ def check(
 
     `mistyped` is from `arguments.parse`: with any, nothing is planned, since the plan may lack just what they say.
     """
+    planned = _planned(given, mistyped, name=given.name or default_name)
+    try:
+        return _ready(planned, progress)
+    except ValueError as error:
+        raise InputError(list(_sentences(error))) from error
+
+
+def _planned(given: Arguments, mistyped: Mapping[str, str], *, name: str) -> _Plan:
+    """The cheap checks, which do not need each other. InputError with all that they found."""
     problems = _Problems(list(mistyped.values()))
-    name = given.name or default_name
     folder = problems.attempt(lambda: _folder(given, name))
     earlier = problems.attempt(lambda: _earlier(given, folder, name)) if folder and "name" not in mistyped else None
     choices = problems.attempt(lambda: _continued(given, earlier)) if earlier else None
     choices = choices or choose(given, default_data=os.environ.get(DATASET_VARIABLE) or STREETS)
     space = problems.attempt(lambda: spaces.load(choices.space))
-    limits = _limits(given, earlier, space)
     if space:
         problems.found += _kind_problems(given, choices, space)
     rows = problems.attempt(lambda: _rows(space, choices)) if space else None
@@ -144,59 +166,72 @@ def check(
     backbone_digest = problems.attempt(lambda: _check_backbone(choices.backbone))
     source = problems.attempt(lambda: open_source(choices.data))
     facts = problems.attempt(lambda: _facts(source)) if source else None
-    runs = (
-        problems.attempt(lambda: _plan(rows, choices, facts)) if rows is not None and facts and not mistyped else None
-    )
-    draft = (
-        problems.attempt(lambda: rehearsal.rehearse(space, runs, choices, _settings(choices), facts))
-        if isinstance(space, spaces.Sampled) and facts and runs is not None and not problems.found
-        else None
-    )
-    if runs and earlier:
-        problems.attempt(lambda: _check_same_rows(runs, earlier))
-        problems.attempt(lambda: _check_something_to_do(given, runs, folder, earlier))
-    trained = draft.runs if draft else runs
-    packs = (
-        problems.attempt(lambda: _pack(source, trained, progress))
-        if source and trained and not problems.found
-        else None
-    )
-    if packs and earlier:
-        problems.attempt(lambda: _check_same_data(packs, earlier))
-    prepared = (
-        problems.attempt(
-            lambda: rehearsal.prepare(
-                draft,
-                given,
-                choices,
-                name=name,
-                folder=folder,
-                is_new=earlier is None,
-                data_digests=_digests(packs),
-                backbone_digest=backbone_digest,
-                cache_dir=_cache_dir(),
-            )
-        )
-        if draft and folder and packs and backbone_digest and not problems.found
-        else None
-    )
+    runs = None
+    if rows is not None and facts and not mistyped:
+        runs = problems.attempt(partial(_plan, rows, choices, facts))
     if problems.found:
         raise InputError(problems.found)
-    assert folder and space and facts and runs is not None and packs and backbone_digest  # noqa: PT018
-    return Flight(
+    assert folder and space and backbone_digest and source and facts and runs is not None  # noqa: PT018
+    return _Plan(
+        given=given,
         name=name,
         folder=folder,
-        arguments=given,
+        earlier=earlier,
         choices=choices,
-        limits=limits,
+        limits=_limits(given, earlier, space),
         space=space,
-        runs=runs,
+        backbone_digest=backbone_digest,
+        source=source,
         facts=facts,
+        runs=runs,
+    )
+
+
+def _ready(planned: _Plan, progress: Callable[[int, int], None]) -> Flight:
+    """The checks that build on one another, up to frames that are packed. ValueError with the first mistake."""
+    earlier = planned.earlier
+    if earlier:
+        _check_something_to_do(planned, earlier)
+        _check_same_rows(planned.runs, earlier)
+    draft = _rehearsed(planned)
+    packs = _pack(planned.source, draft.runs if draft else planned.runs, progress)
+    if earlier:
+        _check_same_data(packs, earlier)
+    return Flight(
+        name=planned.name,
+        folder=planned.folder,
+        arguments=planned.given,
+        choices=planned.choices,
+        limits=planned.limits,
+        space=planned.space,
+        runs=planned.runs,
+        facts=planned.facts,
         packs=packs,
         cache_dir=_cache_dir(),
-        backbone_digest=backbone_digest,
+        backbone_digest=planned.backbone_digest,
         earlier=earlier,
-        sampling=prepared,
+        sampling=_sampling(planned, draft, packs) if draft else None,
+    )
+
+
+def _rehearsed(planned: _Plan) -> Draft | None:
+    """Of a sampled space; None for a grid."""
+    if not isinstance(planned.space, spaces.Sampled):
+        return None
+    return rehearsal.rehearse(planned.space, planned.runs, planned.choices, _settings(planned.choices), planned.facts)
+
+
+def _sampling(planned: _Plan, draft: Draft, packs: dict[tuple[int, int], Packed]) -> Sampling:
+    return rehearsal.prepare(
+        draft,
+        planned.given,
+        planned.choices,
+        name=planned.name,
+        folder=planned.folder,
+        is_new=planned.earlier is None,
+        data_digests=_digests(packs),
+        backbone_digest=planned.backbone_digest,
+        cache_dir=_cache_dir(),
     )
 
 
@@ -266,7 +301,7 @@ def _digests(packs: dict[tuple[int, int], Packed]) -> dict[str, str]:
     return {size_words(size): pack.digest for size, pack in packs.items()}
 
 
-def _limits(given: Arguments, earlier: dict[str, Any] | None, space: spaces.Space | None) -> Limits:
+def _limits(given: Arguments, earlier: dict[str, Any] | None, space: spaces.Space) -> Limits:
     """What is said now, or was when the search was started; a sampled search needs one of them."""
     limits = Limits.model_validate((earlier or {}).get("limits") or {}).updated(given)
     bounded = (limits.trials, limits.time_budget, limits.gpu_hours) != (None, None, None)
@@ -304,14 +339,13 @@ def _sampled_problems(given: Arguments, choices: Choices) -> list[str]:
     return problems
 
 
-def _check_something_to_do(
-    given: Arguments, runs: tuple[Run, ...], folder: Storage | None, earlier: dict[str, Any]
-) -> None:
+def _check_something_to_do(planned: _Plan, earlier: dict[str, Any]) -> None:
     """ValueError if `--add` names nothing new, or `--rerun` a row of which nothing has failed."""
+    given = planned.given
     known = {(run["name"], run["seed"]) for run in earlier["trials"].values()}
-    if given.add and all((run.name, run.seed) in known for run in runs):
+    if given.add and all((run.name, run.seed) in known for run in planned.runs):
         raise ValueError("--add: this search has all these rows and seeds already. Name seeds or rows that are new.")
-    standings = ledger.read_trials(folder).standings if folder else ()
+    standings = ledger.read_trials(planned.folder).standings
     failed = {standing.run for standing in standings if standing.status == "failed"}
     sound = [name for name in given.rerun or () if name not in failed]
     if sound:

@@ -131,7 +131,7 @@ def _known(folder: Storage, warm_start: str | None, here: warm.Here) -> warm.Tak
 def read_suggested(folder: Storage) -> dict[str, Suggested]:
     """Of every trial in the search's folder that says what it trains, by number; fresh seeds last.
 
-    A damaged file is passed over: the study still has the trial, and asks for it again.
+    A damaged file is passed over: the study still has the trial, and the file is written anew from it.
     """
     places = [
         info for info in folder.filesystem.get_file_info(FileSelector(folder.path)) if info.type == FileType.Directory

@@ -14,6 +14,8 @@ TRIALS: Final = "trials.json"
 """How its trials stand, and what the scheduler saw; in its folder."""
 EPOCHS: Final = "epochs.json"
 """The measurements of every epoch; in a trial's folder."""
+LATENCY: Final = "latency.json"
+"""How long a prediction takes, where that is a goal; in a trial's folder."""
 
 Status = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
 """`stopped` means by the scheduler; `diverged` means the loss stopped being a number; `failed` means by an error."""

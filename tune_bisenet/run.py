@@ -22,8 +22,8 @@ WRONG_INPUT: Final = 2
 
 EPILOG: Final = """\
 exit codes: 0 all trials ended well (finished, stopped by the scheduler, or diverged and told so); 1 at least one
-failed, the rest completed; 2 the input was wrong and nothing was started; 75 Ray died, go on with --resume;
-130 and 143 interrupted by a signal, go on with --resume.
+failed, the rest completed; 2 the input was wrong and nothing was started; 75 Ray died, or the study's database was
+away for too long, go on with --resume; 130 and 143 interrupted by a signal, go on with --resume.
 """
 
 
@@ -76,8 +76,14 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    what = parser.add_argument_group("what is trained")
-    add = what.add_argument
+    for add_flags in (_add_what, _add_sampled, _add_limits, _add_where):
+        add_flags(parser)
+    parser.add_argument("--show", action="store_true", help="print the space as a Markdown table and end")
+    return parser
+
+
+def _add_what(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is trained").add_argument
     add("--space", metavar="NAME", help="a module of search_spaces, or the path of a Python file (default: runs10)")
     add("--runs", metavar="r01,r05", help="only these rows")
     add("--seeds", metavar="0,1,2", help="every row once with each of these seeds (default: 0)")
@@ -105,8 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         "the end, for judging expectations (default: asha)",
     )
     add("--precision", metavar="fp32|bf16", help="default: fp32")
-    sampled = parser.add_argument_group("how a sampled space, such as around10, is searched")
-    add = sampled.add_argument
+
+
+def _add_sampled(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how a sampled space, such as around10, is searched").add_argument
     add("--trials", metavar="N", help="so many in all (default: 40, if no other limit is given)")
     add("--sampler", metavar="tpe|gp|cmaes|random|qmc", help="Optuna's sampler (default: tpe)")
     add(
@@ -127,12 +135,16 @@ def _parser() -> argparse.ArgumentParser:
         help="keep the study in that database, as postgresql://USER@HOST/NAME (default: a file in the search's folder; "
         "or the address in $TUNE_BISENET_STUDY goes on with a study there)",
     )
-    limits = parser.add_argument_group("when it ends by itself: at whichever comes first")
-    add = limits.add_argument
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("when it ends by itself: at whichever comes first").add_argument
     add("--time-budget", metavar="8h", help="running time of all sessions together; what is cut off can be resumed")
     add("--gpu-hours", metavar="X", help="of all epochs trained")
-    where = parser.add_argument_group("where and how")
-    add = where.add_argument
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("where and how").add_argument
     add(
         "--gpus-per-trial", metavar="X", help="may be a fraction: trials then share a GPU (default: 1 if there are any)"
     )
@@ -148,8 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--rerun", metavar="r03", help="go on with that search, but only with what failed of these rows")
     add("--address", metavar="ADDR", help="a running Ray cluster (default: a Ray of its own on this machine)")
-    parser.add_argument("--show", action="store_true", help="print the space as a Markdown table and end")
-    return parser
 
 
 def _show(flags: dict[str, Any]) -> int:

@@ -47,14 +47,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """How a session of a search ended: by itself, by a signal, or by a limit, in words."""
+    """How a session of a search ended: by itself, by a signal, by a limit or by trouble, both in words."""
 
     signal_number: int | None = None
     limit: str = ""
+    trouble: str = ""
 
     @property
     def is_cut_off(self) -> bool:
-        return self.signal_number is not None or bool(self.limit)
+        return self.signal_number is not None or bool(self.limit or self.trouble)
 
 
 class Board:
@@ -253,8 +254,9 @@ class _Recorder(Callback):
             signal.raise_signal(signal.SIGUSR1)  # Tune then ends as it does for a person: trials wait to be resumed
 
     def is_cut_off(self) -> bool:
-        """Whether a signal has come or a limit is reached."""
+        """Whether a signal has come, a limit is reached or the supply is in trouble."""
         if not self._outcome.is_cut_off:
+            self._outcome.trouble = self._supply.trouble
             hours = sum(standing.seconds for standing in self._ledger.standings) * self._gpus_per_trial / 3600
             self._outcome.limit = self._limits.used_up(seconds=self._ledger.seconds, gpu_hours=hours)
         return self._outcome.is_cut_off

@@ -20,7 +20,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
 from tune_bisenet.config import Objective, Run, Sampler
@@ -149,23 +149,26 @@ class Study:
         return build_sampler("random" if made_no_run else self._question.sampler, seed=int(seed))
 
     def _suggest(self, trial: Trial, drawn: Run) -> Suggested:
+        suggested = self._suggested(trial, drawn)
+        row = {"row": suggested.trial} if suggested.origin == "row" else {}
+        for key, value in {"trial": suggested.trial, "seed": self._question.seed, **row}.items():
+            trial.set_user_attr(key, value)
+        self._asked.add(suggested.trial)
+        self._ids[suggested.trial] = trial._trial_id
+        return suggested
+
+    def _suggested(self, trial: FrozenTrial | Trial, drawn: Run) -> Suggested:
         name = name_of(trial)
         row = self._question.rows.get(name)
-        seed = self._question.seed
-        suggested = Suggested(
+        return Suggested(
             trial=name,
-            run=row[0] if row else drawn.model_copy(update={"name": name, "seed": seed}),
+            run=row[0] if row else drawn.model_copy(update={"name": name, "seed": self._question.seed}),
             origin="row" if row else "sampled",
             number=trial.number,
             params=trial.params,
             distributions=Point(run=drawn, params=trial.params, distributions=trial.distributions).ranges,
             row=self._question.draw.as_row(drawn, trial.params),
         )
-        for key, value in {"trial": name, "seed": seed, **({"row": name} if row else {})}.items():
-            trial.set_user_attr(key, value)
-        self._asked.add(name)
-        self._ids[name] = trial._trial_id
-        return suggested
 
     # --- what became of it ------------------------------------------------------------------------------------------
 
@@ -195,6 +198,19 @@ class Study:
             self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
     # --- after a crash ----------------------------------------------------------------------------------------------
+
+    def ended_without(self, there: Collection[str]) -> list[Suggested]:
+        """Trials that have ended and are not `there`, such as one whose folder no longer says what it trained."""
+        ended = {
+            name_of(trial): trial
+            for trial in self._own_trials()
+            if trial.state.is_finished() and "error" not in trial.user_attrs
+        }
+        return [
+            self._suggested(trial, self._question.draw(FixedTrial(trial.params)))
+            for name, trial in ended.items()
+            if name not in there
+        ]
 
     def reconcile(
         self, records: Sequence[Record], known: Sequence[Known], *, live: Collection[str] = ()

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 from tune_bisenet.config import Run
 from tune_bisenet.ledger import Ledger, to_json
-from tune_bisenet.results import EPOCHS, Epoch, Standing, best_of
+from tune_bisenet.results import EPOCHS, LATENCY, Epoch, Standing, best_of
 from tune_bisenet.secrets import in_a_line
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import DATABASE_ERRORS, Record, Study
@@ -48,6 +48,10 @@ class Supply(Protocol):
     def close(self) -> None:
         """Nothing runs any more."""
 
+    @property
+    def trouble(self) -> str:
+        """Why the session cannot go on, in words; empty as long as it can."""
+
     def to_come(self) -> list[Standing]:
         """Trials that the ledger has not heard of yet, as far as their number is known."""
 
@@ -82,6 +86,10 @@ class Declared:
 
     def close(self) -> None:
         pass
+
+    @property
+    def trouble(self) -> str:
+        return ""
 
     def to_come(self) -> list[Standing]:
         return []
@@ -120,10 +128,12 @@ class Asked:
         self._exhausted = False
         self._behind_since: float | None = None
         self._tried_at = 0.0
+        self._trouble = ""
 
     def begin(self) -> bool:
         self._live.clear()
-        self._reconcile()
+        with self._tolerated():
+            self._reconcile()
         self._exhausted = False
         begun = {name for name in self._ledger.unfinished() if name in self._suggested}
         return bool(begun) or self._limit is None or len(self._suggested) < self._limit
@@ -164,6 +174,10 @@ class Asked:
             self._study.close()
             self._snapshot()
 
+    @property
+    def trouble(self) -> str:
+        return self._trouble
+
     def to_come(self) -> list[Standing]:
         more = 0 if self._limit is None else max(0, self._limit - len(self._suggested))
         return [
@@ -184,6 +198,8 @@ class Asked:
         return run
 
     def _reconcile(self) -> None:
+        for lost in self._study.ended_without(self._suggested):
+            self._written(lost)
         standings = {standing.trial: standing for standing in self._ledger.standings}
         records = [
             Record(suggested=one, standing=standings[name], epochs=read_epochs(self._folder / name))
@@ -192,7 +208,7 @@ class Asked:
         curves = {record.suggested.trial: record.epochs for record in records}
         for trial, status in self._study.reconcile(records, self._known, live=self._live).items():
             if curves[trial]:
-                self._ledger.heard(trial, reported(curves[trial]))
+                self._ledger.heard(trial, reported(curves[trial], latency_ms=read_latency(self._folder / trial)))
             self._ledger.learnt(trial, status)
         self._snapshot()
 
@@ -205,13 +221,13 @@ class Asked:
         self._tried_at = time.monotonic()
         with self._tolerated():
             self._reconcile()
-            self._behind_since = None
+            self._behind_since, self._trouble = None, ""
             log.warning("The study's database answers again; nothing was lost.")
         return self._behind_since is None
 
     @contextmanager
     def _tolerated(self) -> Iterator[None]:
-        """A study that cannot be written to now will be later. Raises after OUTAGE_SECONDS."""
+        """A study that cannot be written to now will be later. After OUTAGE_SECONDS that is `trouble`."""
         try:
             yield
         except DATABASE_ERRORS as error:
@@ -220,10 +236,9 @@ class Asked:
                 self._behind_since = self._tried_at = now
                 log.warning("The study's database does not answer (%s); trials go on meanwhile.", in_a_line(error))
             elif now - self._behind_since > OUTAGE_SECONDS:
-                raise RuntimeError(
-                    f"the study's database has not answered for {OUTAGE_SECONDS / 60:.0f} minutes "
-                    f"({in_a_line(error)}). Nothing is lost: go on with --resume when it does."
-                ) from None
+                self._trouble = (
+                    f"the study's database has not answered for {OUTAGE_SECONDS / 60:.0f} minutes ({in_a_line(error)})"
+                )
 
 
 def read_epochs(folder: Storage) -> list[Epoch]:
@@ -234,8 +249,16 @@ def read_epochs(folder: Storage) -> list[Epoch]:
         return []
 
 
-def reported(history: Sequence[Epoch]) -> dict[str, Any]:
-    """What a trial with this curve has told the ledger, as far as its epochs say."""
+def read_latency(folder: Storage) -> float | None:
+    """Milliseconds of one prediction of the trial's network; None if they were not measured or the file is damaged."""
+    try:
+        return float(json.loads(folder.read(LATENCY) or b"{}")["median_ms"])
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def reported(history: Sequence[Epoch], *, latency_ms: float | None) -> dict[str, Any]:
+    """What a trial with this curve and this latency has told the ledger."""
     last, best = history[-1], best_of(history)
     return {
         "epoch": last.epoch,
@@ -244,5 +267,5 @@ def reported(history: Sequence[Epoch]) -> dict[str, Any]:
         "best_miou": best.miou,
         "best_epoch": best.epoch,
         "total_seconds": sum(epoch.seconds for epoch in history),
-        "latency_ms": None,
+        "latency_ms": latency_ms,
     }

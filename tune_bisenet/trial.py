@@ -25,7 +25,7 @@ from tune_bisenet.data.catalog import open_source
 from tune_bisenet.data.packed import Packed, open_packed
 from tune_bisenet.data.packing import prepare
 from tune_bisenet.engine import EpochEnd, Training
-from tune_bisenet.results import EPOCHS, Epoch, best_of
+from tune_bisenet.results import EPOCHS, LATENCY, Epoch, best_of
 from tune_bisenet.storage import Storage
 from tune_bisenet.tracking import Tracker, triptych
 
@@ -116,14 +116,14 @@ def _open_data(run: Run, job: Job) -> Packed:
 
 def _latency_ms(training: Training, folder: Storage) -> float:
     """Milliseconds of one prediction: those that an earlier attempt has measured, if there was one."""
-    content = folder.read(latency.LATENCY)
+    content = folder.read(LATENCY)
     if content is not None:
         try:
             return latency.Latency.from_json(json.loads(content)).median_ms
         except ValueError as error:
-            log.warning("%s/%s is damaged, so latency is measured anew: %s", folder.path, latency.LATENCY, error)
+            log.warning("%s/%s is damaged, so latency is measured anew: %s", folder.path, LATENCY, error)
     measured = latency.measure(training.run, device=training.device, precision=training.precision)
-    folder.write(latency.LATENCY, json.dumps(measured.to_json()).encode())
+    folder.write(LATENCY, json.dumps(measured.to_json()).encode())
     return measured.median_ms
 
 

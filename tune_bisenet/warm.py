@@ -5,13 +5,17 @@ curve of another scale would teach the sampler, and early stopping, what is not 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from tune_bisenet.config import Objective, Run, size_words
 from tune_bisenet.report.read import SearchRecord
 from tune_bisenet.results import ENDED_WELL
 from tune_bisenet.sampling import Draw, Point, point_at
 from tune_bisenet.suggested import Known, Suggested
+
+EARLIER: Final = "earlier-"
+"""Before the name of a sampled trial of the earlier search: this search has a `t0012` of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +88,18 @@ def _known(name: str, search: SearchRecord, here: Here) -> Known | str:
     differing = _differences(record.run, point.run)
     if differing:
         return f"it was trained otherwise ({', '.join(differing)})"
+    is_row = record.run.name in here.rows
+    known_as, run_name = (name, record.run.name) if is_row else (EARLIER + name, EARLIER + record.run.name)
     return Known(
         suggested=Suggested(
-            trial=name,
-            run=record.run,
-            origin="row" if record.run.name in here.rows else "sampled",
+            trial=known_as,
+            run=record.run.model_copy(update={"name": run_name}),
+            origin="row" if is_row else "sampled",
             number=None,
             params=point.params,
             distributions=point.ranges,
         ),
-        standing=record.standing,
+        standing=replace(record.standing, trial=known_as, run=run_name),
         epochs=record.epochs,
         source=record.folder.uri,
     )

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from rows import plain_row
 
-from tune_bisenet.config import SGD, CrossEntropy, Run, WarmupPoly
+from tune_bisenet.config import Run
 
 if TYPE_CHECKING:
     from tune_bisenet.data.packed import Packed
@@ -42,13 +43,4 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> "Packed":
 @pytest.fixture(scope="session")
 def tiny_run() -> Run:
     """Two epochs at 64 x 128 pixels, augmented as any run is."""
-    return Run(
-        name="tiny",
-        optimizer=SGD(lr=0.01, momentum=0.9, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=1, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0),
-        accumulation=1,
-        max_grad_norm=None,
-        num_epochs=2,
-        image_size=(64, 128),
-    )
+    return plain_row("tiny", warmup=1, num_epochs=2, image_size=(64, 128))

@@ -23,10 +23,11 @@ from typing import Any
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
+from rows import plain_row
 from sqlalchemy import Pool, event
 
 from tune_bisenet import ledger, sampling
-from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Objective, Run, Sampler, WarmupPoly
+from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Objective, Run, Sampler
 from tune_bisenet.ledger import Ledger
 from tune_bisenet.plan import DataFacts, Settings, plan_runs
 from tune_bisenet.rehearsal import read_suggested
@@ -73,17 +74,8 @@ def close_connections() -> Iterator[None]:
 
 
 def row(name: str, lr: float, *, momentum: float = 0.9, expect: Expect | None = None) -> Run:
-    return Run(
-        name=name,
-        optimizer=SGD(lr=lr, momentum=momentum, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=1, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0),
-        accumulation=1,
-        max_grad_norm=None,
-        num_epochs=NUM_EPOCHS,
-        image_size=(32, 64),
-        expect=expect,
-    )
+    optimizer = SGD(lr=lr, momentum=momentum, weight_decay=1e-4)
+    return plain_row(name, optimizer=optimizer, warmup=1, num_epochs=NUM_EPOCHS, image_size=(32, 64), expect=expect)
 
 
 ROWS = (row("a", 0.01), row("b", 0.02, expect=Expect(gain=(0, 5), over="a")))

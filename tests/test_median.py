@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+from rows import plain_row
 
-from tune_bisenet.config import SGD, CrossEntropy, Run, WarmupPoly
+from tune_bisenet.config import Run
 from tune_bisenet.median import MedianRule, first_judged_epoch
 from tune_bisenet.rungs import Judge, Verdict
 
@@ -18,15 +19,7 @@ JUDGED_FROM = partial(first_judged_epoch, iterations_per_epoch=100)
 
 
 def row(name: str = "r02", *, num_epochs: int = 5, warmup: int = 0, lovasz_after: int | None = None) -> Run:
-    return Run(
-        name=name,
-        optimizer=SGD(lr=0.01, momentum=0.9, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=warmup, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0, lovasz_after=lovasz_after),
-        accumulation=1,
-        max_grad_norm=None,
-        num_epochs=num_epochs,
-    )
+    return plain_row(name, num_epochs=num_epochs, warmup=warmup, lovasz_after=lovasz_after)
 
 
 def rule(*known: list[float], **settings: Any) -> MedianRule:

@@ -3,24 +3,17 @@
 from typing import Any
 
 import pytest
+from rows import plain_row
 
-from tune_bisenet.config import SGD, CrossEntropy, Run, WarmupPoly
+from tune_bisenet.config import Run
 from tune_bisenet.plan import DataFacts, PlanError, Settings, iterations_per_epoch, plan_runs, proxy_caption
 
 CITYSCAPES = DataFacts(num_train=2975, num_val=500, suggested_image_size=(512, 1024))
 STREETS = DataFacts(num_train=96, num_val=24, suggested_image_size=(96, 192))  # 24 iterations an epoch
 
 
-def row(name: str = "a", *, warmup: int = 1100, lovasz_after: int | None = None, **fields: Any) -> Run:
-    return Run(
-        name=name,
-        optimizer=SGD(lr=0.01, momentum=0.9, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=warmup, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0, lovasz_after=lovasz_after),
-        accumulation=1,
-        max_grad_norm=None,
-        **fields,
-    )
+def row(name: str = "a", **fields: Any) -> Run:
+    return plain_row(name, **fields)
 
 
 def planned(run: Run, data: DataFacts = CITYSCAPES, **settings: Any) -> Run:

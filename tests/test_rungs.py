@@ -9,26 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rows import plain_row
 
-from tune_bisenet.config import SGD, CrossEntropy, Expect, Run, WarmupPoly
+from tune_bisenet.config import Expect, Run
 from tune_bisenet.rungs import Rungs, Verdict, forecast, no_rungs, quantile, rung_epochs, spared_rows
 
 ITERATIONS_PER_EPOCH = 743
 RUNGS_OF = partial(rung_epochs, iterations_per_epoch=ITERATIONS_PER_EPOCH)
 
 
-def row(name: str = "r02", *, num_epochs: int = 50, warmup: int = 1100, **fields: Any) -> Run:
-    lovasz_after = fields.pop("lovasz_after", None)
-    return Run(
-        name=name,
-        optimizer=SGD(lr=0.01, momentum=0.9, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=warmup, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0, lovasz_after=lovasz_after),
-        accumulation=1,
-        max_grad_norm=None,
-        num_epochs=num_epochs,
-        **fields,
-    )
+def row(name: str = "r02", *, num_epochs: int = 50, **fields: Any) -> Run:
+    return plain_row(name, num_epochs=num_epochs, **fields)
 
 
 def rows(count: int, **fields: Any) -> list[Run]:

@@ -3,22 +3,15 @@
 from pathlib import Path
 
 import pytest
+from rows import plain_row
 
 from tune_bisenet import spaces
-from tune_bisenet.config import SGD, CrossEntropy, Expect, Run, WarmupPoly
+from tune_bisenet.config import Expect, Run
 from tune_bisenet.spaces import Grid, Sampled, SpaceError
 
 
 def row(name: str, expect: Expect | None = None) -> Run:
-    return Run(
-        name=name,
-        optimizer=SGD(lr=0.01, momentum=0.9, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=10, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0),
-        accumulation=1,
-        max_grad_norm=None,
-        expect=expect,
-    )
+    return plain_row(name, warmup=10, expect=expect)
 
 
 # --- the ten runs -----------------------------------------------------------------------------------------------

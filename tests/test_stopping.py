@@ -11,8 +11,9 @@ import pytest
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
+from rows import plain_row
 
-from tune_bisenet.config import SGD, CrossEntropy, Expect, Run, WarmupPoly
+from tune_bisenet.config import Expect, Run
 from tune_bisenet.median import MedianRule, first_judged_epoch
 from tune_bisenet.rungs import Rungs, no_rungs, rung_epochs, spared_rows
 from tune_bisenet.stopping import EarlyStopping, trial_name
@@ -22,16 +23,7 @@ RUNGS_OF = partial(rung_epochs, iterations_per_epoch=100)
 
 
 def row(name: str, expect: Expect | None = None) -> Run:
-    return Run(
-        name=name,
-        optimizer=SGD(lr=0.01, momentum=0.9, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=100, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0),
-        accumulation=1,
-        max_grad_norm=None,
-        expect=expect,
-        num_epochs=NUM_EPOCHS,
-    )
+    return plain_row(name, warmup=100, expect=expect, num_epochs=NUM_EPOCHS)
 
 
 class Curve(TypedDict, total=False):

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
+from rows import plain_row
 
-from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Run, WarmupPoly
+from tune_bisenet.config import SGD, AdamW, Expect, Run
 from tune_bisenet.data.classes import NUM_CLASSES, VOID
 from tune_bisenet.evidence import BEST, Best, best_to_bytes
 from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Epoch, Standing, Status, best_of
@@ -41,18 +42,7 @@ SESSION: dict[str, Any] = {
 
 
 def row(name: str, seed: int, **changes: object) -> Run:
-    run = Run(
-        name=name,
-        optimizer=SGD(lr=0.01, momentum=0.9, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=1, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0),
-        accumulation=1,
-        max_grad_norm=None,
-        num_epochs=3,
-        image_size=(32, 64),
-        seed=seed,
-        expect=Expect(miou=(45, 55)),
-    )
+    run = plain_row(name, warmup=1, num_epochs=3, image_size=(32, 64), seed=seed, expect=Expect(miou=(45, 55)))
     return run.model_copy(update=changes)
 
 

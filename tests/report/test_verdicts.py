@@ -14,7 +14,7 @@ from statsmodels.stats.power import TTestPower
 
 from benchmarks.false_positives import num_false, searches
 from search_spaces.runs10 import BATCHNORM, SPACE
-from tune_bisenet.config import SGD, AdamW, Augment, CrossEntropy, Expect, Run, WarmupPoly
+from tune_bisenet.config import SGD, AdamW, Augment, Expect, Run
 from tune_bisenet.plan import DataFacts, Settings, plan_runs
 from tune_bisenet.report.verdicts import (
     Claim,
@@ -552,15 +552,8 @@ def test_a_setting_that_comes_with_its_kind_is_no_thing_of_its_own() -> None:
 
 
 def test_settings_within_settings_count_each() -> None:
-    changed = Run(
-        name="y",
-        optimizer=SGD(lr=0.01, momentum=0.8, weight_decay=1e-4),
-        schedule=WarmupPoly(warmup_iterations=1100, power=0.9),
-        loss=CrossEntropy(aux_weight=1.0),
-        accumulation=1,
-        max_grad_norm=None,
-        augment=Augment(flip=0.0),
-    )
+    optimizer = SGD(lr=0.01, momentum=0.8, weight_decay=1e-4)
+    changed = row("y").model_copy(update={"optimizer": optimizer, "augment": Augment(flip=0.0)})
     assert [found.setting for found in differences(changed, R01)] == ["optimizer momentum", "augment flip"]
 
 

@@ -1,69 +1,16 @@
 """`python -m tune_bisenet.check_cluster`: our files pass once filled in, each rule refuses a file that breaks it."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from changes import Change, dropping, renaming, replacing, setting
 from files import CLUSTER, FILES, LAUNCHER_FILES, filled, written
 
 from tune_bisenet.check_cluster.__main__ import OK, WRONG, main, problems
 from tune_bisenet.check_cluster.ray_schema import prepared
 
 pytestmark = pytest.mark.usefixtures("home")
-
-Change = Callable[[Any], None]
-
-
-def setting(path: str, value: object) -> Change:
-    """Put `value` at a path such as `provider.region` or `setup_commands.0`."""
-
-    def change(document: Any) -> None:
-        *parents, last = path.split(".")
-        for key in parents:
-            document = document[int(key) if isinstance(document, list) else key]
-        document[int(last) if isinstance(document, list) else last] = value
-
-    return change
-
-
-def dropping(path: str) -> Change:
-    """Take away what is at a path."""
-
-    def change(document: Any) -> None:
-        *parents, last = path.split(".")
-        for key in parents:
-            document = document[int(key) if isinstance(document, list) else key]
-        del document[int(last) if isinstance(document, list) else last]
-
-    return change
-
-
-def renaming(path: str, name: str) -> Change:
-    """Give a key another name."""
-
-    def change(document: Any) -> None:
-        *parents, last = path.split(".")
-        for key in parents:
-            document = document[int(key) if isinstance(document, list) else key]
-        document[name] = document.pop(last)
-
-    return change
-
-
-def replacing(path: str, old: str, new: str) -> Change:
-    """Replace a part of a text."""
-
-    def change(document: Any) -> None:
-        *parents, last = path.split(".")
-        for key in parents:
-            document = document[int(key) if isinstance(document, list) else key]
-        key = int(last) if isinstance(document, list) else last
-        assert old in document[key]
-        document[key] = document[key].replace(old, new)
-
-    return change
 
 
 @pytest.mark.parametrize("name", FILES)

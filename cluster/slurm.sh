@@ -35,8 +35,9 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$private/token"
 python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
 umask 022
 
-# The nodes' local disks hold Ray's own files and the packed data. Two jobs may share a node: nothing has a fixed name.
-export RAY_TMPDIR="${TMPDIR:-/tmp}/ray-$SLURM_JOB_ID"
+# Ray's own files, on each node's disk. The name is short, since a socket's path may have 107 characters; and two jobs may
+# share a node, so nothing has a fixed name.
+export RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"
 port=$((20000 + SLURM_JOB_ID % 20000))
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
@@ -67,11 +68,19 @@ preempted() {
 trap preempted TERM
 trap end EXIT
 
-start() {  # start NODE FLAGS...: Ray on a node, for as long as this job lives
-  local node=$1
+# On a node: Ray until it is told to end, and nothing of it left behind.
+# shellcheck disable=SC2016  # the node's shell is the one to fill this in
+node='mkdir -p -m 700 "$RAY_TMPDIR"
+ray start "$@" --block --temp-dir="$RAY_TMPDIR" &
+trap "kill -TERM $! 2> /dev/null" TERM
+wait
+wait
+rm -rf "$RAY_TMPDIR"'
+
+start() {  # start NODE FLAGS...
+  local where=$1
   shift
-  srun --nodes=1 --ntasks=1 --overlap --nodelist="$node" \
-    bash -c 'mkdir -p -m 700 "$RAY_TMPDIR" && exec ray start "$@" --block --temp-dir="$RAY_TMPDIR"' ray "$@" \
+  srun --nodes=1 --ntasks=1 --overlap --nodelist="$where" bash -c "$node" ray "$@" \
     --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" &
 }
 
@@ -80,8 +89,8 @@ for _ in $(seq 60); do
   ray health-check --address "$address:$port" > /dev/null 2>&1 && break
   sleep 2
 done
-for node in "${nodes[@]:1}"; do
-  start "$node" --address="$address:$port"
+for other in "${nodes[@]:1}"; do
+  start "$other" --address="$address:$port"
 done
 
 bash cluster/search.sh "$@" --address "$address:$port" &

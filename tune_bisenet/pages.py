@@ -9,12 +9,13 @@ to storage.
 
 import argparse
 import logging
+import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,8 @@ TENSORBOARD_PORT: Final = 6006
 OPTUNA_PORT: Final = 8080
 EVERY_SECONDS: Final = 30.0
 STUDY_FILE: Final = "study.db"
+TABLE: Final = ".experiment"
+"""The end of the name of the event file that holds the table of hyper-parameters."""
 
 log = logging.getLogger(__name__)
 
@@ -118,43 +121,45 @@ def copy_pages(storage: Storage, local: Path) -> list[Path]:
     studies = []
     for file in storage.filesystem.get_file_info(selector):
         target = local / Path(file.path).relative_to(storage.path)
-        if storage.local_path is not None:
-            studies += [(file.mtime_ns, target)] if file.base_name == STUDY_FILE else []
-        elif ".tfevents." in file.base_name:
-            _append(storage, file, target)
-        elif file.base_name == STUDY_FILE:
-            _replace(storage, file, target)
+        is_study = file.base_name == STUDY_FILE
+        if is_study:
             studies.append((file.mtime_ns, target))
+        if storage.local_path is None and (is_study or ".tfevents." in file.base_name):
+            _copy(storage, file, target, _renew_study if is_study else _renew_events)
     return [target for _, target in sorted(studies)]
 
 
-def _append(storage: Storage, file: pyarrow.fs.FileInfo, target: Path) -> None:
-    """Event files only grow, and TensorBoard keeps them open: add what is new to the same file."""
-    have = target.stat().st_size if target.exists() else 0
-    if have == file.size:
-        return
-    if have > file.size:  # another search of the same name
-        target.unlink()
-        have = 0
+Renew = Callable[[Storage, pyarrow.fs.FileInfo, Path], None]
+
+
+def _copy(storage: Storage, file: pyarrow.fs.FileInfo, target: Path, renew: Renew) -> None:
+    """Renew a copy that is not of the time of its source, or an event file that has another size: times are coarse."""
+    if target.exists():
+        had = target.stat()
+        if had.st_mtime_ns == file.mtime_ns and (renew is _renew_study or had.st_size == file.size):
+            return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with storage.filesystem.open_input_file(file.path) as source, target.open("ab") as copy:
-        source.seek(have)
+    renew(storage, file, target)
+    os.utime(target, ns=(file.mtime_ns, file.mtime_ns))
+
+
+def _renew_events(storage: Storage, file: pyarrow.fs.FileInfo, target: Path) -> None:
+    """A trial's events only grow, and TensorBoard keeps the file open: add what is new. The table is written anew."""
+    have = target.stat().st_size if target.exists() else 0
+    grows = 0 < have <= file.size and not file.base_name.endswith(TABLE)
+    with storage.filesystem.open_input_file(file.path) as source, target.open("ab" if grows else "wb") as copy:
+        source.seek(have if grows else 0)
         copy.write(source.read())
 
 
-def _replace(storage: Storage, file: pyarrow.fs.FileInfo, target: Path) -> None:
+def _renew_study(storage: Storage, file: pyarrow.fs.FileInfo, target: Path) -> None:
     """By SQLite's own backup, into the same file: optuna-dashboard keeps it open."""
-    stamp = target.with_suffix(".stamp")
-    if stamp.exists() and stamp.read_text() == str(file.mtime_ns):
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(".fresh")
     with storage.filesystem.open_input_stream(file.path) as source:
         fresh.write_bytes(source.read())
     with closing(sqlite3.connect(fresh)) as source, closing(sqlite3.connect(target)) as copy:
         source.backup(copy)
     fresh.unlink()
-    stamp.write_text(str(file.mtime_ns))
 
 
 def _serve(script: str, *words: object) -> subprocess.Popen[bytes]:

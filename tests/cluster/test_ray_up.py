@@ -55,7 +55,9 @@ def up_to_the_launched_head(aws: MockAws, home: Path, cluster_file: Path) -> str
 
 
 @pytest.mark.timeout(120)
-def test_ray_up_asks_for_a_closed_head_and_nothing_else(aws: MockAws, home: Path, cluster_file: Path) -> None:
+def test_ray_up_asks_for_a_closed_head_and_nothing_else_and_ray_down_takes_it_away(
+    aws: MockAws, home: Path, cluster_file: Path
+) -> None:
     assert not list(problems(cluster_file))
     said = up_to_the_launched_head(aws, home, cluster_file)
     assert "Launched a new head node" in said, said
@@ -87,7 +89,15 @@ def test_ray_up_asks_for_a_closed_head_and_nothing_else(aws: MockAws, home: Path
     forbidden = {"CreateSecurityGroup", "AuthorizeSecurityGroupIngress", "CreateRole", "CreateInstanceProfile"}
     made_by_us = 1 + 1 + 2 + 2  # the account's own, before `ray up`
     assert sum(call["Action"] in forbidden for call in aws.calls) == made_by_us, "Ray made groups or roles of its own"
-    assert allowed("laptop.json") >= {call["Action"] for call in aws.calls[calls_of_the_account(aws) :]}
+
+    process = ray(aws, home, "down", "--yes", str(cluster_file))
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, said
+    assert states_of_instances(aws) == ["terminated"]
+    assert aws.client("ec2").describe_volumes()["Volumes"] == []
+    ours = aws.calls[calls_of_the_account(aws) :]
+    ours.remove(next(call for call in ours if call["Action"] == "DescribeVolumes"))  # this test's
+    assert {call["Action"] for call in ours} <= allowed("laptop.json")
 
 
 @pytest.mark.timeout(120)
@@ -121,23 +131,12 @@ def test_workers_are_asked_for_as_the_file_says_and_the_head_may_do_no_more_than
         assert launch["SubnetId"] == account_of(cluster_file)["subnet"]
     first = aws.calls.index(launches[0])
     assert {call["Action"] for call in aws.calls[first:]} <= allowed("head.json")
-    states = [
-        instance["State"]["Name"]
-        for reservation in aws.client("ec2").describe_instances()["Reservations"]
-        for instance in reservation["Instances"]
-    ]
-    assert states == ["terminated"] * 4
+    assert states_of_instances(aws) == ["terminated"] * 4
 
 
-@pytest.mark.timeout(120)
-def test_ray_down_takes_everything_away(aws: MockAws, home: Path, cluster_file: Path) -> None:
-    up_to_the_launched_head(aws, home, cluster_file)
-    process = ray(aws, home, "down", "--yes", str(cluster_file))
-    said, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, said
-    instances = aws.client("ec2").describe_instances()["Reservations"][0]["Instances"]
-    assert [instance["State"]["Name"] for instance in instances] == ["terminated"]
-    assert aws.client("ec2").describe_volumes()["Volumes"] == []
+def states_of_instances(aws: MockAws) -> list[str]:
+    reservations = aws.client("ec2").describe_instances()["Reservations"]
+    return [instance["State"]["Name"] for reservation in reservations for instance in reservation["Instances"]]
 
 
 def account_of(cluster_file: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA ?= streets
 
 .DEFAULT_GOAL := help
-.PHONY: help setup runs10 around10 smoke test test-browser test-postgres lint format lock tensorboard clean
+.PHONY: help setup runs10 around10 smoke test test-browser test-cluster test-postgres lint format lock tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ test-browser: setup  ## the report in a real Chromium; installs Debian's if it i
 test-postgres: setup  ## the study in a real PostgreSQL; installs Debian's if it is not there
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
 	$(BIN)/python -m pytest tests/test_study_postgres.py
+
+test-cluster: setup  ## the cluster's files and commands, against mock clouds
+	$(BIN)/python -m pytest tests/cluster
 
 lint: setup  ## formatting, lint, types, import layers
 	$(BIN)/ruff format --check

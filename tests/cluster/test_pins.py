@@ -1,0 +1,80 @@
+"""One Ray and one set of packages everywhere: every version in cluster/ is that of requirements.lock."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from files import CLUSTER, LAUNCHER_FILES, ROOT
+
+from tune_bisenet import __version__
+from tune_bisenet.check_cluster import pins
+
+
+def versions(lock: Path) -> dict[str, str]:
+    return dict(re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", lock.read_text(), flags=re.MULTILINE))
+
+
+def test_every_ray_named_in_a_cluster_file_is_the_locks() -> None:
+    named = {
+        (path.name, version)
+        for path in CLUSTER.iterdir()
+        if path.is_file() and path.suffix != ".lock"
+        for version in re.findall(r"ray[:=]*(\d+\.\d+\.\d+)", path.read_text())
+    }
+    assert {name for name, _ in named} >= {"kuberay.yaml", "Dockerfile"}
+    assert {version for _, version in named} == {pins.locked("ray")}
+    assert {document["spec"].get("rayVersion", pins.locked("ray")) for document in kuberay()} == {pins.locked("ray")}
+
+
+def test_the_image_of_kuberay_is_the_projects_version_on_rays_own_image() -> None:
+    tags = set(re.findall(r"image: \S+?:(\S+)", (CLUSTER / "kuberay.yaml").read_text()))
+    assert tags == {f"{__version__}-ray{pins.locked('ray')}"}
+    base = re.search(r"^FROM (\S+)", (CLUSTER / "Dockerfile").read_text(), flags=re.MULTILINE)
+    assert base
+    assert not list(pins.image_problems("FROM", base[1]))
+    assert "--require-hashes --requirement /opt/tune_bisenet/requirements.lock" in (CLUSTER / "Dockerfile").read_text()
+
+
+def test_both_ways_of_kuberay_run_on_the_same_cluster() -> None:
+    cluster, job = kuberay()
+    assert cluster["spec"] == job["spec"]["rayClusterSpec"]
+    assert cluster["metadata"]["labels"] != job["metadata"]["labels"]
+
+
+def test_googles_lock_is_hashed_and_agrees_with_ours() -> None:
+    ours, googles = versions(ROOT / "requirements.lock"), versions(CLUSTER / "gcp.lock")
+    assert {"google-api-python-client", "google-auth-httplib2", "cryptography"} <= googles.keys()
+    assert {name: ours[name] for name in googles if name in ours} == {n: v for n, v in googles.items() if n in ours}
+    blocks = re.split(r"^(?=[a-z])", (CLUSTER / "gcp.lock").read_text(), flags=re.MULTILINE)[1:]
+    assert all("--hash=sha256:" in block for block in blocks)
+
+
+@pytest.mark.parametrize("name", LAUNCHER_FILES)
+def test_what_is_mounted_is_what_set_up_needs(name: str) -> None:
+    mounts = yaml.safe_load((CLUSTER / name).read_text())["file_mounts"]
+    sent = {local for local in mounts.values() if not local.startswith("~")}
+    packages = {"tune_bisenet", "search_spaces"}
+    assert sent == {
+        *packages,
+        "cluster",
+        "Makefile",
+        "README.md",
+        "pyproject.toml",
+        "requirements.lock",
+        "requirements-uv.lock",
+    }
+    assert all((ROOT / local).exists() for local in sent)
+    assert all(remote == f"~/tune_bisenet/{local}" for remote, local in mounts.items() if local in sent)
+
+
+@pytest.mark.parametrize("script", sorted(CLUSTER.glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_sound_shell(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    assert script.stat().st_mode & 0o111
+    assert "set -euo pipefail" in script.read_text()
+
+
+def kuberay() -> list[dict[str, dict[str, object]]]:
+    return list(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()))

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -137,20 +137,20 @@ class _Following:
 
     async def _listen(self) -> bool:
         passed = 0  # each time the log comes from its beginning
-        async with aclosing(self._cluster.client.tail_job_logs(self._job_id)) as chunks:
-            while True:
-                try:
-                    chunk = await asyncio.wait_for(anext(chunks), SILENCE_SECONDS)
-                except StopAsyncIteration:
-                    return True
-                except TimeoutError:
-                    return False
-                new = chunk[max(0, self._shown - passed) :]
-                passed += len(chunk)
-                if new:
-                    self._heard()
-                    self._shown += len(new)
-                    self._write(new)
+        chunks = self._cluster.client.tail_job_logs(self._job_id)
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(chunks), SILENCE_SECONDS)
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:
+                return False
+            new = chunk[max(0, self._shown - passed) :]
+            passed += len(chunk)
+            if new:
+                self._heard()
+                self._shown += len(new)
+                self._write(new)
 
     def _heard(self) -> None:
         if self._pause_seconds > FIRST_PAUSE_SECONDS:

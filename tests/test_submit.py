@@ -1,0 +1,363 @@
+"""A search on a cluster, seen from outside: a real head that asks for its token, and a tunnel to it that can be cut."""
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+from driving import PROJECT, Driver, environment, epoch_numbers, make_place, on_frames, statuses, write_space
+
+from tune_bisenet.submit import main as run_submit
+
+SUBMIT = ["-m", "tune_bisenet.submit"]
+
+NUM_EPOCHS = 40
+
+IMPATIENT = """
+import sys
+from tune_bisenet import jobs_api, submit
+jobs_api.PATIENCE_SECONDS = 1.0
+sys.exit(submit.main(sys.argv[1:]))
+"""
+
+place = pytest.fixture(scope="module")(make_place)
+
+
+# --- a head and a tunnel --------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Head(Driver):
+    """`ray start --head` with two cores, in a session of its own, that knows nothing of this project."""
+
+    def __init__(self, place: Path) -> None:
+        self.port = free_port()
+        self.token = place / "token"
+        self.token.write_text(secrets.token_hex(32))
+        self.token.chmod(0o600)
+        self._log = place / "head.log"
+        python = Path(sys.executable).parent
+        there = environment(place) | self.credentials | {"PATH": f"{python}:{os.environ['PATH']}"}
+        there.pop("PYTHONPATH", None)
+        flags = ["--num-cpus=2", "--object-store-memory=100000000", f"--temp-dir={place / 'ray'}", "--block"]
+        ports = ["--port=0", f"--dashboard-port={self.port}", f"--dashboard-agent-listen-port={free_port()}"]
+        ports += [f"--ray-client-server-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0"]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [str(python / "ray"), "start", "--head", "--disable-usage-stats", *flags, *ports],
+                cwd=place,
+                env=there,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+
+    def answers(self) -> bool:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/api/version", headers={"Authorization": f"Bearer {self.token.read_text()}"}
+        )
+        with suppress(OSError), urllib.request.urlopen(request, timeout=5) as response:
+            return bool(response.status == 200)
+        return False
+
+
+class Tunnel:
+    """A port of its own that leads to another, until it is cut."""
+
+    def __init__(self, target: int) -> None:
+        self.port = free_port()
+        self._target = target
+        self._ends: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> "Tunnel":
+        self.mend()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cut()
+
+    def mend(self) -> None:
+        listener = socket.create_server(("127.0.0.1", self.port))
+        self._ends = [listener]
+        self._start(self._accept, listener)
+
+    def cut(self) -> None:
+        for end in self._ends:
+            with suppress(OSError):  # it may have been closed by its other side
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(timeout=10)
+        for end in self._ends:
+            end.close()
+        self._ends, self._threads = [], []
+
+    def _start(self, work: Callable[..., None], *ends: socket.socket) -> None:
+        thread = threading.Thread(target=work, args=ends, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = listener.accept()
+                there = socket.create_connection(("127.0.0.1", self._target))
+                self._ends += [here, there]
+                self._start(self._pump, here, there)
+                self._start(self._pump, there, here)
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while content := source.recv(65536):
+                target.sendall(content)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture(scope="module")
+def head(place: Path) -> Iterator[Head]:
+    with Head(place) as head:
+        head.until(head.answers)
+        yield head
+        head.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            head.process.wait(timeout=20)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def submit(
+    head: Head, *words: str, credentials: dict[str, str] | None = None, seconds: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """The command line to the head, run to its end."""
+    return subprocess.run(
+        [sys.executable, *SUBMIT, "--address", f"http://127.0.0.1:{head.port}", *words],
+        cwd=PROJECT,
+        env=environment(head.token.parent) | (head.credentials if credentials is None else credentials),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds,
+    )
+
+
+class Follower(Driver):
+    """The command line through a tunnel, while other things happen."""
+
+    def __init__(self, head: Head, tunnel: Tunnel, *words: str, how: list[str] = SUBMIT) -> None:
+        self._log = head.token.parent / f"{time.time_ns()}.log"
+        self._said = self._log.with_suffix(".said")
+        with self._log.open("wb") as log, self._said.open("wb") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, *how, "--address", f"http://127.0.0.1:{tunnel.port}", *words],
+                cwd=PROJECT,
+                env=environment(head.token.parent) | head.credentials,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=said,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        return self._said.read_text()
+
+
+def sessions(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads((folder / "search.json").read_text())["sessions"])
+
+
+def on_a_cluster(test: Any) -> Any:
+    """Marks a test that needs the head."""
+    for mark in (pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)):
+        test = mark(test)
+    return test
+
+
+# --- searches -------------------------------------------------------------------------------------------------------
+
+
+@on_a_cluster
+def test_a_search_is_sent_with_its_space_and_followed_to_its_end(head: Head, place: Path) -> None:
+    write_space(place / "mine.py", {"a": 0.01}, num_epochs=2)
+    with (place / "mine.py").open("a") as file:
+        file.write("import sys, tune_bisenet\nsys.stderr.write(f'sent: {tune_bisenet.__file__}\\n')\n")
+    followed = submit(head, "--", *on_frames(place, "mine.py"), "--name", "whole", seconds=150)
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert statuses(place / "whole") == {"a": "finished"}
+    assert f"sent: {place / 'ray'}" in followed.stdout, "the job runs what was sent, not what is installed"
+    assert "2/2" in followed.stdout
+    assert "submitted as job whole; it goes on without this terminal" in followed.stderr
+    assert "job whole: succeeded." in followed.stderr
+    assert f"--storage {place}, --data {place / 'frames'}: on the cluster's machines" in followed.stderr
+    record = json.loads((place / "whole" / "search.json").read_text())
+    assert record["space"]["name"] == "mine", "no path of this machine, so that it can be resumed on another cluster"
+
+
+@on_a_cluster
+def test_a_detached_search_is_followed_over_a_cut_connection_stopped_and_resumed(head: Head, place: Path) -> None:
+    write_space(place / "long.py", {"b": 0.01}, num_epochs=NUM_EPOCHS)
+    flags, folder = [*on_frames(place, "long.py"), "--name", "long"], place / "long"
+    detached = submit(head, "--no-wait", "--", *flags)
+    assert detached.returncode == 0, detached.stderr
+    assert f"--address http://127.0.0.1:{head.port} logs long" in detached.stderr
+    doubled = submit(head, "--", *flags, "--resume")
+    assert doubled.returncode == 2
+    assert re.search(r"the search long is (pending|running) as job long\. Follow it: .* logs long", doubled.stderr)
+
+    seen = follow_over_a_cut(head)
+    assert "running" in submit(head, "status", "long").stdout
+    stopped = submit(head, "stop", "long")
+    assert stopped.returncode == 0
+    assert re.search(r"job long: stopped after \d+ s\.\nGo on with it: submit --resume --name long", stopped.stderr)
+    assert [session["signal"] for session in sessions(folder)] == [signal.SIGTERM], "it ended by itself, in time"
+    assert statuses(folder) == {"b": "waiting"}
+    log = submit(head, "logs", "long")
+    assert log.returncode == 130
+    assert log.stdout.startswith(seen), "nothing was lost or doubled where the connection was cut"
+
+    again = submit(head, "--", *flags)
+    assert again.returncode == 2
+    assert "has been submitted before, as job long, which stopped" in again.stderr
+    resumed = submit(head, "--", *flags, "--resume")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "submitted as job long-2" in resumed.stderr
+    assert [session["signal"] for session in sessions(folder)] == [signal.SIGTERM, None]
+    assert epoch_numbers(folder / "b") == list(range(1, NUM_EPOCHS + 1))
+    listed = submit(head, "list").stdout
+    assert re.search(rf"^long +stopped .*{place}$", listed, flags=re.MULTILINE)
+    assert re.search(r"^long-2 +succeeded", listed, flags=re.MULTILINE)
+
+
+def follow_over_a_cut(head: Head) -> str:
+    """Follow the job `long`; what was printed until Ctrl-C, which the job does not hear."""
+    impatient = ["-c", IMPATIENT]
+    with (
+        Tunnel(head.port) as tunnel,
+        Follower(head, tunnel, "logs", "long") as follower,
+        Follower(head, tunnel, "logs", "long", how=impatient) as gives_up,
+    ):
+        follower.until(lambda: "epoch" in follower.log and "epoch" in gives_up.log)
+        tunnel.cut()
+        assert gives_up.end(seconds=30) == 75
+        assert "Job long goes on by itself. Follow it again: python -m tune_bisenet.submit" in gives_up.said
+        follower.until(lambda: "The connection is lost; job long goes on" in follower.said)
+        tunnel.mend()
+        before = len(follower.log)
+        follower.until(lambda: "Connected again" in follower.said and len(follower.log) > before)
+        os.kill(follower.process.pid, signal.SIGINT)
+        assert follower.end(seconds=20) == 130
+        assert "Job long goes on. Follow it again" in follower.said
+        assert "Traceback" not in follower.said + gives_up.said
+        return follower.log
+
+
+@on_a_cluster
+def test_what_only_the_cluster_can_see_is_wrong_gives_the_runs_exit_code(head: Head, place: Path) -> None:
+    refused = submit(head, "--", "--data", str(place / "nowhere"), "--storage", str(place), "--name", "wrong")
+    assert refused.returncode == 2
+    assert "no Cityscapes under" in refused.stdout
+    assert "failed with exit code 2" in refused.stderr
+    assert not (place / "wrong").exists()
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@on_a_cluster
+@pytest.mark.parametrize(
+    ("credentials", "said"),
+    [
+        ({}, "Set RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_MODE": "token", "HOME": "nowhere"}, "RAY_AUTH_MODE=token is set, but there is none"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "is another cluster's"),
+    ],
+)
+def test_without_the_clusters_token_nothing_is_submitted(head: Head, credentials: dict[str, str], said: str) -> None:
+    refused = submit(head, "--", "--storage", "s3://bucket/searches", "--name", "stranger", credentials=credentials)
+    assert refused.returncode == 2
+    assert f"the cluster at http://127.0.0.1:{head.port} asks for its token" in refused.stderr
+    assert said in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "stranger" not in submit(head, "list").stdout
+
+
+@on_a_cluster
+def test_a_job_that_is_not_there_is_told(head: Head) -> None:
+    for verb in ("status", "logs", "stop"):
+        unknown = submit(head, verb, "nosuch")
+        assert unknown.returncode == 2
+        assert "knows no job nosuch" in unknown.stderr
+
+
+def refusal(*words: str) -> str:
+    """What the command line says as it refuses, within seconds."""
+    ran = subprocess.run([sys.executable, *words], cwd=PROJECT, capture_output=True, text=True, check=False, timeout=30)
+    assert ran.returncode == 2
+    assert "Traceback" not in ran.stderr
+    return ran.stderr
+
+
+def test_nobody_at_the_address_is_told_within_seconds() -> None:
+    started = time.monotonic()
+    assert "no answer from a Ray dashboard" in refusal(*SUBMIT, "--address", f"http://127.0.0.1:{free_port()}", "list")
+    assert time.monotonic() - started < 15
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['aiohttp'] = None; from tune_bisenet import submit; sys.exit(submit.main(['list']))"
+    assert "pip install 'tune-bisenet[cluster]'" in refusal("-c", code)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "either the run's flags behind `--`, or one of"),
+        (["list", "--", "--space", "smoke"], "either the run's flags behind `--`, or one of"),
+        (["stop"], "stop needs a job's id"),
+        (["list", "x"], "list takes no job"),
+        (["--no-wait", "list"], "--no-wait is for a run"),
+        (["--address", "auto", "list"], "is not the address of a dashboard"),
+        (["--", "--epochs", "0"], "--storage is needed"),
+    ],
+)
+def test_words_that_do_not_fit_together_are_refused(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = run_submit(words)
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_tells_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_submit(["--help"])
+    words = capsys.readouterr().out.partition("exit codes:")[2].replace(";", " ").split()
+    assert {"0", "1", "2", "75", "130"} <= set(words)

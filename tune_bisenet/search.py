@@ -37,10 +37,17 @@ from tune_bisenet.supply import Supply
 from tune_bisenet.tracking import write_experiment
 
 MAX_FAILURES: Final = 3
-"""How often a trial is put back to its last epoch before it counts as failed."""
+"""How often in a row, without an epoch between, a trial is put back to its last epoch before it counts as failed.
+
+A lost node, a killed worker or a hiccup of the storage costs an unfinished epoch, however often; what cannot go on, or
+takes its node down each time, comes to an end. Ray itself counts nothing where it was told of a preemption (`spot`).
+"""
 
 SECONDS_BETWEEN_BOARDS: Final = 30.0
 """TensorBoard's table is written anew for each trial that a study adds, but not more often."""
+
+SECONDS_WITHOUT_TRIAL: Final = 600.0
+"""After which it is said that trials wait for a node: a machine of a cloud takes minutes to come."""
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +224,7 @@ class _Recorder(Callback):
         self._limits = limits
         self._gpus_per_trial = gpus_per_trial
         self._outcome = outcome
+        self._ran_at = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks for a restore that never comes
@@ -234,6 +242,7 @@ class _Recorder(Callback):
         self._ledger.write_if_due()
         self._supply.heard(name, epoch=result["epoch"], miou=result["miou"])
         if is_new:
+            trial.max_failures = trial.num_failures + MAX_FAILURES
             self._progress.epoch_done(name, _epoch_of(result))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -250,6 +259,7 @@ class _Recorder(Callback):
         self._show()
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self._say_if_none_runs(trials)
         if not self._outcome.is_cut_off and self.is_cut_off():
             signal.raise_signal(signal.SIGUSR1)  # Tune then ends as it does for a person: trials wait to be resumed
 
@@ -260,6 +270,14 @@ class _Recorder(Callback):
             hours = sum(standing.seconds for standing in self._ledger.standings) * self._gpus_per_trial / 3600
             self._outcome.limit = self._limits.used_up(seconds=self._ledger.seconds, gpu_hours=hours)
         return self._outcome.is_cut_off
+
+    def _say_if_none_runs(self, trials: list[Trial]) -> None:
+        now = time.monotonic()
+        if any(trial.status == Trial.RUNNING for trial in trials):
+            self._ran_at = now
+        elif now - self._ran_at > SECONDS_WITHOUT_TRIAL:
+            log.warning("No trial runs: they wait for a node that can hold one. `ray status` says why none comes.")
+            self._ran_at = now
 
     def _show(self) -> None:
         self._progress.update([*self._ledger.standings, *self._supply.to_come()])

@@ -22,7 +22,6 @@ from driving import (
     make_place,
     on_frames,
     results,
-    statuses,
     write_space,
 )
 from nodes import Nodes
@@ -31,8 +30,8 @@ from tune_bisenet.search import MAX_FAILURES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
-NUM_EPOCHS = 10
-TRIALS = ("a", "b", "c")
+NUM_EPOCHS = 60
+TRIALS = ("a", "b")
 TOKEN = "0123456789abcdef" * 4
 
 place = pytest.fixture(scope="module")(make_place)
@@ -51,11 +50,11 @@ def folder(place: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> list[dict[str, str]]:
     """The leaderboard of a search on one machine of its own."""
-    write_space(place / "space.py", {"a": 0.01, "b": 0.001, "c": 0.05}, num_epochs=NUM_EPOCHS, baseline="a")
+    write_space(place / "space.py", {"a": 0.01, "b": 0.001}, num_epochs=NUM_EPOCHS, baseline="a")
     with Driver(place, *flags(place, "undisturbed")) as driver:
         assert driver.end() == 0
     board = results(place / "undisturbed")
-    assert [row["status"] for row in board] == ["finished"] * 3
+    assert [row["status"] for row in board] == ["finished"] * 2
     shutil.rmtree(place / "undisturbed")
     return board
 
@@ -64,10 +63,9 @@ def flags(place: Path, name: str, *more: str) -> list[str]:
     return [*on_frames(place), "--scheduler", "fifo", "--cpus-per-trial", "1", "--name", name, *more]
 
 
-def is_midway_on(nodes: Nodes, node_id: str, folder: Path) -> bool:
-    """Whether that node trains, and every trial begun has a state to go back to and epochs to go."""
-    begun = [len(epochs(folder / trial)) for trial, status in statuses(folder).items() if status == "running"]
-    return len(begun) == 2 and all(2 <= count <= NUM_EPOCHS - 3 for count in begun) and bool(nodes.trainers(node_id))
+def is_midway(folder: Path) -> bool:
+    """Whether every trial has a state to go back to, and epochs to go."""
+    return all(2 <= len(epochs(folder / trial)) <= NUM_EPOCHS - 3 for trial in TRIALS)
 
 
 def failures(folder: Path) -> list[str]:
@@ -99,7 +97,8 @@ def test_a_node_drained_at_its_notice_and_one_simply_gone_change_no_result(
         ) as driver,
         watcher(nodes, cloud, place, "--node-id", nodes.ids[1]) as watching,
     ):
-        driver.until(lambda: is_midway_on(nodes, nodes.ids[1], folder))
+        driver.until(lambda: is_midway(folder))
+        assert nodes.trainers(nodes.ids[1])
         cloud.takes_away(seconds=4)
         _, said = watching.communicate(timeout=60)
         assert watching.returncode == 0, said
@@ -108,8 +107,9 @@ def test_a_node_drained_at_its_notice_and_one_simply_gone_change_no_result(
         time.sleep(2)  # trials go on until the machine is really gone
         nodes.remove(nodes.ids[1])
         third = nodes.add(1)
-        driver.until(lambda: is_midway_on(nodes, nodes.ids[2], folder) and bool(nodes.trainers(third)))
+        driver.until(lambda: bool(nodes.trainers(third)))
         drained = failures(folder)
+        assert is_midway(folder)
         nodes.remove(nodes.ids[2])
         assert driver.end() == 0
     assert results(folder) == undisturbed
@@ -117,7 +117,7 @@ def test_a_node_drained_at_its_notice_and_one_simply_gone_change_no_result(
         assert epoch_numbers(folder / trial) == list(range(1, NUM_EPOCHS + 1))
     assert before == []
     assert drained == ["0"], "put back once, and not counted"
-    assert failures(folder) == ["0", "1"]
+    assert sorted(failures(folder)) == ["0", "1"]
 
 
 def test_a_watcher_that_is_told_no_node_drains_the_one_it_runs_on(place: Path, cloud: Cloud) -> None:

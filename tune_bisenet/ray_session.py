@@ -184,9 +184,7 @@ def check_shared(folder: Path, cluster: Cluster) -> None:
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as probe:
         asked = [
-            _sees.options(  # type: ignore[attr-defined]
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)  # type: ignore[no-untyped-call]
-            ).remote(probe.name)
+            _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(probe.name)
             for node in cluster.nodes
         ]
         try:
@@ -211,6 +209,7 @@ def _configure_environment() -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours tells apart who asked, for the exit code
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its reporter prints a box of its own, even when silent
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # ours says it calmly where a machine was taken away
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # its HParams show the last mIoU, not the best
     # By default a searcher's trials wait for one actor at a time, so that short ones never run side by side.
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(PENDING_TRIALS))

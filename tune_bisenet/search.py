@@ -6,6 +6,7 @@ driver, the next one starts a new Tune experiment over what is left, and each tr
 
 import logging
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -18,7 +19,7 @@ from types import FrameType
 from typing import Any, Final
 
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.tune import Callback
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
@@ -252,9 +253,18 @@ class _Recorder(Callback):
         self._supply.ended(self._ledger[name])
         self._show()
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        error = _error_of(trial)
+        if isinstance(error, RayActorError):  # no fault of the trial's, most of the time
+            words = f"lost its process ({_last_line(error)}); it goes on from its last epoch, where there is room."
+        else:
+            words = f"failed and is tried again from its last epoch:\n{error}"
+        log.warning("%s %s", trial_name(trial), words)
+
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        name = trial_name(trial)
-        self._ledger.failed(name, _last_line(trial.get_pickled_error()))
+        name, error = trial_name(trial), _error_of(trial)
+        log.error("%s failed:\n%s", name, error)
+        self._ledger.failed(name, _last_line(error))
         self._supply.ended(self._ledger[name])
         self._show()
 
@@ -285,6 +295,14 @@ class _Recorder(Callback):
 
 def _epoch_of(result: dict[str, Any]) -> Epoch:
     return Epoch(**{field.name: result[field.name] for field in fields(Epoch)})
+
+
+def _error_of(trial: Trial) -> BaseException | None:
+    """The last error, as the driver has it at hand: on storage it is later."""
+    if trial.pickled_error_file is None or not Path(trial.pickled_error_file).exists():
+        return None
+    error: BaseException = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return error
 
 
 def _last_line(error: BaseException | None) -> str:

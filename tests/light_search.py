@@ -286,7 +286,7 @@ class Search:
             suggested=suggested,
             known=self.known,
             limit=self.limit,
-            at_once=self.at_once,
+            at_once=lambda: self.at_once,
             num_epochs=NUM_EPOCHS,
             snapshot=self.place.snapshot,
         )

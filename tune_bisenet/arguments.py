@@ -88,10 +88,17 @@ def _goals(values: tuple[Objective, ...]) -> tuple[Objective, ...]:
     return values
 
 
+def _whole_above_one(value: float) -> float:
+    if value > 1 and not value.is_integer():
+        raise ValueError(f"{value:g} is more than one GPU and not a whole number of them: Ray gives out 0.5, 1 or 2.")
+    return value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_unique)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(_unique)]
 Size = Annotated[tuple[int, int], BeforeValidator(_size)]
 Seconds = Annotated[PositiveFloat, BeforeValidator(_duration)]
+Gpus = Annotated[NonNegativeFloat, AfterValidator(_whole_above_one)]
 Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_split), AfterValidator(_goals)]
 Scheduler = Literal["asha", "median", "fifo"]
 
@@ -124,9 +131,10 @@ class Arguments(Frozen):
     gpu_hours: PositiveFloat | None = None
     confirm: PositiveInt | None = None
 
-    gpus_per_trial: NonNegativeFloat | None = None
+    gpus_per_trial: Gpus | None = None
     cpus_per_trial: PositiveInt | None = None
     max_concurrent: PositiveInt | None = None
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     storage: str = "results"
     name: Annotated[str, BeforeValidator(_name)] | None = None
     resume: bool = False

@@ -139,7 +139,8 @@ def _print_line(console: Console, line: str | Text) -> None:
 def _device(flight: Flight, resources: Resources) -> str:
     each = f"{resources.gpus_per_trial:g} GPU, " if resources.gpus_per_trial else ""
     cores = f"{resources.cpus_per_trial} CPU core{'s' if resources.cpus_per_trial > 1 else ''}"
-    return f"{resources.concurrency} trials at once, {each}{cores} each, {flight.choices.precision}"
+    more = ", more as the cluster starts nodes for those that wait" if resources.grows else ""
+    return f"{resources.concurrency} trials at once{more}, {each}{cores} each, {flight.choices.precision}"
 
 
 def _scheduler(flight: Flight) -> str:

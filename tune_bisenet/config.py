@@ -258,6 +258,8 @@ class Resources(Frozen):
     """A bound that was asked for; None for as many as fit."""
     concurrency: PositiveInt
     """How many trials fit at once."""
+    grows: bool = False
+    """Whether more will fit, as the cluster starts nodes for those that wait."""
 
 
 def fingerprint(value: object) -> str:

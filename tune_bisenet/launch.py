@@ -1,6 +1,6 @@
 """One session of a search, from a checked `Flight` to an exit code: ledger, supply, scheduler, search, report."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, assert_never
@@ -39,12 +39,14 @@ def launch(flight: Flight, console: Console, command: list[str]) -> int:
     """Run the session; its exit code. InUseError, ClusterError or StudyError if it cannot begin."""
     with ledger.exclusive(flight.folder), ray_session.ray_session(flight.arguments.address) as cluster:
         num_trials = flight.num_trials or UNBOUNDED_TRIALS
-        resources = ray_session.allot(cluster, flight.arguments, num_trials=num_trials)
+        resources = ray_session.allot(cluster(), flight.arguments, num_trials=num_trials)
+        if flight.arguments.address and flight.folder.local_path is not None:
+            ray_session.check_shared(flight.folder.local_path.parent, cluster())
         if flight.limits.gpu_hours is not None and not resources.gpus_per_trial:
             raise ray_session.ClusterError(
                 "--gpu-hours: trials here have no GPU. Bound the search by --time-budget or --trials."
             )
-        return _Session.of(flight, resources).run(console, command)
+        return _Session.of(flight, resources, at_once=lambda: cluster().can_take(resources)).run(console, command)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +55,17 @@ class _Session:
 
     flight: Flight
     resources: Resources
+    at_once: Callable[[], int]
+    """How many trials a study may have out at the moment."""
     job: Job
     book: Ledger
     scheduler: EarlyStopping
     board: Board
 
     @classmethod
-    def of(cls, flight: Flight, resources: Resources) -> "_Session":
-        job = flight.job(cpus_per_trial=resources.cpus_per_trial, use_gpu=resources.gpus_per_trial > 0)
+    def of(cls, flight: Flight, resources: Resources, *, at_once: Callable[[], int]) -> "_Session":
+        use_gpu = resources.gpus_per_trial > 0 and flight.arguments.device != "cpu"
+        job = flight.job(cpus_per_trial=resources.cpus_per_trial, use_gpu=use_gpu)
         kept = ledger.read_trials(flight.folder)
         runs = _runs(flight, job)
         scheduler = EarlyStopping(_judge(flight, kept.scheduler))
@@ -75,7 +80,15 @@ class _Session:
             seconds_before=kept.seconds,
         )
         board = Board(flight.folder, runs)
-        return cls(flight=flight, resources=resources, job=job, book=book, scheduler=scheduler, board=board)
+        return cls(
+            flight=flight,
+            resources=resources,
+            at_once=at_once,
+            job=job,
+            book=book,
+            scheduler=scheduler,
+            board=board,
+        )
 
     def run(self, console: Console, command: list[str]) -> int:
         flight, runs = self.flight, _runs(self.flight, self.job)
@@ -134,7 +147,7 @@ class _Session:
             suggested=sampling.suggested,
             known=sampling.known,
             limit=flight.limits.trials,
-            at_once=self.resources.concurrency,
+            at_once=self.at_once,
             num_epochs=flight.example.num_epochs,
             snapshot=sampling.place.snapshot,
         )

@@ -148,8 +148,18 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
     add(
         "--gpus-per-trial", metavar="X", help="may be a fraction: trials then share a GPU (default: 1 if there are any)"
     )
-    add("--cpus-per-trial", metavar="N", help="default: the machine's cores divided by the trials that run at once")
+    add(
+        "--cpus-per-trial",
+        metavar="N",
+        help="default: the machine's cores divided by the trials that run at once; 1 on a cluster without nodes as yet",
+    )
     add("--max-concurrent", metavar="N", help="at most so many trials at once")
+    add(
+        "--device",
+        metavar="auto|cuda|cpu",
+        help="cuda: no trial without a GPU; cpu: train on the CPU, whatever GPUs are asked for (default: auto, on the "
+        "GPU where trials are given one)",
+    )
     add("--storage", metavar="DIR_OR_URI", help="where searches are kept (default: results)")
     add("--name", metavar="NAME", help="of this search, a folder in the storage (default: the space and the time)")
     add("--resume", action="store_true", help="go on with the search of that name; failed trials are tried again")

@@ -6,6 +6,7 @@ driver, the next one starts a new Tune experiment over what is left, and each tr
 
 import logging
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -18,7 +19,7 @@ from types import FrameType
 from typing import Any, Final
 
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.tune import Callback
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
@@ -37,10 +38,17 @@ from tune_bisenet.supply import Supply
 from tune_bisenet.tracking import write_experiment
 
 MAX_FAILURES: Final = 3
-"""How often a trial is put back to its last epoch before it counts as failed."""
+"""How often in a row, without an epoch between, a trial is put back to its last epoch before it counts as failed.
+
+A lost node, a killed worker or a hiccup of the storage costs an unfinished epoch, however often; what cannot go on, or
+takes its node down each time, comes to an end. Ray itself counts nothing where it was told of a preemption (`spot`).
+"""
 
 SECONDS_BETWEEN_BOARDS: Final = 30.0
 """TensorBoard's table is written anew for each trial that a study adds, but not more often."""
+
+SECONDS_WITHOUT_TRIAL: Final = 600.0
+"""After which it is said that trials wait for a node: a machine of a cloud takes minutes to come."""
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +225,7 @@ class _Recorder(Callback):
         self._limits = limits
         self._gpus_per_trial = gpus_per_trial
         self._outcome = outcome
+        self._ran_at = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks for a restore that never comes
@@ -234,6 +243,7 @@ class _Recorder(Callback):
         self._ledger.write_if_due()
         self._supply.heard(name, epoch=result["epoch"], miou=result["miou"])
         if is_new:
+            trial.max_failures = trial.num_failures + MAX_FAILURES
             self._progress.epoch_done(name, _epoch_of(result))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -243,13 +253,23 @@ class _Recorder(Callback):
         self._supply.ended(self._ledger[name])
         self._show()
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        error = _error_of(trial)
+        if isinstance(error, RayActorError):  # no fault of the trial's, most of the time
+            words = f"lost its process ({_last_line(error)}); it goes on from its last epoch, where there is room."
+        else:
+            words = f"failed and is tried again from its last epoch:\n{error}"
+        log.warning("%s %s", trial_name(trial), words)
+
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        name = trial_name(trial)
-        self._ledger.failed(name, _last_line(trial.get_pickled_error()))
+        name, error = trial_name(trial), _error_of(trial)
+        log.error("%s failed:\n%s", name, error)
+        self._ledger.failed(name, _last_line(error))
         self._supply.ended(self._ledger[name])
         self._show()
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self._say_if_none_runs(trials)
         if not self._outcome.is_cut_off and self.is_cut_off():
             signal.raise_signal(signal.SIGUSR1)  # Tune then ends as it does for a person: trials wait to be resumed
 
@@ -261,12 +281,28 @@ class _Recorder(Callback):
             self._outcome.limit = self._limits.used_up(seconds=self._ledger.seconds, gpu_hours=hours)
         return self._outcome.is_cut_off
 
+    def _say_if_none_runs(self, trials: list[Trial]) -> None:
+        now = time.monotonic()
+        if any(trial.status == Trial.RUNNING for trial in trials):
+            self._ran_at = now
+        elif now - self._ran_at > SECONDS_WITHOUT_TRIAL:
+            log.warning("No trial runs: they wait for a node that can hold one. `ray status` says why none comes.")
+            self._ran_at = now
+
     def _show(self) -> None:
         self._progress.update([*self._ledger.standings, *self._supply.to_come()])
 
 
 def _epoch_of(result: dict[str, Any]) -> Epoch:
     return Epoch(**{field.name: result[field.name] for field in fields(Epoch)})
+
+
+def _error_of(trial: Trial) -> BaseException | None:
+    """The last error, as the driver has it at hand: on storage it is later."""
+    if trial.pickled_error_file is None or not Path(trial.pickled_error_file).exists():
+        return None
+    error: BaseException = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return error
 
 
 def _last_line(error: BaseException | None) -> str:

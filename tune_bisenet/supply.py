@@ -98,7 +98,7 @@ class Declared:
 class Asked:
     """Trials that a study suggests. Each is written to its folder before it starts.
 
-    At most `at_once` are out at a time: what is asked ahead is asked before the sampler has heard of those running.
+    At most `at_once()` are out at a time: what is asked ahead is asked before the sampler has heard of those running.
     A database that does not answer for a while costs nothing: the study is brought in line when it does again.
     """
 
@@ -111,7 +111,7 @@ class Asked:
         suggested: Mapping[str, Suggested],
         known: Sequence[Known],
         limit: int | None,
-        at_once: int,
+        at_once: Callable[[], int],
         num_epochs: int,
         snapshot: Callable[[], None],
     ) -> None:
@@ -139,7 +139,7 @@ class Asked:
         return bool(begun) or self._limit is None or len(self._suggested) < self._limit
 
     def next(self) -> tuple[str, Run] | None:
-        if len(self._live) >= self._at_once or not self._catch_up():
+        if len(self._live) >= self._at_once() or not self._catch_up():
             return None
         suggested = None
         with self._tolerated():

@@ -41,7 +41,17 @@ log = logging.getLogger(__name__)
 
 def train(config: dict[str, Any], *, job: dict[str, Any]) -> None:
     """Tune's function trainable. `config["run"]` is a `Run` and `job` a `Job`, both as plain dicts."""
+    _check_shared(Storage.at(job["storage"]))
     run_trial(Run.model_validate(config["run"]), Job.model_validate(job), report=tune.report)
+
+
+def _check_shared(search: Storage) -> None:
+    """ValueError if this node does not see the search's folder: it would write to a disk of its own."""
+    if search.local_path is not None and not search.exists():
+        raise ValueError(
+            f"this node does not see {search.path}: on several machines --storage must be a URI, such as "
+            "s3://bucket/searches, or a path that all of them share."
+        )
 
 
 def run_trial(run: Run, job: Job, *, report: Callable[[dict[str, Any]], None]) -> None:

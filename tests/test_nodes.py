@@ -1,0 +1,150 @@
+"""Machines that are taken away from a search, with and without notice: its results are those of one left in peace."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import clouds
+import pytest
+from clouds import Cloud
+from driving import (
+    PROJECT,
+    Driver,
+    end_process,
+    environment,
+    epoch_numbers,
+    epochs,
+    make_place,
+    on_frames,
+    results,
+    write_space,
+)
+from nodes import Nodes
+
+from tune_bisenet.search import MAX_FAILURES
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+NUM_EPOCHS = 60
+TRIALS = ("a", "b")
+TOKEN = "0123456789abcdef" * 4
+
+place = pytest.fixture(scope="module")(make_place)
+cloud = pytest.fixture(clouds.serve)
+
+
+@pytest.fixture
+def folder(place: Path) -> Iterator[Path]:
+    """The folder of this test's search."""
+    folder = place / "search"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(place / "ray", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> list[dict[str, str]]:
+    """The leaderboard of a search on one machine of its own."""
+    write_space(place / "space.py", {"a": 0.01, "b": 0.001}, num_epochs=NUM_EPOCHS, baseline="a")
+    with Driver(place, *flags(place, "undisturbed")) as driver:
+        assert driver.end() == 0
+    board = results(place / "undisturbed")
+    assert [row["status"] for row in board] == ["finished"] * 2
+    shutil.rmtree(place / "undisturbed")
+    return board
+
+
+def flags(place: Path, name: str, *more: str) -> list[str]:
+    return [*on_frames(place), "--scheduler", "fifo", "--cpus-per-trial", "1", "--name", name, *more]
+
+
+def is_midway(folder: Path) -> bool:
+    """Whether every trial has a state to go back to, and epochs to go."""
+    return all(2 <= len(epochs(folder / trial)) <= NUM_EPOCHS - 3 for trial in TRIALS)
+
+
+def failures(folder: Path) -> list[str]:
+    """Ray's own count at each time that a trial was put back."""
+    logs = [path.read_text() for path in (folder.parent / "ray").rglob("driver_artifacts/*/error.txt")]
+    return [line.split()[2] for text in logs for line in text.splitlines() if line.startswith("Failure #")]
+
+
+def watcher(nodes: Nodes, cloud: Cloud, place: Path, *flags: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tune_bisenet.spot", "--cloud", "aws", "--metadata-url", cloud.url]
+    return subprocess.Popen(
+        [*command, "--poll-seconds", "0.2", "--address", nodes.address, *flags],
+        cwd=PROJECT,
+        env=environment(place) | nodes.variables,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_node_drained_at_its_notice_and_one_simply_gone_change_no_result(
+    place: Path, folder: Path, undisturbed: list[dict[str, str]], cloud: Cloud
+) -> None:
+    # In a job of Ray's Jobs API that sets for its workers what we set for ours, on a cluster that asks for a token.
+    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"env_vars": {"RAY_CHDIR_TO_TRIAL_DIR": "0"}}})}
+    with (
+        Nodes(place, 0, 1, 1, token=TOKEN) as nodes,
+        Driver(
+            place, *flags(place, folder.name, "--address", nodes.address), variables=nodes.variables | job
+        ) as driver,
+        watcher(nodes, cloud, place, "--node-id", nodes.ids[1]) as watching,
+    ):
+        driver.until(lambda: is_midway(folder))
+        assert nodes.trainers(nodes.ids[1])
+        cloud.takes_away(seconds=4)
+        _, said = watching.communicate(timeout=60)
+        assert watching.returncode == 0, said
+        assert "AWS will terminate this machine" in said
+        before = failures(folder)
+        time.sleep(2)  # trials go on until the machine is really gone
+        nodes.remove(nodes.ids[1])
+        third = nodes.add(1)
+        driver.until(lambda: bool(nodes.trainers(third)))
+        drained = failures(folder)
+        assert is_midway(folder)
+        nodes.remove(nodes.ids[2])
+        assert driver.end() == 0
+    assert results(folder) == undisturbed
+    for trial in TRIALS:
+        assert epoch_numbers(folder / trial) == list(range(1, NUM_EPOCHS + 1))
+    assert before == []
+    assert drained == ["0"], "put back once, and not counted"
+    assert sorted(failures(folder)) == ["0", "1"]
+
+
+def test_a_watcher_that_is_told_no_node_drains_the_one_it_runs_on(place: Path, cloud: Cloud) -> None:
+    with Nodes(place, 1, token=TOKEN) as nodes, watcher(nodes, cloud, place) as watching:
+        cloud.takes_away(seconds=120)
+        _, said = watching.communicate(timeout=60)
+        assert watching.returncode == 0, said
+        deadline = time.monotonic() + 20
+        while nodes.lives(nodes.ids[0]):  # a drained node that has nothing to do leaves by itself
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_a_trial_may_be_lost_any_number_of_times_if_it_gets_on_between(
+    place: Path, folder: Path, undisturbed: list[dict[str, str]]
+) -> None:
+    num_kills = MAX_FAILURES + 2
+    with Driver(place, *flags(place, folder.name, "--runs", "a")) as driver:
+        for count in range(1, num_kills + 1):
+            driver.until(lambda count=count: len(epochs(folder / "a")) > count and bool(driver.trainers()))  # type: ignore[misc]
+            for pid in driver.trainers():
+                end_process(pid, signal.SIGTERM if count % 2 else signal.SIGKILL)
+            driver.until(lambda count=count: len(failures(folder)) >= count)  # type: ignore[misc]
+        assert driver.end() == 0
+    assert best_of(results(folder)) == best_of(undisturbed)
+    assert failures(folder)[-1] == str(num_kills)
+
+
+def best_of(board: list[dict[str, str]], trial: str = "a") -> str:
+    return next(row["best_miou"] for row in board if row["trial"] == trial)

@@ -40,11 +40,16 @@ def launch(flight: Flight, console: Console, command: list[str]) -> int:
     with ledger.exclusive(flight.folder), ray_session.ray_session(flight.arguments.address) as cluster:
         num_trials = flight.num_trials or UNBOUNDED_TRIALS
         resources = ray_session.allot(cluster, flight.arguments, num_trials=num_trials)
-        if flight.limits.gpu_hours is not None and not resources.gpus_per_trial:
-            raise ray_session.ClusterError(
-                "--gpu-hours: trials here have no GPU. Bound the search by --time-budget or --trials."
-            )
+        check_limits(flight.limits, resources)
         return _Session.of(flight, resources).run(console, command)
+
+
+def check_limits(limits: Limits, resources: Resources) -> None:
+    """ClusterError for a limit that trials with these resources never reach."""
+    if limits.gpu_hours is not None and not resources.gpus_per_trial:
+        raise ray_session.ClusterError(
+            "--gpu-hours: trials here have no GPU. Bound the search by --time-budget or --trials."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,7 @@ class _Session:
         self.book.write()
         supply = self._supply(flight.sampling) if flight.sampling else Declared(runs, self.book)
         self.board.write()
-        briefing.print_plan(console, flight, self.resources, runs)
+        briefing.print_plan(console, flight, self.resources, runs, self.book.standings)
         with Progress(console) as progress, keeper.kept_current(flight.folder):
             progress.update([*self.book.standings, *supply.to_come()])
             outcome = self._search(supply, flight.limits, progress)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from tune_bisenet import forecast, plan, promises
@@ -19,6 +20,10 @@ from tune_bisenet.report import leaderboard
 from tune_bisenet.results import Standing
 from tune_bisenet.search import Outcome
 from tune_bisenet.spaces import Sampled
+
+TITLE_WIDTH: Final = 11
+COPIED: Final = frozenset({"search", "data", "results", "watch", "study", "resume"})
+"""Titles of lines with paths and commands."""
 
 CONFIRMED_RUNS: Final = 3
 """At most so many runs get fresh seeds by `--confirm`: the best, the best row, and the baseline."""
@@ -39,19 +44,25 @@ def print_survey(console: Console, survey: Survey, outlook: Outlook) -> None:
 
 
 def _print_page(console: Console, lines: Sequence[Line], outlook: Outlook) -> None:
-    console.print()
-    for title, text in lines:
-        _print_line(console, _titled(title, text))
     found = promises.of(outlook)
-    for title, text in promises.line(outlook, found):
-        _print_line(console, _titled(title, text))
+    console.print()
+    for title, text in [*lines, *promises.line(outlook, found)]:
+        _print_titled(console, title, text)
     if found:
         console.print(promises.table(found))
     console.print()
 
 
-def _titled(title: str, text: str) -> Text:
-    return Text.assemble((f"{title:<11}", "bold"), text)
+def _print_titled(console: Console, title: str, text: str) -> None:
+    """In a terminal, prose is broken under itself. Paths and commands never are, nor is anything in a log."""
+    if not console.is_terminal or title in COPIED:
+        _print_line(console, Text.assemble((f"{title:<{TITLE_WIDTH}}", "bold"), text))
+        return
+    line = Table.grid()
+    line.add_column(width=TITLE_WIDTH, style="bold")
+    line.add_column()
+    line.add_row(Text(title), Text(text))
+    console.print(line)
 
 
 def outlook_of(flight: Flight, resources: Resources, runs: Mapping[str, Run], standings: Sequence[Standing]) -> Outlook:

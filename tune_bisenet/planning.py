@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tune_bisenet import briefing, forecast, ledger, ray_session, rehearsal, timing
 from tune_bisenet.arguments import Arguments
+from tune_bisenet.data.source import DataError
 from tune_bisenet.forecast import Speed, Work
 from tune_bisenet.launch import UNBOUNDED_TRIALS, check_limits
 from tune_bisenet.outlook import Outlook
@@ -22,14 +23,14 @@ from tune_bisenet.results import Standing
 from tune_bisenet.spaces import Sampled
 from tune_bisenet.timing import ProbeError
 
-CANNOT_PLAN: Final = (ray_session.ClusterError,)
+CANNOT_PLAN: Final = (ray_session.ClusterError, DataError)
 
 CORES_PER_GPU: Final = 4
 """Of a cluster that is not there yet: what the smallest cloud machines have beside a GPU."""
 
 
 def print_page(console: Console, survey: Survey) -> None:
-    """Say it. ClusterError if there is no such cluster, or if it cannot hold a trial."""
+    """Say it. ClusterError if no such cluster can hold a trial, DataError if a frame is damaged."""
     sampled = isinstance(survey.space, Sampled)
     num_trials = (survey.limits.trials or UNBOUNDED_TRIALS) if sampled else len(survey.runs)
     resources = ray_session.allot(_cluster(survey.arguments), survey.arguments, num_trials=num_trials)

@@ -69,7 +69,7 @@ def _plan(asked: "Arguments", mistyped: dict[str, str], console: "Console") -> i
     try:
         planning.print_page(console, survey)
     except planning.CANNOT_PLAN as error:
-        return _refuse([str(error)])
+        return _refuse(str(error).splitlines())
     return OK
 
 

@@ -56,7 +56,10 @@ class Timings:
 
 
 def time_trials(source: Source, runs: Sequence[Run], resources: Resources, precision: Precision) -> Timings:
-    """Time the kinds of epochs in `runs`. ProbeError, with the probe's last words, if no trial can be trained here."""
+    """Time the kinds of epochs in `runs`.
+
+    ProbeError, with the probe's last words, if no trial can be trained here; DataError if a frame is damaged.
+    """
     kinds = commonest(runs)
     timed = kinds[:MOST_KINDS]
     side_by_side = _side_by_side(resources)

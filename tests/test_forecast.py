@@ -147,6 +147,7 @@ def test_ended_trials_are_not_trained_again_and_others_go_on() -> None:
     work = grid_work(rows, known)
     assert [(run.name, done) for run, done in work.left] == [("b", 4), ("c", 6), ("d", 0)]
     assert work.runs == tuple(rows)
+    assert [run.name for run, _done in grid_work(rows, known, only=["c"]).left] == ["c"]
 
 
 def test_a_study_begins_with_its_rows_and_draws_the_rest() -> None:

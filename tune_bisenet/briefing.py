@@ -84,7 +84,7 @@ def outlook_of(flight: Flight, resources: Resources, runs: Mapping[str, Run], st
 
 def _work(flight: Flight, runs: Mapping[str, Run], standings: Sequence[Standing]) -> Work:
     if flight.sampling is None:
-        return forecast.grid_work(list(runs.values()), standings)
+        return forecast.grid_work(list(runs.values()), standings, only=flight.arguments.rerun)
     suggested = flight.sampling.suggested.values()
     begun = [one.run for one in suggested if one.origin != "confirm"]
     return forecast.sampled_work(

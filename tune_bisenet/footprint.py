@@ -16,8 +16,9 @@ from tune_bisenet.config import SGD, Precision, Run
 from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.model import BiSeNet
 
-LOVASZ_COPIES: Final = 8
-"""How many float32 tensors of B x C x H x W Lovász-Softmax holds at its height, its int64 bins counting as two."""
+LOVASZ_COPIES: Final = 9
+"""How many float32 tensors of B x C x H x W Lovász-Softmax holds at its height: 8.4 to 8.8 by a process's memory, at
+256x512 and 512x1024 (2026-11-23)."""
 
 CONTEXT_BYTES: Final = 10**9
 """What CUDA, cuDNN's workspace and torch's unused blocks take on a card beside all tensors: roughly."""

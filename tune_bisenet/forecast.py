@@ -12,7 +12,7 @@ Neither words nor files, and no torch: where speeds come from is not known here.
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Final, NamedTuple, Protocol
@@ -203,13 +203,14 @@ class Work:
 ENDLESS_SAMPLE: Final = 100
 
 
-def grid_work(runs: Sequence[Run], standings: Iterable[Standing]) -> Work:
-    """Of declared runs; `standings` are those of earlier sessions."""
+def grid_work(runs: Sequence[Run], standings: Iterable[Standing], *, only: Collection[str] | None = None) -> Work:
+    """Of declared runs; `standings` are those of earlier sessions. The session may be about the rows `only`."""
     known = {(standing.run, standing.seed): standing for standing in standings}
     left = []
     for run in runs:
         standing = known.get((run.name, run.seed))
-        if standing is None or standing.status not in ENDED_WELL:
+        has_ended = standing is not None and standing.status in ENDED_WELL
+        if not has_ended and (only is None or run.name in only):
             left.append((run, standing.epochs if standing else 0))
     return Work(left=tuple(left), runs=tuple(runs))
 

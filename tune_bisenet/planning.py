@@ -36,7 +36,8 @@ def print_page(console: Console, survey: Survey) -> None:
     resources = ray_session.allot(_cluster(survey.arguments), survey.arguments, num_trials=num_trials)
     check_limits(survey.limits, resources)
     standings = ledger.read_trials(survey.folder).standings if survey.arguments.continues else ()
-    work = _sampled_work(survey, standings) if sampled else forecast.grid_work(survey.runs, standings)
+    only = survey.arguments.rerun
+    work = _sampled_work(survey, standings) if sampled else forecast.grid_work(survey.runs, standings, only=only)
     outlook = Outlook(
         work=work,
         arguments=survey.arguments,

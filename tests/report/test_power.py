@@ -136,6 +136,15 @@ def test_only_seeds_of_both_rows_count() -> None:
     assert lonely.seeds == 0
 
 
+def test_a_table_of_a_thousand_rows_is_judged_in_seconds() -> None:
+    bar, gain = ROWS[:2]
+    rows = [bar, *(gain.model_copy(update={"name": f"x{number}"}) for number in range(1000))]
+    found = powers(rows, {row.name: (0, 1, 2) for row in rows}, proxy=True)
+    assert len(found) == 1000
+    assert found[0].share == 0, "nothing survives Holm's correction over so many claims and so few seeds"
+    assert found[-1].share is None
+
+
 def test_rows_without_promises_have_no_powers() -> None:
     assert powers([row.model_copy(update={"expect": None}) for row in ROWS], {}, proxy=False) == []
 

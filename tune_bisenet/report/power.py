@@ -21,6 +21,9 @@ from tune_bisenet.report.statistics import ALPHA, CONFIDENCE, POWER
 SIMULATED_CLAIMS: Final = 20_000
 """Of all simulated searches together: 2,000 searches of a table of ten, known to 1.1 percentage points (one sd)."""
 
+MOST_CLAIMS: Final = 50
+"""Of a longer table only the first are simulated: nobody reads more, and memory has an end."""
+
 Floats = NDArray[np.float64]
 
 
@@ -35,7 +38,7 @@ class Power:
     seeds: int
     """Of this search, at which the row and its reference are both trained."""
     share: float | None
-    """Of simulated searches that confirm it, 0 to 1; None for what promises no number."""
+    """Of simulated searches that confirm it, 0 to 1; None for what promises no number, or beyond MOST_CLAIMS."""
     seeds_for_80: int | None
     """The fewest, of all rows, that confirm it in 80 % of searches; None above MOST_SEEDS, or without a number."""
 
@@ -45,10 +48,10 @@ def powers(rows: Sequence[Run], seeds: Mapping[str, Collection[int]], *, proxy: 
 
     Trials differ over seeds by ASSUMED_SD, half of that variance shared by all rows of a seed, so that differences of
     two rows have ASSUMED_SD as well. How soon a row passes another is promised without a number: such claims count in
-    Holm's family and are taken as never confirmed. Nothing is stopped early.
+    Holm's family and are taken as never confirmed, as are those beyond MOST_CLAIMS. Nothing is stopped early.
     """
     claims = [claim for row in rows for claim in evidence_of(row, (), proxy=proxy) if not claim.unjudged]
-    numbered = [claim for claim in claims if claim.promised is not None]
+    numbered = [claim for claim in claims if claim.promised is not None][:MOST_CLAIMS]
     if not numbered:
         return [_power(claim, seeds, None, None) for claim in claims]
     drawn = _Drawn.of(numbered, family=len(claims))

@@ -2,11 +2,15 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 import torch
 from driving import on_frames, write_frames, write_sampled_space, write_space
+from moto.server import ThreadedMotoServer
 
 from tune_bisenet import probe, run, timing
 from tune_bisenet.config import Resources, Run
@@ -110,6 +114,30 @@ def test_a_plan_to_resume_counts_what_is_left(place: Path, capsys: pytest.Captur
     page = said(capsys, "--resume", "--name", "x", "--storage", str(place), "--max-concurrent", "1")
     assert page["speed"] == "10.0 s an epoch, as in earlier sessions of this search"
     assert page["time"] == "about 2 min 40 s for all to their end, 1 at once"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, str]]:
+    """An empty bucket of a real S3 server, that of moto."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+    client.create_bucket(Bucket="mine")
+    yield client, f"s3://mine/searches?scheme=http&region=us-east-1&endpoint_override={host}:{port}"
+    server.stop()
+
+
+def test_object_storage_is_only_read(place: Path, capsys: pytest.CaptureFixture[str], bucket: tuple[Any, str]) -> None:
+    client, storage = bucket
+    flags = ["--space", str(place / "space.py"), "--data", str(place / "frames"), "--images-per-second", "1"]
+    said(capsys, *flags, "--backbone", "none", "--storage", storage)
+    assert client.list_objects_v2(Bucket="mine")["KeyCount"] == 0
+    assert "there is no bucket not-mine" in refused(
+        capsys, "--plan", *flags, "--storage", storage.replace("//mine", "//not-mine")
+    )
 
 
 MISTAKES = {

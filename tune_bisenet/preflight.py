@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from pyarrow.fs import FileType
+
 from tune_bisenet import ledger, plan, rehearsal, sampling, spaces
 from tune_bisenet.arguments import (
     DEFAULT_TRIALS,
@@ -294,13 +296,23 @@ def _sampling(planned: _Plan, draft: Draft, packs: dict[tuple[int, int], Packed]
 def _folder(arguments: Arguments, name: str) -> Storage:
     """The search's folder, whose storage can be written to."""
     storage = Storage.at(arguments.storage)
-    if arguments.plan and storage.local_path is None:
-        return storage / name  # a trial write is a write
+    only_read = arguments.plan and storage.local_path is None  # there, checking is writing
     try:
-        storage.check_writable()
+        if only_read:
+            _check_bucket(storage)
+        else:
+            storage.check_writable()
     except OSError as error:
-        raise ValueError(f"--storage {arguments.storage} cannot be written to: {error}") from error
+        verb = "read" if only_read else "written to"
+        raise ValueError(f"--storage {arguments.storage} cannot be {verb}: {error}") from error
     return storage / name
+
+
+def _check_bucket(storage: Storage) -> None:
+    """FileNotFoundError if there is none: below one, folders come into being with the first file."""
+    bucket = storage.path.partition("/")[0]
+    if storage.filesystem.get_file_info(bucket).type == FileType.NotFound:
+        raise FileNotFoundError(f"there is no bucket {bucket}")
 
 
 def _earlier(arguments: Arguments, folder: Storage, name: str) -> dict[str, Any] | None:

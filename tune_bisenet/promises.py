@@ -39,8 +39,8 @@ def line(outlook: Outlook, found: Sequence[Power]) -> list[Line]:
     return [
         (
             "promises",
-            f"{few}below, how likely each is to be confirmed if its middle is true, repeats differ by {ASSUMED_SD:g} "
-            f"points (assumed){fifo}",
+            f"{few}below, how likely each is confirmed if it is true at its middle, repeats differ by {ASSUMED_SD:g} "
+            f"points (assumed){fifo}; and the seeds that make it 80 %",
         )
     ]
 
@@ -50,7 +50,7 @@ def table(found: Sequence[Power]) -> Table:
     shown = Table(box=SIMPLE_HEAD)
     for title in ("run", "promise"):
         shown.add_column(title)
-    for title in ("seeds", "likely", "80 % likely with"):
+    for title in ("seeds", "confirmed", "80 % with"):
         shown.add_column(title, justify="right")
     for power in found[:MOST_PROMISES]:
         shown.add_row(power.run, promised_words(power), str(power.seeds), _share(power), _needed(power))

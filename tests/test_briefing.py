@@ -1,6 +1,7 @@
 """What the terminal says before and after a search: complete, and fit to be copied."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,13 @@ def runs_of(flight: preflight.Flight) -> dict[str, Run]:
     return {f"{run.name}-s{run.seed}": run for run in flight.runs}
 
 
-def plan_of(flight: preflight.Flight, resources: Resources = TWO_CORES) -> dict[str, str]:
-    return dict(briefing.plan_lines(flight, resources, runs_of(flight)))
+def plan_of(
+    flight: preflight.Flight, resources: Resources = TWO_CORES, standings: Sequence[Standing] = ()
+) -> dict[str, str]:
+    """The page by its titles."""
+    runs = {} if flight.sampling else runs_of(flight)
+    outlook = briefing.outlook_of(flight, resources, runs, standings)
+    return dict(briefing.plan_lines(flight, outlook, runs))
 
 
 def test_the_plan_says_what_where_and_with_what(place: Path) -> None:
@@ -79,10 +85,113 @@ def test_shares_of_a_gpu_are_shown(place: Path) -> None:
 def test_paths_and_commands_survive_a_narrow_terminal(place: Path) -> None:
     flight = flight_of(place)
     screen = io.StringIO()
-    briefing.print_plan(Console(file=screen, width=40), flight, TWO_CORES, runs_of(flight))
+    briefing.print_plan(Console(file=screen, width=40), flight, TWO_CORES, runs_of(flight), [])
     said = screen.getvalue()
     for words in plan_of(flight).values():
         assert words in said, "whole, on one line, brackets included"
+
+
+# --- what it will take ----------------------------------------------------------------------------------------------
+
+ONE_GPU_EACH = Resources(cpus_per_trial=4, gpus_per_trial=1, max_concurrent=None, concurrency=2)
+
+
+def test_without_a_speed_the_page_says_how_to_get_one(place: Path) -> None:
+    plan = plan_of(flight_of(place))
+    assert "--plan times some iterations, --images-per-second X states it" in plan["speed"]
+    assert not {"time", "cost"} & set(plan)
+
+
+def test_a_given_speed_gives_time_and_hours(place: Path) -> None:
+    """Five trials of four epochs: 8 images to train on and 3 to validate, a third as dear, so 9 s at 1 image/s."""
+    plan = plan_of(flight_of(place, images_per_second="1", scheduler="fifo"))
+    assert plan["speed"].startswith("1 images per second")
+    assert plan["time"] == "about 1 min 50 s for all to their end, 2 at once"  # three rounds of 36.84 s
+    assert plan["cost"] == f"{5 * 36.84 / 2 / 3600:.3g} machine-hours"
+
+
+def test_gpu_hours_have_a_price_and_more_gpus_take_less_time(place: Path) -> None:
+    flight = flight_of(place, images_per_second="0.01", scheduler="fifo", price_per_gpu_hour="2.5")
+    plan = plan_of(flight, ONE_GPU_EACH)
+    hours = 5 * (4 * 900 + 0.84) / 3600
+    assert plan["cost"] == f"{hours:.3g} GPU-hours = {hours * 2.5:,.2f} to pay"
+    assert plan["time"] == (
+        "about 3 h 0 min for all to their end, 2 at once; 2 h 0 min with 2 times as many GPUs; "
+        "1 h 0 min with 4 times as many GPUs"
+    )
+    assert "of a card for a trial's tensors (estimated)" in plan["memory"]
+
+
+def test_a_price_without_gpus_is_said_to_buy_nothing(place: Path) -> None:
+    plan = plan_of(flight_of(place, images_per_second="1", price_per_gpu_hour="2.5"))
+    assert "to pay" not in plan["cost"]
+    assert "no price: trials here have no GPU" in plan["cost"]
+
+
+def test_what_asha_saves_is_told_in_time_and_hours(place: Path) -> None:
+    plan = plan_of(flight_of(place, images_per_second="1"))
+    assert "never r01" in plan["scheduler"]
+    assert "if asha saves what it may" in plan["time"]
+    assert "if asha saves what it may" in plan["cost"]
+
+
+def test_limits_that_come_first_are_said_to(place: Path) -> None:
+    flight = flight_of(place, images_per_second="1", time_budget="1m", gpu_hours="0.01")
+    plan = plan_of(flight, ONE_GPU_EACH)
+    assert "--time-budget 1m ends it before that" in plan["time"]
+    assert "--gpu-hours 0.01 ends it before that" in plan["cost"]
+
+
+def test_a_resumed_search_goes_by_the_speed_it_had_and_counts_what_is_left(place: Path) -> None:
+    done = [standing(f"r{row:02}", status="finished", epochs=4, seconds=80.0) for row in range(1, 5)]
+    plan = plan_of(flight_of(place, scheduler="fifo"), standings=done)
+    assert plan["speed"] == "20.0 s an epoch, as in earlier sessions of this search"
+    assert plan["time"].startswith("about 1 min 21 s for all to their end")
+    everything = [standing(f"r{row:02}", status="finished", epochs=4, seconds=80.0) for row in range(1, 6)]
+    assert plan_of(flight_of(place), standings=everything)["time"] == "nothing is left to train"
+
+
+def test_disk_is_told_for_nodes_and_storage(place: Path) -> None:
+    """Of SGD's 13.4 million weights of four bytes, `last.pt` has two of each, `best.pt` one."""
+    disk = plan_of(flight_of(place))["disk"]
+    assert "of packed frames on every node" in disk
+    assert "161 MB a trial, 107 MB more while it runs or if it is stopped: 806 MB to 1.34 GB in all" in disk
+
+
+def page(flight: preflight.Flight, *, width: int = 100) -> str:
+    screen = io.StringIO()
+    runs = {} if flight.sampling else runs_of(flight)
+    briefing.print_plan(Console(file=screen, width=width), flight, TWO_CORES, runs, [])
+    return screen.getvalue()
+
+
+def test_every_promise_has_its_power_on_the_page(place: Path) -> None:
+    said = page(flight_of(place))
+    assert "one seed confirms nothing" in said
+    (line,) = (line for line in said.splitlines() if line.split()[:1] == ["r03"])
+    assert "0 to +5 over r01" in line
+    assert line.split()[-2:] == ["3", "seeds"]
+    several = page(flight_of(place, seeds="0,1,2"))
+    assert "one seed confirms nothing" not in several
+    (line,) = (line for line in several.splitlines() if line.split()[:1] == ["r03"])
+    assert " 3  " in line
+
+
+def test_the_page_of_ten_rows_fits_a_screen(place: Path) -> None:
+    said = page(flight_of(place, space="runs10", proxy=True, images_per_second="1"), width=120)
+    assert len(said.splitlines()) <= 45
+
+
+def test_in_a_terminal_prose_is_broken_under_itself_and_paths_are_not(place: Path) -> None:
+    flight = flight_of(place)
+    screen = io.StringIO()
+    console = Console(file=screen, width=60, force_terminal=True, color_system=None)
+    briefing.print_plan(console, flight, TWO_CORES, runs_of(flight), [])
+    lines = screen.getvalue().splitlines()
+    assert f"results    {flight.folder.uri}" in lines
+    start = next(number for number, line in enumerate(lines) if line.startswith("scheduler"))
+    assert len(lines[start]) <= 60
+    assert lines[start + 1].startswith(" " * 11)
 
 
 def standing(trial: str, **known: object) -> Standing:
@@ -130,7 +239,7 @@ def endings(flight: preflight.Flight, outcome: Outcome, *standings: Standing) ->
 
 def test_the_plan_of_a_sampled_search_says_what_bounds_it_and_where_its_study_is(place: Path) -> None:
     flight = sampled_flight(place, trials="7", time_budget="90m", gpu_hours="2")
-    plan = dict(briefing.plan_lines(flight, TWO_CORES, {}))
+    plan = plan_of(flight)
     assert plan["trials"] == "7, the rows a, b first, 4 epochs of 2 iterations each"
     assert plan["sampler"] == "tpe, for miou"
     assert plan["limits"] == "ends after 1h30m of time or 2 GPU-hours, whichever comes first"
@@ -138,9 +247,22 @@ def test_the_plan_of_a_sampled_search_says_what_bounds_it_and_where_its_study_is
 
 
 def test_without_any_limit_a_sampled_search_has_forty_trials(place: Path) -> None:
-    assert dict(briefing.plan_lines(sampled_flight(place), TWO_CORES, {}))["trials"].startswith("40, ")
+    assert plan_of(sampled_flight(place))["trials"].startswith("40, ")
     flight = sampled_flight(place, time_budget="8h")
-    assert dict(briefing.plan_lines(flight, TWO_CORES, {}))["trials"].startswith("as many as time allows, ")
+    assert plan_of(flight)["trials"].startswith("as many as time allows, ")
+
+
+def test_a_sampled_search_says_what_it_will_take(place: Path) -> None:
+    flight = sampled_flight(place, trials="7", confirm="2", images_per_second="1", scheduler="fifo")
+    plan = plan_of(flight)
+    assert "then up to 6 with fresh seeds" in plan["trials"]
+    assert plan["time"].startswith("about 4 min 20 s for all to their end, 2 at once")  # 13 trials, 7 rounds
+    assert "confirms nothing; --confirm K trains its best anew" in page(flight)
+
+
+def test_a_search_that_only_time_ends_says_how_many_trials_fit(place: Path) -> None:
+    plan = plan_of(sampled_flight(place, time_budget="1h", images_per_second="1"))
+    assert "the limits have room for some 195" in plan["time"]  # an hour of 36.84 s trials, two at once
 
 
 def test_at_its_end_a_sampled_search_says_why_it_ended_and_what_may_follow(place: Path) -> None:

@@ -142,6 +142,14 @@ class Arguments(Frozen):
     rerun: Names | None = None
     address: str | None = None
 
+    plan: bool = False
+    """Say what the search would take, and end without starting anything."""
+    gpus: PositiveInt | None = None
+    """Of the cluster that is planned for; None for what is there."""
+    images_per_second: PositiveFloat | None = None
+    """Of one trial in training; None for what was timed or measured."""
+    price_per_gpu_hour: PositiveFloat | None = None
+
     @property
     def continues(self) -> bool:
         """Whether this goes on with a search that is there already."""

@@ -42,11 +42,16 @@ def launch(flight: Flight, console: Console, command: list[str]) -> int:
         resources = ray_session.allot(cluster(), flight.arguments, num_trials=num_trials)
         if flight.arguments.address and flight.folder.local_path is not None:
             ray_session.check_shared(flight.folder.local_path.parent, cluster())
-        if flight.limits.gpu_hours is not None and not resources.gpus_per_trial:
-            raise ray_session.ClusterError(
-                "--gpu-hours: trials here have no GPU. Bound the search by --time-budget or --trials."
-            )
+        check_limits(flight.limits, resources)
         return _Session.of(flight, resources, at_once=lambda: cluster().can_take(resources)).run(console, command)
+
+
+def check_limits(limits: Limits, resources: Resources) -> None:
+    """ClusterError for a limit that trials with these resources never reach."""
+    if limits.gpu_hours is not None and not resources.gpus_per_trial:
+        raise ray_session.ClusterError(
+            "--gpu-hours: trials here have no GPU. Bound the search by --time-budget or --trials."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,7 @@ class _Session:
         self.book.write()
         supply = self._supply(flight.sampling) if flight.sampling else Declared(runs, self.book)
         self.board.write()
-        briefing.print_plan(console, flight, self.resources, runs)
+        briefing.print_plan(console, flight, self.resources, runs, self.book.standings)
         with Progress(console) as progress, keeper.kept_current(flight.folder):
             progress.update([*self.book.standings, *supply.to_come()])
             outcome = self._search(supply, flight.limits, progress)

@@ -1,6 +1,7 @@
 """Everything that can be wrong is found here, before the first trial, and reported together.
 
 `check` turns the command line into a `Flight`: rows, data packed on this node, weights at hand, a folder to write to.
+`survey` finds what can be found without decoding a frame, fetching weights or writing anything: enough for a plan.
 """
 
 import os
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+from pyarrow.fs import FileType
 
 from tune_bisenet import ledger, plan, rehearsal, sampling, spaces
 from tune_bisenet.arguments import (
@@ -95,6 +98,35 @@ class Flight:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """A search that has nothing wrong with it as far as one sees from a listing of its data."""
+
+    name: str
+    folder: Storage
+    arguments: Arguments
+    choices: Choices
+    limits: Limits
+    space: spaces.Space
+    runs: tuple[Run, ...]
+    """As in a `Flight`."""
+    drawn: tuple[Run, ...]
+    """Such as a sampled search may draw; empty for a grid."""
+    facts: plan.DataFacts
+    source: Source
+    cache_dir: Path
+
+    @property
+    def example(self) -> Run:
+        """A run such as this search trains."""
+        return self.drawn[0] if self.drawn else self.runs[0]
+
+    @property
+    def captions(self) -> list[str]:
+        """What every table of this search must say."""
+        return [plan.proxy_caption(self.example, self.facts)] if self.choices.proxy else []
+
+
 @dataclass
 class _Problems:
     """Collects what is wrong, so that one mistake does not hide the next."""
@@ -151,6 +183,31 @@ def check(
         raise InputError(list(_sentences(error))) from error
 
 
+def survey(given: Arguments, mistyped: Mapping[str, str], *, default_name: str) -> Survey:
+    """The cheap checks alone; nothing is written. Raises InputError with everything found."""
+    planned = _planned(given, mistyped, name=given.name or default_name)
+    try:
+        if planned.earlier:
+            _check_something_to_do(planned, planned.earlier)
+            _check_same_rows(planned.runs, planned.earlier)
+        draft = _rehearsed(planned)
+    except ValueError as error:
+        raise InputError(list(_sentences(error))) from error
+    return Survey(
+        name=planned.name,
+        folder=planned.folder,
+        arguments=given,
+        choices=planned.choices,
+        limits=planned.limits,
+        space=planned.space,
+        runs=planned.runs,
+        drawn=tuple(point.run for point in draft.points) if draft else (),
+        facts=planned.facts,
+        source=planned.source,
+        cache_dir=_cache_dir(),
+    )
+
+
 def _planned(given: Arguments, mistyped: Mapping[str, str], *, name: str) -> _Plan:
     """The cheap checks, which do not need each other. InputError with all that they found."""
     problems = _Problems(list(mistyped.values()))
@@ -162,8 +219,9 @@ def _planned(given: Arguments, mistyped: Mapping[str, str], *, name: str) -> _Pl
     if space:
         problems.found += _kind_problems(given, choices, space)
     rows = problems.attempt(lambda: _rows(space, choices)) if space else None
+    problems.found += _plan_problems(given)
     problems.attempt(lambda: _check_precision(choices.precision, given))
-    backbone_digest = problems.attempt(lambda: _check_backbone(choices.backbone))
+    backbone_digest = problems.attempt(lambda: _check_backbone(choices.backbone, may_fetch=not given.plan))
     source = problems.attempt(lambda: open_source(choices.data))
     facts = problems.attempt(lambda: _facts(source)) if source else None
     runs = None
@@ -238,11 +296,23 @@ def _sampling(planned: _Plan, draft: Draft, packs: dict[tuple[int, int], Packed]
 def _folder(arguments: Arguments, name: str) -> Storage:
     """The search's folder, whose storage can be written to."""
     storage = Storage.at(arguments.storage)
+    only_read = arguments.plan and storage.local_path is None  # there, checking is writing
     try:
-        storage.check_writable()
+        if only_read:
+            _check_bucket(storage)
+        else:
+            storage.check_writable()
     except OSError as error:
-        raise ValueError(f"--storage {arguments.storage} cannot be written to: {error}") from error
+        verb = "read" if only_read else "written to"
+        raise ValueError(f"--storage {arguments.storage} cannot be {verb}: {error}") from error
     return storage / name
+
+
+def _check_bucket(storage: Storage) -> None:
+    """FileNotFoundError if there is none: below one, folders come into being with the first file."""
+    bucket = storage.path.partition("/")[0]
+    if storage.filesystem.get_file_info(bucket).type == FileType.NotFound:
+        raise FileNotFoundError(f"there is no bucket {bucket}")
 
 
 def _earlier(arguments: Arguments, folder: Storage, name: str) -> dict[str, Any] | None:
@@ -308,6 +378,18 @@ def _limits(given: Arguments, earlier: dict[str, Any] | None, space: spaces.Spac
     if isinstance(space, spaces.Sampled) and not bounded:
         return limits.model_copy(update={"trials": DEFAULT_TRIALS})
     return limits
+
+
+def _plan_problems(given: Arguments) -> list[str]:
+    """Flags that mean nothing for this search, or this plan."""
+    problems = []
+    if given.gpus is not None and not given.plan:
+        problems.append("--gpus is for --plan: a search takes the GPUs that are there. --max-concurrent bounds them.")
+    if given.gpus is not None and given.address is not None:
+        problems.append("--gpus and --address: plan for a cluster that is there, or for one that is not, not both.")
+    if given.gpus is not None and given.gpus_per_trial == 0:
+        problems.append("--gpus-per-trial 0 uses none of the --gpus that are planned for. Leave one out.")
+    return problems
 
 
 def _kind_problems(given: Arguments, choices: Choices, space: spaces.Space) -> list[str]:
@@ -398,19 +480,21 @@ def _facts(source: Source) -> plan.DataFacts:
     )
 
 
-def _check_backbone(name: str) -> str:
+def _check_backbone(name: str, *, may_fetch: bool) -> str:
     """Fetch or read the weights once, now; their digest. Without any, torch is not even imported."""
     if name == NO_BACKBONE:
         return NO_BACKBONE
     from tune_bisenet import backbone
 
-    backbone.load(name)
+    if may_fetch or name != backbone.IMAGENET:
+        backbone.load(name)
     return backbone.digest(name)
 
 
 def _check_precision(precision: Precision, arguments: Arguments) -> None:
     """bf16 on a CPU that has no instructions for it is ten times slower than fp32, not faster."""
-    on_gpu = arguments.gpus_per_trial != 0 and (arguments.address is not None or Path("/dev/nvidiactl").exists())
+    elsewhere = arguments.address is not None or arguments.gpus is not None
+    on_gpu = arguments.gpus_per_trial != 0 and (elsewhere or Path("/dev/nvidiactl").exists())
     if precision == "bf16" and not on_gpu and not _cpu_has_bf16():
         raise ValueError("--precision bf16: this machine has no GPU, and its CPU no bf16 instructions. Use fp32 here.")
 

@@ -44,7 +44,7 @@ class Sampling:
     """A sampled search that has nothing wrong with it."""
 
     question: Question
-    example: Run
+    drawn: tuple[Run, ...]
     """Such as this search may draw."""
     suggested: Mapping[str, Suggested]
     """The trials that it has had already, by number; fresh seeds last."""
@@ -52,6 +52,11 @@ class Sampling:
     left_out: Mapping[str, str]
     """Trials of `--warm-start` that are not known here, and why."""
     place: StudyPlace
+
+    @property
+    def example(self) -> Run:
+        """The first of them."""
+        return self.drawn[0]
 
 
 def rehearse(space: Sampled, runs: Sequence[Run], choices: Choices, settings: Settings, facts: DataFacts) -> Draft:
@@ -93,7 +98,7 @@ def prepare(
     taken = _known(folder, given.warm_start or choices.warm_start, here)
     return Sampling(
         question=draft.question,
-        example=draft.points[0].run,
+        drawn=tuple(point.run for point in draft.points),
         suggested=suggested,
         known=taken.known,
         left_out=taken.left_out,

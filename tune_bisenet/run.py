@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tune_bisenet.arguments import Arguments
+
 
 OK: Final = 0
 SOME_FAILED: Final = 1
@@ -44,8 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         asked, mistyped = arguments.parse(flags)
-        name = f"{Path(asked.space or 'runs10').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        flight = preflight.check(asked, mistyped, default_name=name, progress=_packing(console))
+        if asked.plan:
+            return _plan(asked, mistyped, console)
+        flight = preflight.check(asked, mistyped, default_name=_default_name(asked), progress=_packing(console))
     except arguments.InputError as error:
         return _refuse(list(error.problems))
     from tune_bisenet.launch import CANNOT_BEGIN, launch
@@ -54,6 +57,24 @@ def main(argv: list[str] | None = None) -> int:
         return launch(flight, console, ["python", "-m", "tune_bisenet.run", *map(hidden, words)])
     except CANNOT_BEGIN as error:
         return _refuse([str(error)])
+
+
+def _plan(asked: "Arguments", mistyped: dict[str, str], console: "Console") -> int:
+    """Say what the search would take. InputError if something is wrong with it."""
+    from tune_bisenet import preflight
+
+    survey = preflight.survey(asked, mistyped, default_name=_default_name(asked))
+    from tune_bisenet import planning
+
+    try:
+        planning.print_page(console, survey)
+    except planning.CANNOT_PLAN as error:
+        return _refuse(str(error).splitlines())
+    return OK
+
+
+def _default_name(asked: "Arguments") -> str:
+    return f"{Path(asked.space or 'runs10').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _hide_password() -> None:
@@ -76,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for add_flags in (_add_what, _add_sampled, _add_limits, _add_where):
+    for add_flags in (_add_what, _add_sampled, _add_limits, _add_where, _add_plan):
         add_flags(parser)
     parser.add_argument("--show", action="store_true", help="print the space as a Markdown table and end")
     return parser
@@ -170,6 +191,23 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
     )
     add("--rerun", metavar="r03", help="go on with that search, but only with what failed of these rows")
     add("--address", metavar="ADDR", help="a running Ray cluster (default: a Ray of its own on this machine)")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what it will take: said before every search").add_argument
+    add(
+        "--plan",
+        action="store_true",
+        help="say it and end: nothing is started, packed, fetched or written. Trials are timed for some seconds on a "
+        "few of the frames, unless --images-per-second is given",
+    )
+    add("--gpus", metavar="N", help="with --plan: of a cluster that is not there yet (default: what is there)")
+    add(
+        "--images-per-second",
+        metavar="X",
+        help="in training, of one trial at the size trained at, as a report or TensorBoard shows it",
+    )
+    add("--price-per-gpu-hour", metavar="X", help="in any currency: GPU-hours are told in money, too")
 
 
 def _show(flags: dict[str, Any]) -> int:

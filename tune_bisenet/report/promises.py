@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tune_bisenet.config import Run
+from tune_bisenet.report.power import Power
 from tune_bisenet.report.verdicts import Claim, Judgement, Kind, Verdict, differences
 
 BAR_WIDTH: Final = 220.0
@@ -78,7 +79,7 @@ def _kinds(judgement: Judgement) -> set[Kind]:
 # --- words ----------------------------------------------------------------------------------------------------------
 
 
-def promised_words(claim: Claim) -> str:
+def promised_words(claim: Claim | Power) -> str:
     """As `+0.3 to +0.5 over r01`, `mIoU 55 to 57 %` or `sooner than r01`."""
     if claim.promised is None:
         return f"sooner than {claim.reference}"

@@ -28,7 +28,9 @@ from ray.tune.search import Searcher
 from tune_bisenet import trial as trial_edge
 from tune_bisenet.arguments import Limits
 from tune_bisenet.config import Job, Resources, Run
+from tune_bisenet.data import sharing
 from tune_bisenet.ledger import Ledger
+from tune_bisenet.outages import StorageError
 from tune_bisenet.progress import Progress
 from tune_bisenet.results import Epoch
 from tune_bisenet.stopping import EarlyStopping, trial_name
@@ -78,15 +80,21 @@ class Board:
         """Bring the file up to date, if it is not."""
         if not self._is_due:
             return
+        self._written_at = time.monotonic()
+        try:
+            self._write()
+            self._is_due = False
+        except StorageError as error:
+            log.warning("TensorBoard's table is written later: %s", error)
+
+    def _write(self) -> None:
         if self._folder.local_path is not None:
             write_experiment(self._folder.local_path, self._runs)
-        else:
-            with tempfile.TemporaryDirectory() as place:
-                write_experiment(Path(place), self._runs)
-                for path in Path(place).iterdir():
-                    self._folder.write(path.name, path.read_bytes())
-        self._written_at = time.monotonic()
-        self._is_due = False
+            return
+        with tempfile.TemporaryDirectory() as place:
+            write_experiment(Path(place), self._runs)
+            for path in Path(place).iterdir():
+                self._folder.hurried().write(path.name, path.read_bytes())
 
 
 # --- Tune -------------------------------------------------------------------------------------------------------
@@ -114,6 +122,7 @@ def search(
         while supply.begin() and not recorder.is_cut_off():
             epochs_before = _epochs_done(ledger)
             try:
+                _share_packs(job)
                 _fit(_Asking(supply, board), job, resources, scheduler, recorder)
             except KeyboardInterrupt:
                 break
@@ -127,6 +136,17 @@ def search(
     supply.close()
     board.write()
     return outcome
+
+
+def _share_packs(job: Job) -> None:
+    """Put this node's packs where the others find them. A node that finds none packs for itself."""
+    if job.shared_packs is None:
+        return
+    try:
+        for pack in job.packs.values():
+            sharing.publish(Path(pack), Storage.at(job.shared_packs))
+    except OSError as error:
+        log.warning("The packed frames could not be copied to %s: %s", job.shared_packs, error)
 
 
 def _epochs_done(ledger: Ledger) -> int:

@@ -4,10 +4,30 @@ from pathlib import Path
 
 from tune_bisenet.arguments import STREETS
 from tune_bisenet.data.cityscapes import open_cityscapes
-from tune_bisenet.data.source import Source
+from tune_bisenet.data.remote import RemotePath
+from tune_bisenet.data.source import DataError, Source
 from tune_bisenet.data.streets import Streets
+from tune_bisenet.outages import HURRIED_SECONDS
+from tune_bisenet.storage import Storage
 
 
 def open_source(name: str) -> Source:
-    """The built-in streets, or a folder in Cityscapes layout. Raises DataError with all that is wrong with it."""
-    return Streets() if name == STREETS else open_cityscapes(Path(name))
+    """The built-in streets, or a folder or URI in Cityscapes layout. Raises DataError with all that is wrong with it.
+
+    Object storage that is away is waited for; after ten minutes that is a StorageError.
+    """
+    if name == STREETS:
+        return Streets()
+    if "://" not in name:
+        return open_cityscapes(Path(name))
+    storage = Storage.at(name)
+    return open_cityscapes(storage.local_path or RemotePath(storage))
+
+
+def check_reachable(name: str) -> None:
+    """DataError, after seconds, if the data of that name lies in object storage that refuses or does not answer."""
+    try:
+        if "://" in name:
+            Storage.at(name, patience_seconds=HURRIED_SECONDS).infos()
+    except OSError as error:
+        raise DataError([f"--data {name} cannot be read: {error}"]) from error

@@ -61,14 +61,14 @@ class ObjectStore:
             if path.is_file():
                 self.write(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def listed(self, prefix: str = "") -> list[str]:
         pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return [found["Key"] for page in pages for found in page.get("Contents", [])]
 
-    def fetched(self, pattern: str) -> list[str]:
-        """The keys, matching the regular expression, that were read since the last call, once for each time."""
+    def asked(self, method: str, pattern: str) -> list[str]:
+        """The keys, matching the regular expression, of the requests since the last call."""
         lines, self.requests = self.requests, []
-        found = (re.search(rf"GET /{BUCKET}/(\S+) HTTP", line) for line in lines)
+        found = (re.search(rf"{method} /{BUCKET}/([^ ?]+)\S* HTTP", line) for line in lines)
         return [match[1] for match in found if match and re.search(pattern, match[1])]
 
     def _client(self) -> Any:

@@ -1,6 +1,9 @@
 """The data sets a person can name."""
 
+from contextlib import suppress
 from pathlib import Path
+
+from pyarrow.fs import FileSelector
 
 from tune_bisenet.arguments import STREETS
 from tune_bisenet.data.cityscapes import open_cityscapes
@@ -26,8 +29,11 @@ def open_source(name: str) -> Source:
 
 def check_reachable(name: str) -> None:
     """DataError, after seconds, if the data of that name lies in object storage that refuses or does not answer."""
+    if "://" not in name:
+        return
     try:
-        if "://" in name:
-            Storage.at(name, patience_seconds=HURRIED_SECONDS).infos()
+        storage = Storage.at(name, patience_seconds=HURRIED_SECONDS)
+        with suppress(FileNotFoundError):  # in its bucket; what is expected there is told by who opens it
+            storage.filesystem.get_file_info(FileSelector(storage.path))
     except OSError as error:
         raise DataError([f"--data {name} cannot be read: {error}"]) from error

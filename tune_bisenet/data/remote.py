@@ -41,7 +41,7 @@ class Stat(NamedTuple):
 class RemotePath:
     """A file or folder `below` a `root`. Its state is that of the listing it was found in."""
 
-    root: Storage
+    root: Storage = field(compare=False)  # one for all that are compared
     below: PurePosixPath = field(default_factory=PurePosixPath)
     found: Stat | None = field(default=None, compare=False)
 

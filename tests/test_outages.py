@@ -13,7 +13,8 @@ import pytest
 import requests
 from object_store import KEY_ID, SECRET, ObjectStore, object_store
 
-from tune_bisenet.outages import Patience, Patient, StorageError
+from tune_bisenet.outages import Patience, StorageError
+from tune_bisenet.patient import Patient
 from tune_bisenet.storage import Storage
 
 

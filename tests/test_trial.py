@@ -15,7 +15,8 @@ from tune_bisenet import checkpoint, outages
 from tune_bisenet.config import Job, Run
 from tune_bisenet.data import sharing
 from tune_bisenet.latency import Latency
-from tune_bisenet.outages import Patience, Patient
+from tune_bisenet.outages import Patience
+from tune_bisenet.patient import Patient
 from tune_bisenet.results import LATENCY
 from tune_bisenet.storage import Storage
 from tune_bisenet.trial import run_trial

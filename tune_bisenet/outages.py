@@ -1,8 +1,5 @@
 """Storage that does not answer, or is full: what is worth trying again, for how long, and what is said of it.
 
-    Patience    tries one thing again until it succeeds or time is up
-    Patient     a pyarrow file system that does so at every step, for those who use it directly, such as Tune
-
 pyarrow's own retries give up after seconds, which is too soon for a search of days. What cannot succeed however
 long one waits, such as a bucket that does not exist or a key that is not accepted, fails at once.
 """
@@ -16,10 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final, TypeVar
-
-import pyarrow as pa
-import pyarrow.fs
+from typing import Final, TypeVar
 
 from tune_bisenet.secrets import in_a_line
 
@@ -40,7 +34,7 @@ REFUSALS: Final = (
     (r"NO_?SUCH_?BUCKET|Bucket '.*' not found|bucket does not exist", "Check the bucket's name, or create it first."),
     (r"INVALID_?BUCKET_?NAME|bucket is not valid", "That is no name for a bucket: check it."),
     (
-        r"ACCESS_?DENIED|HTTP status 403|PERMISSION_?DENIED|\bForbidden\b",
+        r"ACCESS[_ ]?DENIED|HTTP status 403|PERMISSION_?DENIED|\bForbidden\b",
         f"Access is denied: let who runs this read, write, list and delete there, or use other credentials. "
         f"{CREDENTIALS}",
     ),
@@ -79,9 +73,6 @@ class StorageError(OSError):
     """Storage refuses for good, or has not answered for as long as one waits. The text says what to do."""
 
 
-# --- one thing ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Patience:
     """How long `place`, as a person names it, is waited for."""
@@ -96,8 +87,10 @@ class Patience:
             try:
                 value = attempt()
             except Exception as error:
+                if remedy := _remedy(error):
+                    raise StorageError(f"{self.place}: {in_a_line(error)}. {remedy}") from error
                 if not is_transient(error):
-                    raise _refused(self.place, error) from error
+                    raise
                 self._pause(error, number, began, writing=writing)
             else:
                 _NEWS.answered(self.place, writing=writing)
@@ -119,7 +112,7 @@ class Patience:
 
 def is_transient(error: Exception) -> bool:
     """Whether the same may succeed later. So may errors nobody has told us of, if they come from a file system."""
-    if isinstance(error, (StorageError, *_ALREADY_SO)) or _remedy(error):
+    if isinstance(error, (StorageError, *_ALREADY_SO)):
         return False
     if isinstance(error, OSError):
         return error.errno not in _USELESS and "NO_SUCH_KEY" not in str(error)
@@ -127,13 +120,10 @@ def is_transient(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] not in ("builtins", "pyarrow", "tune_bisenet")
 
 
-def _refused(place: str, error: Exception) -> Exception:
-    """The error itself, or with the words of what to do about it."""
-    remedy = None if isinstance(error, StorageError) else _remedy(error)
-    return StorageError(f"{place}: {in_a_line(error)}. {remedy}") if remedy else error
-
-
 def _remedy(error: Exception) -> str | None:
+    """What to do about a refusal; None if it is none, or has been told already."""
+    if isinstance(error, StorageError):
+        return None
     text = f"{type(error).__name__} {error}"
     return next((remedy for pattern, remedy in REFUSALS if re.search(pattern, text, re.IGNORECASE)), None)
 
@@ -181,123 +171,3 @@ class _News:
 
 
 _NEWS: Final = _News()
-
-
-# --- a file system --------------------------------------------------------------------------------------------------
-
-
-class Patient(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]
-    """The file system `inner`, waited for. What is written is kept in memory until it can be put there whole."""
-
-    def __init__(self, inner: pyarrow.fs.FileSystem, patience: Patience) -> None:
-        self.inner = inner
-        self.patience = patience
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Patient) and self.inner == other.inner
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def get_type_name(self) -> str:
-        return str(self.inner.type_name)
-
-    def normalize_path(self, path: str) -> str:
-        return str(self.inner.normalize_path(path))
-
-    # --- reading ---
-
-    def get_file_info(self, paths: list[str]) -> Any:
-        return self.patience(lambda: self.inner.get_file_info(paths))
-
-    def get_file_info_selector(self, selector: Any) -> Any:
-        return self.patience(lambda: self.inner.get_file_info(selector))
-
-    def open_input_stream(self, path: str) -> Any:
-        return self.patience(lambda: self.inner.open_input_stream(path))
-
-    def open_input_file(self, path: str) -> Any:
-        return self.patience(lambda: self.inner.open_input_file(path))
-
-    # --- writing ---
-
-    def create_dir(self, path: str, recursive: bool) -> None:
-        self._write(lambda: self.inner.create_dir(path, recursive=recursive))
-
-    def delete_dir(self, path: str) -> None:
-        self._write(_once_done(lambda: self.inner.delete_dir(path), lambda: not self._is_there(path)))
-
-    def delete_dir_contents(self, path: str, missing_dir_ok: bool) -> None:
-        self._write(lambda: self.inner.delete_dir_contents(path, missing_dir_ok=missing_dir_ok))
-
-    def delete_root_dir_contents(self) -> None:
-        self._write(lambda: self.inner.delete_dir_contents("", accept_root_dir=True))
-
-    def delete_file(self, path: str) -> None:
-        self._write(_once_done(lambda: self.inner.delete_file(path), lambda: not self._is_there(path)))
-
-    def move(self, src: str, dest: str) -> None:
-        is_done = lambda: self._is_there(dest) and not self._is_there(src)  # noqa: E731
-        self._write(_once_done(lambda: self.inner.move(src, dest), is_done))
-
-    def copy_file(self, src: str, dest: str) -> None:
-        self._write(lambda: self.inner.copy_file(src, dest))
-
-    def open_output_stream(self, path: str, metadata: Any) -> Any:
-        return pa.PythonFile(_Upload(lambda content: self.put(path, content, metadata)), mode="w")
-
-    def put(self, path: str, content: bytes, metadata: Any = None) -> None:
-        """Create or replace a file."""
-        self._write(lambda: self._put(path, content, metadata))
-
-    def open_append_stream(self, path: str, metadata: Any) -> Any:
-        return self.inner.open_append_stream(path, metadata=metadata)
-
-    # --- inside ---
-
-    def _write(self, attempt: Callable[[], None]) -> None:
-        self.patience(attempt, writing=True)
-
-    def _put(self, path: str, content: bytes, metadata: Any) -> None:
-        with self.inner.open_output_stream(path, metadata=metadata) as stream:
-            stream.write(content)
-
-    def _is_there(self, path: str) -> bool:
-        return bool(self.inner.get_file_info(path).type != pyarrow.fs.FileType.NotFound)
-
-
-def _once_done(attempt: Callable[[], None], is_done: Callable[[], bool]) -> Callable[[], None]:
-    """`attempt`, where a second one finds that the first had worked, and only its answer was lost."""
-    attempts = count()
-
-    def again() -> None:
-        if next(attempts) == 0 or not is_done():
-            attempt()
-
-    return again
-
-
-class _Upload:
-    """What pyarrow takes for a file: it is put in its place on closing."""
-
-    def __init__(self, put: Callable[[bytes], None]) -> None:
-        self._put = put
-        self._content = bytearray()
-        self.closed = False
-
-    def write(self, content: Any) -> int:
-        self._content += content
-        return len(content)
-
-    def tell(self) -> int:
-        return len(self._content)
-
-    def flush(self) -> None:
-        pass
-
-    def writable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self._put(bytes(self._content))

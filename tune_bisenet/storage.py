@@ -13,7 +13,8 @@ from typing import Any, Final, Self, TypeVar
 import pyarrow as pa
 import pyarrow.fs
 
-from tune_bisenet.outages import HURRIED_SECONDS, PATIENCE_SECONDS, Patience, Patient, StorageError
+from tune_bisenet.outages import HURRIED_SECONDS, PATIENCE_SECONDS, Patience, StorageError
+from tune_bisenet.patient import Patient
 from tune_bisenet.secrets import has_secret, is_ambiguous
 
 PYARROW_SCHEMES: Final = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")

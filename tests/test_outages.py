@@ -13,7 +13,7 @@ import pytest
 import requests
 from object_store import KEY_ID, SECRET, ObjectStore, object_store
 
-from tune_bisenet.outages import Patience, StorageError
+from tune_bisenet.outages import PATIENCE_VARIABLE, Patience, StorageError
 from tune_bisenet.patient import Patient
 from tune_bisenet.storage import Storage
 
@@ -179,15 +179,25 @@ def test_preflight_gives_up_on_a_server_that_is_away_within_seconds() -> None:
     began = time.monotonic()
     uri = "s3://bucket/x?endpoint_override=http://127.0.0.1:9&scheme=http&region=us-east-1"
     with pytest.raises(StorageError, match="could not be written for"):
-        Storage.at(uri, patience_seconds=1).check_writable()
+        Storage.at(uri, hurried=True).check_writable()
     assert time.monotonic() - began < 8
+
+
+def test_how_long_is_waited_is_the_users_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Storage.at(str(tmp_path)).patience.seconds == 600
+    monkeypatch.setenv(PATIENCE_VARIABLE, "5")
+    assert Storage.at(str(tmp_path)).patience.seconds == 5
+    assert Storage.at(tmp_path.as_uri()).patience.seconds == 5
+    monkeypatch.setenv(PATIENCE_VARIABLE, "long")
+    with pytest.raises(ValueError, match="'long': give a number of seconds"):
+        Storage.at(str(tmp_path))
 
 
 def test_google_storage_that_is_away_is_given_up_within_seconds_too() -> None:
     began = time.monotonic()
     uri = "gs://anonymous@bucket/x?endpoint_override=127.0.0.1:9&scheme=http"  # pyarrow alone tries for 15 minutes
     with pytest.raises(StorageError, match="could not be written for"):
-        Storage.at(uri, patience_seconds=1).check_writable()
+        Storage.at(uri, hurried=True).check_writable()
     assert time.monotonic() - began < 15
 
 

@@ -6,6 +6,7 @@ long one waits, such as a bucket that does not exist or a key that is not accept
 
 import errno
 import logging
+import os
 import random
 import re
 import threading
@@ -18,7 +19,9 @@ from typing import Final, TypeVar
 from tune_bisenet.secrets import in_a_line
 
 PATIENCE_SECONDS: Final = 600.0
-"""How long a search waits for its storage."""
+"""How long a search waits for its storage, unless $TUNE_BISENET_PATIENCE says another number of seconds."""
+
+PATIENCE_VARIABLE: Final = "TUNE_BISENET_PATIENCE"
 
 HURRIED_SECONDS: Final = 3.0
 """How long one waits where a person does, or where the next epoch tries again. pyarrow adds six seconds of its own."""
@@ -67,6 +70,15 @@ _USELESS: Final = frozenset(
 Value = TypeVar("Value")
 
 log = logging.getLogger(__name__)
+
+
+def patience_seconds() -> float:
+    """How long storage is waited for in this process."""
+    text = os.environ.get(PATIENCE_VARIABLE, f"{PATIENCE_SECONDS}")
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"${PATIENCE_VARIABLE} is {text!r}: give a number of seconds, as in 600.") from None
 
 
 class StorageError(OSError):

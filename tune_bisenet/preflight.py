@@ -28,7 +28,7 @@ from tune_bisenet.data.packed import Packed, suggested_image_size
 from tune_bisenet.data.packing import prepare
 from tune_bisenet.data.sharing import PACKS
 from tune_bisenet.data.source import DataError, Source
-from tune_bisenet.outages import HURRIED_SECONDS, StorageError
+from tune_bisenet.outages import StorageError
 from tune_bisenet.rehearsal import Draft, Sampling
 from tune_bisenet.storage import Storage
 
@@ -245,7 +245,7 @@ def _sampling(planned: _Plan, draft: Draft, packs: dict[tuple[int, int], Packed]
 def _folder(arguments: Arguments, name: str) -> Storage:
     """The search's folder, whose storage can be written to. A person waits for this, so it is not waited for long."""
     try:
-        Storage.at(arguments.storage, patience_seconds=HURRIED_SECONDS).check_writable()
+        Storage.at(arguments.storage, hurried=True).check_writable()
     except OSError as error:
         raise ValueError(f"--storage {arguments.storage} cannot be written to: {error}") from error
     return Storage.at(arguments.storage) / name

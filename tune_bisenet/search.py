@@ -32,6 +32,7 @@ from tune_bisenet.data import sharing
 from tune_bisenet.ledger import Ledger
 from tune_bisenet.outages import StorageError
 from tune_bisenet.progress import Progress
+from tune_bisenet.ray_session import RESTARTABLE
 from tune_bisenet.results import Epoch
 from tune_bisenet.stopping import EarlyStopping, trial_name
 from tune_bisenet.storage import Storage
@@ -118,24 +119,45 @@ def search(
     """
     outcome = Outcome()
     recorder = _Recorder(ledger, scheduler, progress, supply, limits, resources.gpus_per_trial, outcome)
-    with _signals(outcome):
-        while supply.begin() and not recorder.is_cut_off():
-            epochs_before = _epochs_done(ledger)
-            try:
-                _share_packs(job)
-                _fit(_Asking(supply, board), job, resources, scheduler, recorder)
-            except KeyboardInterrupt:
-                break
-            except (RayError, TuneError) as error:
-                if _epochs_done(ledger) == epochs_before:
-                    raise
-                log.warning("Tune gave up (%s); going on with what is left.", error)
-            else:
-                break
-    ledger.close()
-    supply.close()
-    board.write()
+    with _restartable():
+        with _signals(outcome):
+            while supply.begin() and not recorder.is_cut_off():
+                epochs_before = _epochs_done(ledger)
+                try:
+                    _share_packs(job)
+                    _fit(_Asking(supply, board), job, resources, scheduler, recorder)
+                except KeyboardInterrupt:
+                    break
+                except (RayError, TuneError) as error:
+                    if _epochs_done(ledger) == epochs_before or _storage_trouble(error):
+                        raise
+                    log.warning("Tune gave up (%s); going on with what is left.", error)
+                else:
+                    break
+        ledger.close()
+        supply.close()
+        board.write()
     return outcome
+
+
+@contextmanager
+def _restartable() -> Iterator[None]:
+    """End the process, as one to be run again, if storage was away for longer than a search waits for it."""
+    try:
+        yield
+    except Exception as error:
+        trouble = _storage_trouble(error)
+        if trouble is None:
+            raise
+        log.error("%s. Nothing is lost: when it answers, run the same command again with --resume.", trouble)
+        raise SystemExit(RESTARTABLE) from error
+
+
+def _storage_trouble(error: BaseException | None) -> StorageError | None:
+    """The error of ours under Tune's."""
+    while error is not None and not isinstance(error, StorageError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _share_packs(job: Job) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, Self, TypeVar
 import pyarrow as pa
 import pyarrow.fs
 
-from tune_bisenet.outages import HURRIED_SECONDS, PATIENCE_SECONDS, Patience, StorageError
+from tune_bisenet.outages import HURRIED_SECONDS, Patience, StorageError, patience_seconds
 from tune_bisenet.patient import Patient
 from tune_bisenet.secrets import has_secret, is_ambiguous
 
@@ -35,18 +35,19 @@ class Storage:
     patience: Patience = field(default_factory=Patience)
 
     @classmethod
-    def at(cls, place: str, *, patience_seconds: float = PATIENCE_SECONDS) -> Self:
-        """The folder at a local path or a URI such as `s3://bucket/searches`.
+    def at(cls, place: str, *, hurried: bool = False) -> Self:
+        """The folder at a local path or a URI such as `s3://bucket/searches`; `hurried` where a person waits for it.
 
         ValueError if the scheme is unknown, or the URI holds a key. StorageError if it does not answer.
         """
         refuse_keys(place)
+        seconds = HURRIED_SECONDS if hurried else patience_seconds()
         if "://" not in place:
             path = str(Path(place).expanduser().absolute())
-            return cls(pyarrow.fs.LocalFileSystem(), path, path, Patience(path, patience_seconds))
-        patience = Patience(_root(place), patience_seconds)
+            return cls(pyarrow.fs.LocalFileSystem(), path, path, Patience(path, seconds))
+        patience = Patience(_root(place), seconds)
         try:
-            filesystem, path = patience(lambda: _file_system(place, patience_seconds))
+            filesystem, path = patience(lambda: _file_system(place))
         except StorageError:
             raise
         except (pa.ArrowException, OSError, ValueError, ImportError) as error:
@@ -168,14 +169,13 @@ def _root(place: str) -> str:
     return match[0]
 
 
-def _file_system(place: str, patience_seconds: float) -> tuple[Any, str]:
+def _file_system(place: str) -> tuple[Any, str]:
     """The file system, and the path in it. ValueError if neither pyarrow nor fsspec knows the scheme."""
     scheme = place.partition("://")[0].lower()
     if re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) and scheme not in PYARROW_SCHEMES:
         return _fsspec_file_system(place)
     if scheme in ("gs", "gcs") and "retry_limit_seconds=" not in place:  # else it tries for fifteen minutes by itself
-        limit = min(patience_seconds, HURRIED_SECONDS)
-        place = f"{place}{'&' if '?' in place else '?'}retry_limit_seconds={limit:g}"
+        place = f"{place}{'&' if '?' in place else '?'}retry_limit_seconds={HURRIED_SECONDS:g}"
     filesystem, path = pyarrow.fs.FileSystem.from_uri(place)
     return (_steady(filesystem) if scheme == "s3" else filesystem), path
 

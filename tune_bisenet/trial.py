@@ -25,7 +25,7 @@ from tune_bisenet.data.catalog import open_source
 from tune_bisenet.data.packed import Packed, open_packed
 from tune_bisenet.data.packing import fetch, prepare
 from tune_bisenet.engine import EpochEnd, Training
-from tune_bisenet.outages import PATIENCE_SECONDS
+from tune_bisenet.outages import patience_seconds
 from tune_bisenet.results import EPOCHS, LATENCY, Epoch, best_of
 from tune_bisenet.storage import Storage
 from tune_bisenet.tracking import Tracker, triptych
@@ -162,7 +162,7 @@ def _die_if_hung(history: list[Epoch]) -> None:
     seconds = FIRST_EPOCH_DEADLINE_SECONDS
     if history:
         seconds = max(MIN_DEADLINE_SECONDS, DEADLINE_FACTOR * max(epoch.seconds for epoch in history))
-    faulthandler.dump_traceback_later(seconds + PATIENCE_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(seconds + patience_seconds(), exit=True)
 
 
 class _Board:

@@ -10,7 +10,6 @@ from tune_bisenet.data.cityscapes import open_cityscapes
 from tune_bisenet.data.remote import RemotePath
 from tune_bisenet.data.source import DataError, Source
 from tune_bisenet.data.streets import Streets
-from tune_bisenet.outages import HURRIED_SECONDS
 from tune_bisenet.storage import Storage
 
 
@@ -32,7 +31,7 @@ def check_reachable(name: str) -> None:
     if "://" not in name:
         return
     try:
-        storage = Storage.at(name, patience_seconds=HURRIED_SECONDS)
+        storage = Storage.at(name, hurried=True)
         with suppress(FileNotFoundError):  # in its bucket; what is expected there is told by who opens it
             storage.filesystem.get_file_info(FileSelector(storage.path))
     except OSError as error:

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tune_bisenet.outages import HURRIED_SECONDS
 from tune_bisenet.report.page import Report
 from tune_bisenet.report.promises import Promise
 from tune_bisenet.report.read import SearchRecord, read_search
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     given = _parser().parse_args(argv)
     try:
-        folder = Storage.at(given.search, patience_seconds=HURRIED_SECONDS)
+        folder = Storage.at(given.search, hurried=True)
         if given.replay:
             return _print_replay(read_search(folder))
         report = Report.of(folder, price=given.price_per_gpu_hour)

@@ -78,6 +78,17 @@ def test_time_that_is_up_is_a_storage_error_that_nobody_tries_again() -> None:
     assert outer.calls == 1
 
 
+def test_one_outage_is_waited_for_once() -> None:
+    with pytest.raises(StorageError):
+        Patience("s3://once", seconds=1.0)(Stumbling(*[AWAY] * 99))
+    second = Stumbling(AWAY, AWAY)
+    with pytest.raises(StorageError):
+        Patience("s3://once", seconds=1.0)(second)
+    assert second.calls == 1
+    assert Patience("s3://once", seconds=1.0)(Stumbling()) == "answer"
+    assert Patience("s3://once", seconds=1.0)(Stumbling(AWAY)) == "answer", "this is another one"
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -6,6 +6,7 @@ long one waits, such as a bucket that does not exist or a key that is not accept
 
 import errno
 import logging
+import math
 import os
 import random
 import re
@@ -110,10 +111,10 @@ class Patience:
         raise AssertionError("unreachable")
 
     def _pause(self, error: Exception, number: int, began: float, *, writing: bool) -> None:
-        """Wait longer each time, and never two processes in step."""
+        """Wait longer each time, and never two processes in step; in all no longer than since the outage began."""
         pause = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(number, 16)) * random.uniform(0.5, 1)
-        if time.monotonic() - began + pause > self.seconds:
-            waited = time.monotonic() - began
+        waited = time.monotonic() - min(began, _NEWS.away_since(self.place))
+        if waited + pause > self.seconds:
             raise StorageError(
                 f"{self.place} could not be {'written' if writing else 'read'} for {_words(waited)}: "
                 f"{in_a_line(error)}{_full(error)}"
@@ -155,6 +156,10 @@ class _News:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._away: dict[str, tuple[float, bool]] = {}  # since when, and whether it was a write that failed
+
+    def away_since(self, place: str) -> float:
+        """Infinity if it is not known to be."""
+        return self._away.get(place, (math.inf, False))[0]
 
     def failed(self, patience: Patience, error: Exception, *, writing: bool) -> None:
         with self._lock:

@@ -21,6 +21,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune import Callback
 from ray.tune.error import TuneError
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 from ray.tune.search import Searcher
@@ -41,6 +42,10 @@ from tune_bisenet.tracking import write_experiment
 
 MAX_FAILURES: Final = 3
 """How often a trial is put back to its last epoch before it counts as failed."""
+
+KEYS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+"""Tune would hand these to its workers by name and value, which Ray writes into its logs and shows to who asks. Workers
+of this machine inherit them; nodes of a cluster have a role, or an environment of their own."""
 
 SECONDS_BETWEEN_BOARDS: Final = 30.0
 """TensorBoard's table is written anew for each trial that a study adds, but not more often."""
@@ -150,7 +155,7 @@ def _restartable() -> Iterator[None]:
         if trouble is None:
             raise
         log.error("%s. Nothing is lost: when it answers, run the same command again with --resume.", trouble)
-        raise SystemExit(RESTARTABLE) from error
+        os._exit(RESTARTABLE)  # threads of Tune's still wait for it, and pyarrow's end badly with the interpreter
 
 
 def _storage_trouble(error: BaseException | None) -> StorageError | None:
@@ -176,6 +181,7 @@ def _epochs_done(ledger: Ledger) -> int:
 
 
 def _fit(asking: "_Asking", job: Job, resources: Resources, scheduler: EarlyStopping, recorder: "_Recorder") -> None:
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(KEYS)
     storage = Storage.at(job.storage) / "tune"
     trainable = tune.with_resources(
         tune.with_parameters(trial_edge.train, job=job.model_dump(mode="json")),

@@ -190,7 +190,7 @@ def _steady(filesystem: Any) -> Any:
 
 
 def _fsspec_file_system(place: str) -> tuple[Any, str]:
-    import fsspec  # late: few need it
+    import fsspec  # type: ignore[import-untyped]  # late: few need it
 
     filesystem, path = fsspec.core.url_to_fs(place)
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path

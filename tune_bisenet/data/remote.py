@@ -65,10 +65,10 @@ class RemotePath:
         return [self / name for name in sorted(info.base_name for info in folders)]
 
     def is_dir(self) -> bool:
-        return self._type == pyarrow.fs.FileType.Directory
+        return bool(self._type == pyarrow.fs.FileType.Directory)
 
     def exists(self) -> bool:
-        return self._type != pyarrow.fs.FileType.NotFound
+        return bool(self._type != pyarrow.fs.FileType.NotFound)
 
     def glob(self, pattern: str) -> "Iterator[RemotePath]":
         """Files below it, at any depth that `pattern`, such as `*/*.png`, has."""

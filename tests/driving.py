@@ -130,13 +130,13 @@ def on_frames(place: Path, space: str = "space.py") -> list[str]:
 class Driver:
     """`python -m tune_bisenet.run`, with all that Ray starts for it in one session; nothing of it is left behind."""
 
-    def __init__(self, place: Path, *flags: str, variables: dict[str, str] | None = None) -> None:
+    def __init__(self, place: Path, *flags: str, cwd: Path = PROJECT, variables: dict[str, str] | None = None) -> None:
         self._log = place / f"{time.time_ns()}.log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tune_bisenet.run", *flags],
-                cwd=PROJECT,
-                env=environment(place) | (variables or {}),
+                cwd=cwd,
+                env=environment(place) | {"PYTHONPATH": str(PROJECT)} | (variables or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -3,19 +3,32 @@
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
+from object_store import ObjectStore, object_store
 
 from tune_bisenet.storage import Storage
 
 
-@pytest.fixture(params=["local", "elsewhere"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """A folder on the local disk, and one in a file system that has no local paths, as in object storage."""
-    if request.param == "local":
-        return Storage.at(str(tmp_path))
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture(params=["local", "elsewhere", "s3", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, store: ObjectStore) -> Storage:
+    """A folder on the local disk, and some that have no local paths: object storage, and what only fsspec knows."""
+    match request.param:
+        case "local":
+            return Storage.at(str(tmp_path))
+        case "s3":
+            return Storage.at(store.uri(tmp_path.name))
+        case "memory":
+            return Storage.at(f"memory://{tmp_path}/bucket")
     return Storage(pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem()), "bucket", "s3://bucket")
 
 
@@ -54,10 +67,20 @@ def test_folders_are_made_with_those_above_them(storage: Storage) -> None:
 
 def test_a_check_for_writability_leaves_nothing_behind(storage: Storage) -> None:
     storage.make()
-    before = [info.path for info in storage.filesystem.get_file_info(pyarrow.fs.FileSelector(storage.path))]
     storage.check_writable()
-    after = [info.path for info in storage.filesystem.get_file_info(pyarrow.fs.FileSelector(storage.path))]
-    assert before == after == []
+    assert storage.infos() == []
+
+
+def test_a_folder_tells_what_lies_in_it(storage: Storage) -> None:
+    (storage / "trial").make()
+    (storage / "trial").write("last.pt", b"12345")
+    storage.write("search.json", b"{}")
+    found = {info.base_name: info.type for info in storage.infos()}
+    assert found == {"trial": pyarrow.fs.FileType.Directory, "search.json": pyarrow.fs.FileType.File}
+    files = {info.base_name: info.size for info in storage.infos(recursive=True) if info.is_file}
+    assert files == {"last.pt": 5, "search.json": 2}
+    assert (storage / "nothing").infos() == []
+    assert (storage / "trial").read("last.pt", at_most=2) == b"12"
 
 
 def test_only_a_local_disk_has_local_paths(tmp_path: Path) -> None:
@@ -76,6 +99,23 @@ def test_a_folder_is_named_below_its_uri(tmp_path: Path) -> None:
     folder = Storage(pyarrow.fs.LocalFileSystem(), "bucket/searches", "s3://bucket/searches?region=eu-central-1") / "a"
     assert (folder.path, folder.uri) == ("bucket/searches/a", "s3://bucket/searches/a?region=eu-central-1")
     assert Storage.at((Storage.at(tmp_path.as_uri()) / "a").uri).path == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "s3://AKIDofATest:theSecret@bucket/x",
+        "s3://AKIDofATest:theSec/ret@bucket/x",  # such keys hold slashes
+        "s3://bucket/x?region=us-east-1&secret_key=theSecret",
+        "abfs://account@bucket/x?account_key=theSecret",
+        "gs://bucket/x?access_token=theSecret",
+        "sftp://someone:theSecret@host/x",
+    ],
+)
+def test_a_key_in_an_address_is_refused_and_not_shown(place: str) -> None:
+    with pytest.raises(ValueError, match="holds a key or a password") as refused:
+        Storage.at(place)
+    assert "Sec" not in str(refused.value)
 
 
 @pytest.mark.parametrize("place", ["nosuch://bucket/x", "s3//x://", "file://relative path"])

@@ -8,6 +8,7 @@ import optuna
 import pyarrow.fs
 import pytest
 from light_search import close_connections
+from object_store import object_store
 
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import exists
@@ -70,6 +71,21 @@ def test_in_object_storage_a_copy_lies_beside_the_trials(bucket: Storage, tmp_pa
     elsewhere.snapshot()
     back = optuna.load_study(study_name="search", storage=place.open())
     assert [trial.value for trial in back.trials] == [1.0, 3.0], "the copy is what counts, not what lay here"
+
+
+def test_a_copy_that_fails_is_told_and_made_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with object_store() as store:
+        folder = Storage.at(store.uri("search"))
+        place = study_place(folder, url=None, cache_dir=tmp_path / "cache")
+        study = optuna.create_study(storage=place.open(), study_name="search")
+        study.tell(study.ask(), 1.0)
+        store.go_away()
+        place.snapshot()
+        assert "the study is not copied to s3://bucket/search" in caplog.text
+        store.come_back()
+        assert folder.read(STUDY_FILE) is None
+        place.snapshot()
+        assert (folder.read(STUDY_FILE) or b"").startswith(b"SQLite")
 
 
 def test_each_search_in_object_storage_has_a_file_of_its_own(bucket: Storage, tmp_path: Path) -> None:

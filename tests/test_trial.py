@@ -11,9 +11,12 @@ import pyarrow.fs
 import pytest
 from driving import write_frames
 
-from tune_bisenet import checkpoint
+from tune_bisenet import checkpoint, outages
 from tune_bisenet.config import Job, Run
+from tune_bisenet.data import sharing
 from tune_bisenet.latency import Latency
+from tune_bisenet.outages import Patience
+from tune_bisenet.patient import Patient
 from tune_bisenet.results import LATENCY
 from tune_bisenet.storage import Storage
 from tune_bisenet.trial import run_trial
@@ -250,6 +253,56 @@ def test_a_node_without_the_pack_makes_its_own(run: Run, job: Job, tmp_path: Pat
     }
     assert len(trained(run, job.model_copy(update=changes))) == run.num_epochs
     assert list((tmp_path / "worker").glob("*/train.arrow"))
+
+
+def test_a_node_without_the_pack_or_the_data_fetches_what_the_driver_packed(
+    run: Run, job: Job, small_data: "Packed", tmp_path: Path
+) -> None:
+    shared = Storage.at((tmp_path / "shared").as_uri())
+    sharing.publish(small_data.path, shared)
+    changes = {
+        "data": str(tmp_path / "nowhere"),
+        "packs": {"32x64": str(tmp_path / "on another machine" / small_data.path.name)},
+        "shared_packs": shared.uri,
+        "cache_dir": str(tmp_path / "worker"),
+    }
+    assert len(trained(run, job.model_copy(update=changes))) == run.num_epochs
+    assert (tmp_path / "worker" / small_data.path.name / "train.arrow").is_file()
+
+
+class WithoutEvents:
+    """A file system that takes everything but TensorBoard's files, until it is told to."""
+
+    def __init__(self, place: Path) -> None:
+        self._inner = pyarrow.fs.SubTreeFileSystem(str(place), pyarrow.fs.LocalFileSystem())
+        self.takes_events = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def open_output_stream(self, path: str, **options: Any) -> Any:
+        if "tfevents" in path and not self.takes_events:
+            raise ConnectionResetError("away")
+        return self._inner.open_output_stream(path, **options)
+
+
+def test_event_files_that_cannot_be_copied_do_not_end_a_trial_and_follow_later(
+    run: Run, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = WithoutEvents(tmp_path)
+    patient = pyarrow.fs.PyFileSystem(Patient(inner, Patience("s3://bucket")))
+    bucket = Storage(patient, "bucket", "s3://bucket", Patience("s3://bucket"))
+    monkeypatch.setattr(Storage, "at", lambda _place: bucket)
+    monkeypatch.setattr(outages, "FIRST_PAUSE_SECONDS", 60.0)  # longer than a copy is waited for
+    there = []
+
+    def report(result: dict[str, Any]) -> None:
+        there.append(len(list((tmp_path / "bucket" / run.name).glob("*.tfevents.*"))))
+        inner.takes_events = result["epoch"] == 2
+
+    run_trial(run, job, report=report)
+    assert there == [0, 0, 1]
+    assert caplog.text.count("TensorBoard's files are not copied before the next epoch") == 2
 
 
 def test_in_object_storage_the_event_files_follow_every_epoch(

@@ -195,7 +195,7 @@ class Choices(Frozen):
 
     space: str
     data: str
-    """`streets`, or the absolute path of a folder."""
+    """`streets`, or the absolute path or the URI of a folder."""
     backbone: str
     """`imagenet`, `none`, or the absolute path of a file."""
     parts: tuple[Part, ...]
@@ -259,6 +259,8 @@ def absolute(name: str, value: Any) -> Any:
 
     Of an address only what may be seen is a choice.
     """
+    if name == "data" and "://" in value:
+        return value
     if name in ("study", "warm_start") and "://" in value:
         return hidden(value)
     is_path = (

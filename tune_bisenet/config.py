@@ -219,9 +219,11 @@ class Job(Frozen):
     """Where and with what runs are trained: everything a trial needs that is not part of its row."""
 
     data: str
-    """`streets`, or the absolute path of a folder in Cityscapes layout."""
+    """`streets`, or the absolute path or the URI of a folder in Cityscapes layout."""
     packs: dict[str, str]
-    """By image size, the folder in which the driver's node has the frames; nodes that lack it pack for themselves."""
+    """By image size, the folder in which the driver's node has the frames; nodes that lack it fetch or pack them."""
+    shared_packs: str | None = None
+    """The URI under which nodes find the packs of the driver; None where each packs for itself."""
     data_digests: dict[str, str]
     """By image size, of the frames' content: a trial on another machine must find the same."""
     cache_dir: str

@@ -5,7 +5,6 @@ A few frames are read and some iterations timed, in processes of their own; noth
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -19,6 +18,7 @@ from tune_bisenet.forecast import Speed, Work
 from tune_bisenet.launch import UNBOUNDED_TRIALS, check_limits
 from tune_bisenet.outlook import Outlook
 from tune_bisenet.preflight import Survey
+from tune_bisenet.ray_session import Cluster, Node
 from tune_bisenet.results import Standing
 from tune_bisenet.spaces import Sampled
 from tune_bisenet.timing import ProbeError
@@ -53,15 +53,19 @@ def print_page(console: Console, survey: Survey) -> None:
     briefing.print_survey(console, survey, _timed(outlook, survey))
 
 
-def _cluster(arguments: Arguments) -> Mapping[str, float]:
+def _cluster(arguments: Arguments) -> Cluster:
     """What Ray would find, or finds at an address; or what is planned for."""
     if arguments.gpus is not None:
         cores = math.ceil((arguments.cpus_per_trial or 0) / (arguments.gpus_per_trial or 1.0))
-        return {"CPU": arguments.gpus * max(CORES_PER_GPU, cores), "GPU": arguments.gpus}
+        return _one_node(cpus=arguments.gpus * max(CORES_PER_GPU, cores), gpus=arguments.gpus)
     if arguments.address is not None:
         with ray_session.ray_session(arguments.address) as cluster:
-            return dict(cluster)
-    return {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+            return cluster()
+    return _one_node(cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count())
+
+
+def _one_node(*, cpus: int, gpus: int) -> Cluster:
+    return Cluster((Node(id="planned", cpus=cpus, gpus=gpus),))
 
 
 def _sampled_work(survey: Survey, standings: tuple[Standing, ...]) -> Work:

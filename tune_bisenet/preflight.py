@@ -26,10 +26,12 @@ from tune_bisenet.arguments import (
     choose,
 )
 from tune_bisenet.config import Job, Precision, Run, size_words
-from tune_bisenet.data.catalog import open_source
+from tune_bisenet.data.catalog import check_reachable, open_source
 from tune_bisenet.data.packed import Packed, suggested_image_size
 from tune_bisenet.data.packing import prepare
+from tune_bisenet.data.sharing import PACKS
 from tune_bisenet.data.source import DataError, Source
+from tune_bisenet.outages import StorageError
 from tune_bisenet.rehearsal import Draft, Sampling
 from tune_bisenet.storage import Storage
 
@@ -64,6 +66,8 @@ class Flight:
     earlier: dict[str, Any] | None  # the manifest of the search that is resumed
     sampling: Sampling | None
     """Of a sampled search."""
+    shared_packs: Storage | None = None
+    """Where nodes find the packs of this one; None if each packs for itself."""
 
     @property
     def example(self) -> Run:
@@ -86,6 +90,7 @@ class Flight:
             data=self.choices.data,
             packs={size_words(size): str(pack.path) for size, pack in self.packs.items()},
             data_digests={size_words(size): pack.digest for size, pack in self.packs.items()},
+            shared_packs=self.shared_packs.uri if self.shared_packs else None,
             cache_dir=str(self.cache_dir),
             backbone=self.choices.backbone,
             backbone_digest=self.backbone_digest,
@@ -222,7 +227,7 @@ def _planned(given: Arguments, mistyped: Mapping[str, str], *, name: str) -> _Pl
     problems.found += _plan_problems(given)
     problems.attempt(lambda: _check_precision(choices.precision, given))
     backbone_digest = problems.attempt(lambda: _check_backbone(choices.backbone, may_fetch=not given.plan))
-    source = problems.attempt(lambda: open_source(choices.data))
+    source = problems.attempt(lambda: _source(choices.data))
     facts = problems.attempt(lambda: _facts(source)) if source else None
     runs = None
     if rows is not None and facts and not mistyped:
@@ -252,7 +257,8 @@ def _ready(planned: _Plan, progress: Callable[[int, int], None]) -> Flight:
         _check_something_to_do(planned, earlier)
         _check_same_rows(planned.runs, earlier)
     draft = _rehearsed(planned)
-    packs = _pack(planned.source, draft.runs if draft else planned.runs, progress)
+    shared = _shared_packs(planned.given, planned.choices)
+    packs = _pack(planned.source, draft.runs if draft else planned.runs, progress, shared)
     if earlier:
         _check_same_data(packs, earlier)
     return Flight(
@@ -269,6 +275,7 @@ def _ready(planned: _Plan, progress: Callable[[int, int], None]) -> Flight:
         backbone_digest=planned.backbone_digest,
         earlier=earlier,
         sampling=_sampling(planned, draft, packs) if draft else None,
+        shared_packs=shared,
     )
 
 
@@ -294,8 +301,8 @@ def _sampling(planned: _Plan, draft: Draft, packs: dict[tuple[int, int], Packed]
 
 
 def _folder(arguments: Arguments, name: str) -> Storage:
-    """The search's folder, whose storage can be written to."""
-    storage = Storage.at(arguments.storage)
+    """The search's folder, whose storage can be written to. A person waits for this, so it is not waited for long."""
+    storage = Storage.at(arguments.storage, hurried=True)
     only_read = arguments.plan and storage.local_path is None  # there, checking is writing
     try:
         if only_read:
@@ -305,7 +312,21 @@ def _folder(arguments: Arguments, name: str) -> Storage:
     except OSError as error:
         verb = "read" if only_read else "written to"
         raise ValueError(f"--storage {arguments.storage} cannot be {verb}: {error}") from error
-    return storage / name
+    return Storage.at(arguments.storage) / name
+
+
+def _shared_packs(arguments: Arguments, choices: Choices) -> Storage | None:
+    """Beside the searches in object storage. The built-in streets are drawn faster than fetched."""
+    storage = Storage.at(arguments.storage)
+    return None if storage.local_path or choices.data == STREETS else storage / PACKS
+
+
+def _source(data: str) -> Source:
+    check_reachable(data)
+    try:
+        return open_source(data)
+    except StorageError as error:
+        raise DataError([f"--data {data} cannot be read: {error}"]) from error
 
 
 def _check_bucket(storage: Storage) -> None:
@@ -461,11 +482,16 @@ def _settings(choices: Choices) -> plan.Settings:
     )
 
 
-def _pack(source: Source, runs: Sequence[Run], progress: Callable[[int, int], None]) -> dict[tuple[int, int], Packed]:
+def _pack(
+    source: Source, runs: Sequence[Run], progress: Callable[[int, int], None], shared: Storage | None
+) -> dict[tuple[int, int], Packed]:
     sizes = sorted({run.image_size for run in runs})
     cache_dir = _cache_dir()
+    pack = partial(prepare, source, cache_dir=cache_dir, progress=progress, shared=shared)
     try:
-        return {size: prepare(source, image_size=size, cache_dir=cache_dir, progress=progress) for size in sizes}
+        return {size: pack(image_size=size) for size in sizes}
+    except StorageError as error:
+        raise ValueError(f"{error}. Frames that are packed by then must be packed again.") from error
     except OSError as error:
         raise ValueError(
             f"frames cannot be packed into {cache_dir} ({error}). Set {CACHE_VARIABLE} to a folder on a disk with room."

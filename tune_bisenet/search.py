@@ -22,6 +22,7 @@ from ray import tune
 from ray.exceptions import RayActorError, RayError
 from ray.tune import Callback
 from ray.tune.error import TuneError
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 from ray.tune.search import Searcher
@@ -29,8 +30,11 @@ from ray.tune.search import Searcher
 from tune_bisenet import trial as trial_edge
 from tune_bisenet.arguments import Limits
 from tune_bisenet.config import Job, Resources, Run
+from tune_bisenet.data import sharing
 from tune_bisenet.ledger import Ledger
+from tune_bisenet.outages import StorageError
 from tune_bisenet.progress import Progress
+from tune_bisenet.ray_session import RESTARTABLE
 from tune_bisenet.results import Epoch
 from tune_bisenet.stopping import EarlyStopping, trial_name
 from tune_bisenet.storage import Storage
@@ -43,6 +47,10 @@ MAX_FAILURES: Final = 3
 A lost node, a killed worker or a hiccup of the storage costs an unfinished epoch, however often; what cannot go on, or
 takes its node down each time, comes to an end. Ray itself counts nothing where it was told of a preemption (`spot`).
 """
+
+KEYS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+"""Tune would hand these to its workers by name and value, which Ray writes into its logs and shows to who asks. Workers
+of this machine inherit them; nodes of a cluster have a role, or an environment of their own."""
 
 SECONDS_BETWEEN_BOARDS: Final = 30.0
 """TensorBoard's table is written anew for each trial that a study adds, but not more often."""
@@ -86,15 +94,21 @@ class Board:
         """Bring the file up to date, if it is not."""
         if not self._is_due:
             return
+        self._written_at = time.monotonic()
+        try:
+            self._write()
+            self._is_due = False
+        except StorageError as error:
+            log.warning("TensorBoard's table is written later: %s", error)
+
+    def _write(self) -> None:
         if self._folder.local_path is not None:
             write_experiment(self._folder.local_path, self._runs)
-        else:
-            with tempfile.TemporaryDirectory() as place:
-                write_experiment(Path(place), self._runs)
-                for path in Path(place).iterdir():
-                    self._folder.write(path.name, path.read_bytes())
-        self._written_at = time.monotonic()
-        self._is_due = False
+            return
+        with tempfile.TemporaryDirectory() as place:
+            write_experiment(Path(place), self._runs)
+            for path in Path(place).iterdir():
+                self._folder.hurried().write(path.name, path.read_bytes())
 
 
 # --- Tune -------------------------------------------------------------------------------------------------------
@@ -118,23 +132,56 @@ def search(
     """
     outcome = Outcome()
     recorder = _Recorder(ledger, scheduler, progress, supply, limits, resources.gpus_per_trial, outcome)
-    with _signals(outcome):
-        while supply.begin() and not recorder.is_cut_off():
-            epochs_before = _epochs_done(ledger)
-            try:
-                _fit(_Asking(supply, board), job, resources, scheduler, recorder)
-            except KeyboardInterrupt:
-                break
-            except (RayError, TuneError) as error:
-                if _epochs_done(ledger) == epochs_before:
-                    raise
-                log.warning("Tune gave up (%s); going on with what is left.", error)
-            else:
-                break
-    ledger.close()
-    supply.close()
-    board.write()
+    with _restartable():
+        with _signals(outcome):
+            while supply.begin() and not recorder.is_cut_off():
+                epochs_before = _epochs_done(ledger)
+                try:
+                    _share_packs(job)
+                    _fit(_Asking(supply, board), job, resources, scheduler, recorder)
+                except KeyboardInterrupt:
+                    break
+                except (RayError, TuneError) as error:
+                    if _epochs_done(ledger) == epochs_before or _storage_trouble(error):
+                        raise
+                    log.warning("Tune gave up (%s); going on with what is left.", error)
+                else:
+                    break
+        ledger.close()
+        supply.close()
+        board.write()
     return outcome
+
+
+@contextmanager
+def _restartable() -> Iterator[None]:
+    """End the process, as one to be run again, if storage was away for longer than a search waits for it."""
+    try:
+        yield
+    except Exception as error:
+        trouble = _storage_trouble(error)
+        if trouble is None:
+            raise
+        log.error("%s. Nothing is lost: when it answers, run the same command again with --resume.", trouble)
+        os._exit(RESTARTABLE)  # threads of Tune's still wait for it, and pyarrow's end badly with the interpreter
+
+
+def _storage_trouble(error: BaseException | None) -> StorageError | None:
+    """The error of ours under Tune's."""
+    while error is not None and not isinstance(error, StorageError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _share_packs(job: Job) -> None:
+    """Put this node's packs where the others find them. A node that finds none packs for itself."""
+    if job.shared_packs is None:
+        return
+    try:
+        for pack in job.packs.values():
+            sharing.publish(Path(pack), Storage.at(job.shared_packs))
+    except OSError as error:
+        log.warning("The packed frames could not be copied to %s: %s", job.shared_packs, error)
 
 
 def _epochs_done(ledger: Ledger) -> int:
@@ -142,6 +189,7 @@ def _epochs_done(ledger: Ledger) -> int:
 
 
 def _fit(asking: "_Asking", job: Job, resources: Resources, scheduler: EarlyStopping, recorder: "_Recorder") -> None:
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(KEYS)
     storage = Storage.at(job.storage) / "tune"
     trainable = tune.with_resources(
         tune.with_parameters(trial_edge.train, job=job.model_dump(mode="json")),

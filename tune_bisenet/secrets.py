@@ -9,7 +9,7 @@ _IN_ADDRESS: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://[^\s:/@?#
 """`scheme://user:SECRET@`; see `is_ambiguous` for the characters that must be percent-encoded there."""
 
 _IN_QUERY: Final = re.compile(
-    r"(?P<before>[?&][^=&\s]*(?:password|secret|token|access_key|signature)[^=&\s]*=)(?P<secret>[^&\s'\"]+)",
+    r"(?P<before>[?&][^=&\s]*(?:password|secret|token|access_key|account_key|signature)[^=&\s]*=)(?P<secret>[^&\s'\"]+)",
     re.IGNORECASE,
 )
 

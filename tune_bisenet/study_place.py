@@ -3,6 +3,7 @@
 SQLite needs a disk. Of a search in object storage this machine keeps the file, and a copy of it lies in the folder.
 """
 
+import logging
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from tune_bisenet.config import fingerprint
 from tune_bisenet.secrets import HIDDEN, hidden, in_a_line, is_ambiguous
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import DATABASE_ERRORS, exists, open_storage
+
+log = logging.getLogger(__name__)
 
 
 class StudyError(ValueError):
@@ -85,14 +88,17 @@ class StudyPlace:
             raise StudyError(f"the study in {self.shown} cannot be used: {in_a_line(error)}. {remedy}") from None
 
     def snapshot(self) -> None:
-        """Bring the copy in object storage up to date."""
+        """Bring the copy in object storage up to date. One that fails costs nothing: the next has all of it."""
         if self.file is None:
             return
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / STUDY_FILE
             with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
                 source.backup(target)
-            self.folder.write(STUDY_FILE, copy.read_bytes())
+            try:
+                self.folder.hurried().write(STUDY_FILE, copy.read_bytes())
+            except OSError as error:
+                log.warning("the study is not copied to %s before the next trial ends: %s", self.folder.uri, error)
 
 
 def study_place(folder: Storage, *, url: str | None, cache_dir: Path) -> StudyPlace:

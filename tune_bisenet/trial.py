@@ -23,8 +23,9 @@ from tune_bisenet import backbone, checkpoint, engine, evidence, latency
 from tune_bisenet.config import Job, Run, size_words
 from tune_bisenet.data.catalog import open_source
 from tune_bisenet.data.packed import Packed, open_packed
-from tune_bisenet.data.packing import prepare
+from tune_bisenet.data.packing import fetch, prepare
 from tune_bisenet.engine import EpochEnd, Training
+from tune_bisenet.outages import patience_seconds
 from tune_bisenet.results import EPOCHS, LATENCY, Epoch, best_of
 from tune_bisenet.storage import Storage
 from tune_bisenet.tracking import Tracker, triptych
@@ -110,18 +111,27 @@ def _begin(run: Run, job: Job) -> tuple[Training, Packed]:
 
 
 def _open_data(run: Run, job: Job) -> Packed:
-    """This node's pack of the data; packed now if the node has none. ValueError if it is not the driver's data."""
+    """This node's pack of the data; fetched or packed now if it has none. ValueError if it is not the driver's data."""
     size = size_words(run.image_size)
-    if Path(job.packs[size]).exists():
-        data = open_packed(Path(job.packs[size]))
+    pack = Path(job.packs[size])
+    if pack.exists():
+        data = open_packed(pack)
     else:
-        data = prepare(open_source(job.data), image_size=run.image_size, cache_dir=Path(job.cache_dir))
+        data = _fetched(pack.name, job) or prepare(
+            open_source(job.data), image_size=run.image_size, cache_dir=Path(job.cache_dir)
+        )
     if data.digest != job.data_digests[size]:
         raise ValueError(
             f"{job.data} holds other frames on this node (digest {data.digest}) than where the search was started "
             f"({job.data_digests[size]}). Give every node the same data."
         )
     return data
+
+
+def _fetched(key: str, job: Job) -> Packed | None:
+    if job.shared_packs is None:
+        return None
+    return fetch(key, shared=Storage.at(job.shared_packs), cache_dir=Path(job.cache_dir))
 
 
 def _latency_ms(training: Training, folder: Storage) -> float:
@@ -155,19 +165,25 @@ def _are_numbers(model: torch.nn.Module) -> bool:
 
 
 def _die_if_hung(history: list[Epoch]) -> None:
-    """(Re)arm a timer that ends this process, with a traceback, if an epoch takes absurdly long: Ray never notices."""
+    """(Re)arm a timer that ends this process, with a traceback, if an epoch takes absurdly long: Ray never notices.
+
+    Waiting for storage that is away is not absurd.
+    """
     seconds = FIRST_EPOCH_DEADLINE_SECONDS
     if history:
         seconds = max(MIN_DEADLINE_SECONDS, DEADLINE_FACTOR * max(epoch.seconds for epoch in history))
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    faulthandler.dump_traceback_later(seconds + patience_seconds(), exit=True)
 
 
 class _Board:
-    """The trial's TensorBoard files in its folder; in object storage, copied there after every epoch."""
+    """The trial's TensorBoard files in its folder; in object storage, copied there after every epoch.
+
+    A copy that fails costs nothing: the next one has all of it.
+    """
 
     def __init__(self, folder: Storage, *, run: Run, job: Job, completed_epochs: int) -> None:
         self._run = run
-        self._folder = folder
+        self._folder = folder.hurried()
         self._stack = ExitStack()
         self._mirrored = folder.local_path is None
         logdir = folder.local_path or Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
@@ -199,9 +215,13 @@ class _Board:
         self._mirror()
 
     def _mirror(self) -> None:
-        if self._mirrored:
+        if not self._mirrored:
+            return
+        try:
             for path in self._logdir.iterdir():
                 self._folder.write(path.name, path.read_bytes())
+        except OSError as error:
+            log.warning("TensorBoard's files are not copied before the next epoch: %s", error)
 
 
 def _best(end: EpochEnd, data: Packed) -> evidence.Best:

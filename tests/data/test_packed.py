@@ -320,7 +320,9 @@ def test_all_damaged_frames_are_named_at_once_and_nothing_is_left(tmp_path: Path
 
 def test_a_disk_too_small_is_refused_before_the_first_frame(tmp_path: Path) -> None:
     huge = Noise(frame_size=(10_000_000, 10_000_000), damaged=[("train", 0)])  # three val labels of 100 TB
-    with pytest.raises(DataError, match=r"packing needs 300,000\.0 GB in .*, where [\d,.]+ GB are free: remove packs"):
+    with pytest.raises(
+        DataError, match=r"packed frames need 300,000\.0 GB in .*, where [\d,.]+ GB are free: remove packs"
+    ):
         pack(tmp_path, huge)
 
 

@@ -3,7 +3,8 @@
     ROOT/leftImg8bit/{train,val}/CITY/STEM_leftImg8bit.png
     ROOT/gtFine/{train,val}/CITY/STEM_gtFine_labelIds.png    (or _labelTrainIds.png, where only those exist)
 
-It knows folders, file names and label ids, and refuses to know what the frames are resized to or used for.
+ROOT is a local folder or one in object storage. It knows folders, file names and label ids, and refuses to know what
+the frames are resized to or used for.
 """
 
 import hashlib
@@ -24,7 +25,9 @@ from PIL import Image
 
 from tune_bisenet.config import size_words
 from tune_bisenet.data.classes import MAX_LABEL_ID, NUM_CLASSES, VOID, train_id_table
+from tune_bisenet.data.remote import Place, RemotePath
 from tune_bisenet.data.source import SPLITS, DataError, Frame, Split
+from tune_bisenet.outages import StorageError
 
 IMAGES: Final = "leftImg8bit"
 LABELS: Final = "gtFine"
@@ -33,6 +36,7 @@ DOWNLOAD: Final = {IMAGES: "leftImg8bit_trainvaltest.zip", LABELS: "gtFine_train
 
 MAX_FRAME_PIXELS: Final = 64 * 2**20
 NUM_PROBE_THREADS: Final = 16  # for storage over a network, where a header costs a round trip
+HEADER_BYTES: Final = 2**16  # of a remote file, read to see its header
 
 IMAGE_MODES: Final = {"RGB": "an image is 8-bit RGB"}
 LABEL_MODES: Final = dict.fromkeys(("L", "P"), "a label is one channel of 8-bit ids")
@@ -59,7 +63,7 @@ LABEL_TRAIN_IDS: Final = LabelKind("_gtFine_labelTrainIds.png", NUM_CLASSES - 1,
 class Cityscapes:
     """A `Source` over checked files, to be had from `open_cityscapes`. A frame's name is `CITY/STEM`."""
 
-    root: Path
+    root: Place
     label_kind: LabelKind
     frame_size: tuple[int, int]
     fingerprint: str
@@ -85,7 +89,7 @@ class Cityscapes:
         return Frame(image, label)
 
 
-def open_cityscapes(root: Path) -> Cityscapes:
+def open_cityscapes(root: Place) -> Cityscapes:
     """Find and check every frame under `root`, reading headers only.
 
     Raises one DataError that names every file in the way: missing, unpaired, unreadable, of another size or kind.
@@ -122,21 +126,21 @@ def open_cityscapes(root: Path) -> Cityscapes:
 # --- the layout -------------------------------------------------------------------------------------------------
 
 
-Files = Mapping[str, Path]  # by the frame's name, sorted
+Files = Mapping[str, Place]  # by the frame's name, sorted
 
 
-def _pair(root: Path, split: Split, name: str, kind: LabelKind) -> tuple[Path, Path]:
+def _pair(root: Place, split: Split, name: str, kind: LabelKind) -> tuple[Place, Place]:
     """Where a frame's image and label belong."""
     return root / IMAGES / split / f"{name}{IMAGE_SUFFIX}", root / LABELS / split / f"{name}{kind.suffix}"
 
 
-def _found(folder: Path, suffix: str) -> Files:
+def _found(folder: Place, suffix: str) -> Files:
     """The files one level below `folder`; empty where there is no such folder."""
     files = {path.relative_to(folder).as_posix().removesuffix(suffix): path for path in folder.glob(f"*/*{suffix}")}
     return dict(sorted(files.items()))
 
 
-def _label_kind(root: Path) -> LabelKind:
+def _label_kind(root: Place) -> LabelKind:
     """labelIds if any frame has them; labelTrainIds where only those exist."""
     kinds = (LABEL_IDS, LABEL_TRAIN_IDS)
     return next(
@@ -144,11 +148,11 @@ def _label_kind(root: Path) -> LabelKind:
     )
 
 
-def _is_layout(folder: Path) -> bool:
+def _is_layout(folder: Place) -> bool:
     return (folder / IMAGES).is_dir() and (folder / LABELS).is_dir()
 
 
-def _require_layout(root: Path) -> None:
+def _require_layout(root: Place) -> None:
     """Raise DataError unless both top folders are there; say which folder was meant if it is a step away."""
     if _is_layout(root):
         return
@@ -164,15 +168,18 @@ def _require_layout(root: Path) -> None:
     )
 
 
-def _nearby(root: Path) -> list[Path]:
+def _nearby(root: Place) -> Sequence[Place]:
     """The folders above, for who names an inner one, and those just below."""
-    return [*root.absolute().parents, *(sorted(root.iterdir()) if root.is_dir() else [])]
+    if isinstance(root, RemotePath):
+        return root.nearby
+    local = Path(str(root)).absolute()
+    return [*local.parents, *(sorted(local.iterdir()) if local.is_dir() else [])]
 
 
 # --- what is checked before anything is decoded -----------------------------------------------------------------
 
 
-def _pairing_problems(root: Path, split: Split, kind: LabelKind, images: set[str], labels: set[str]) -> list[str]:
+def _pairing_problems(root: Place, split: Split, kind: LabelKind, images: set[str], labels: set[str]) -> list[str]:
     """Empty folders, or else frames of which one half is missing."""
     found = ((IMAGES, IMAGE_SUFFIX, images), (LABELS, kind.suffix, labels))
     empty = [
@@ -198,10 +205,10 @@ def _pairing_problems(root: Path, split: Split, kind: LabelKind, images: set[str
 
 def _header_sizes(
     images: Mapping[Split, Files], labels: Mapping[Split, Files], problems: list[str]
-) -> dict[Path, tuple[int, int]]:
+) -> dict[Place, tuple[int, int]]:
     """Height and width of every file that is readable and of the right mode; what is not goes to `problems`."""
     kinds = ((images, IMAGE_MODES), (labels, LABEL_MODES))
-    sizes: dict[Path, tuple[int, int]] = {}
+    sizes: dict[Place, tuple[int, int]] = {}
     with ThreadPoolExecutor(NUM_PROBE_THREADS) as pool:
         probes = {
             path: pool.submit(_header_size, path, modes)
@@ -209,18 +216,21 @@ def _header_sizes(
             for split in SPLITS
             for path in files[split].values()
         }
-        for path, probe in probes.items():
-            with _noted_in(problems):
-                sizes[path] = probe.result()
+        try:
+            for path, probe in probes.items():
+                with _noted_in(problems):
+                    sizes[path] = probe.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # nobody waits for thousands of files if storage is away
     return sizes
 
 
-def _header_size(path: Path, modes: Mapping[str, str]) -> tuple[int, int]:
-    with _opened(path, modes) as picture:
+def _header_size(path: Place, modes: Mapping[str, str]) -> tuple[int, int]:
+    with _opened(path, modes, at_most=HEADER_BYTES) as picture:
         return picture.height, picture.width
 
 
-def _size_problems(pairs: Sequence[tuple[Path, Path]], sizes: Mapping[Path, tuple[int, int]]) -> list[str]:
+def _size_problems(pairs: Sequence[tuple[Place, Place]], sizes: Mapping[Place, tuple[int, int]]) -> list[str]:
     """Pairs whose halves differ in size, and frames that differ from most others. Sizes read height x width."""
     readable = [pair for pair in pairs if all(path in sizes for path in pair)]
     if not readable:
@@ -241,9 +251,10 @@ def _size_problems(pairs: Sequence[tuple[Path, Path]], sizes: Mapping[Path, tupl
     return problems
 
 
-def _fingerprint(root: Path, paths: Iterable[Path]) -> str:
+def _fingerprint(root: Place, paths: Iterable[Place]) -> str:
     """A hash of names, sizes and times of change: cheap, and new when a file may have changed."""
-    stats = ((path.relative_to(root).as_posix(), path.stat()) for path in sorted(paths))
+    in_order = sorted((path.relative_to(root).parts, path.stat()) for path in paths)
+    stats = (("/".join(parts), stat) for parts, stat in in_order)
     lines = [f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}" for name, stat in stats]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -261,17 +272,21 @@ def _noted_in(problems: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path, modes: Mapping[str, str]) -> Iterator[Image.Image]:
-    """A PNG whose header is right: readable, of bounded size, in one of `modes`. Raises DataError, in the body too."""
+def _opened(path: Place, modes: Mapping[str, str], *, at_most: int | None = None) -> Iterator[Image.Image]:
+    """A PNG whose header is right: readable, of bounded size, in one of `modes`. Raises DataError, in the body too.
+
+    Of a remote file `at_most` so many bytes are fetched.
+    """
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
+        file = path.opened(at_most) if isinstance(path, RemotePath) else str(path)
+        with Image.open(file, formats=("PNG",)) as picture:
             if picture.width * picture.height > MAX_FRAME_PIXELS:
                 raise Image.DecompressionBombError
             if picture.mode not in modes:
                 rule = next(iter(modes.values()))
                 raise DataError([f"{path} has Pillow's mode {picture.mode!r}: {rule}. Convert or replace the file."])
             yield picture
-    except DataError:
+    except (DataError, StorageError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
@@ -283,13 +298,13 @@ def _opened(path: Path, modes: Mapping[str, str]) -> Iterator[Image.Image]:
         ) from error
 
 
-def _decode_image(path: Path) -> NDArray[np.uint8]:
+def _decode_image(path: Place) -> NDArray[np.uint8]:
     """RGB uint8 (H, W, 3)."""
     with _opened(path, IMAGE_MODES) as picture:
         return np.asarray(picture)
 
 
-def _decode_label(path: Path, kind: LabelKind) -> NDArray[np.uint8]:
+def _decode_label(path: Place, kind: LabelKind) -> NDArray[np.uint8]:
     """trainIds uint8 (H, W)."""
     with _opened(path, LABEL_MODES) as picture:
         counts = picture.histogram()

@@ -1,6 +1,7 @@
 """Make the pack of a source unless it is there, whole and right: decode, resize, write, and all under one lock a pack.
 
     prepare -> _verify                                  read every byte of what is there
+            -> _fetch -> sharing                        or fetch what another node has made
             -> _build -> _pack_rows -> _pack_row        decode and resize in threads, in order
                       -> _write                         record batch by record batch, down to the disk
 
@@ -17,18 +18,18 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from tune_bisenet.config import size_words
 from tune_bisenet.data.classes import NUM_CLASSES
+from tune_bisenet.data.disk import locked, put_in_place, require_space
 from tune_bisenet.data.packed import (
     FORMAT_VERSION,
     Batch,
@@ -42,7 +43,9 @@ from tune_bisenet.data.packed import (
     read_split,
     rows_sha256,
 )
+from tune_bisenet.data.sharing import download
 from tune_bisenet.data.source import SPLITS, DataError, Frame, Source, Split
+from tune_bisenet.storage import Storage
 
 BATCH_BYTES: Final = 64 * 2**20
 MAX_BATCH_ROWS: Final = 64
@@ -53,21 +56,46 @@ Progress = Callable[[int, int], None]
 _log = logging.getLogger(__name__)
 
 
-def prepare(source: Source, *, image_size: Size, cache_dir: Path, progress: Progress | None = None) -> Packed:
+def prepare(
+    source: Source,
+    *,
+    image_size: Size,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    shared: Storage | None = None,
+) -> Packed:
     """Open the pack of `source` at `image_size`; pack first unless a whole one is there whose every byte is right.
 
-    Any number of processes may ask at once: one packs, the others wait. `progress(done, total)` counts frames.
+    One that lies in `shared` is fetched instead. Any number of processes may ask at once: one packs, the others wait.
+    `progress(done, total)` counts frames.
     Raises DataError naming every frame that cannot be used, or when the disk is too small.
     """
-    cache_dir.mkdir(parents=True, exist_ok=True)
     folder = cache_dir / _key(source, image_size)
-    with _locked(folder.with_name(f"{folder.name}.lock")):
+    with _locked(folder):
+        headers = [_header(source, split, image_size) for split in SPLITS]
         try:
-            _verify(folder, [_header(source, split, image_size) for split in SPLITS])
+            _verify(folder, headers)
         except DataError as reason:
-            _log.info("packing %s at %s: %s", source.name, size_words(image_size), reason)
-            _build(source, image_size, folder, progress or (lambda _done, _total: None))
+            if shared is None or not _fetch(shared / folder.name, folder, headers):
+                _log.info("packing %s at %s: %s", source.name, size_words(image_size), reason)
+                _build(source, image_size, folder, progress or (lambda _done, _total: None))
         return open_packed(folder)
+
+
+def fetch(key: str, *, shared: Storage, cache_dir: Path) -> Packed | None:
+    """The pack of that name: this node's, or fetched now from `shared`; None if no whole one is there.
+
+    Of the processes that ask at once, one fetches and the others wait.
+    """
+    folder = cache_dir / key
+    with _locked(folder):
+        is_here = folder.is_dir() or _fetch(shared / key, folder, None)
+        return open_packed(folder) if is_here else None
+
+
+def _locked(folder: Path) -> AbstractContextManager[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return locked(folder.with_name(f"{folder.name}.lock"))
 
 
 def _header(source: Source, split: Split, image_size: Size) -> Header:
@@ -82,10 +110,10 @@ def _header(source: Source, split: Split, image_size: Size) -> Header:
     )
 
 
-def _verify(folder: Path, expected: Sequence[Header]) -> None:
-    """Raise DataError unless every byte of every row is the one that was packed, from just this source."""
+def _verify(folder: Path, expected: Sequence[Header] | None) -> None:
+    """Raise DataError unless every byte of every row is the one that was packed, and from the source expected."""
     splits = [read_split(folder, split) for split in SPLITS]
-    if [header for header, _ in splits] != list(expected):
+    if expected is not None and [header for header, _ in splits] != list(expected):
         raise DataError([f"{folder} was packed from another source."])
     batches = [batch for _, batches in splits for batch in batches]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -101,23 +129,9 @@ def _verify(folder: Path, expected: Sequence[Header]) -> None:
 def _key(source: Source, image_size: Size) -> str:
     """A folder's name: for people the source and size, for us a hash of all that decides what is inside."""
     identity = [FORMAT_VERSION, source.name, source.fingerprint, image_size]
-    slug = re.sub(r"[^A-Za-z0-9_]+", "-", Path(source.name).name).strip("-")[:40] or "source"
+    address = source.name.partition("?")[0] if "://" in source.name else source.name
+    slug = re.sub(r"[^A-Za-z0-9_]+", "-", Path(address).name).strip("-")[:40] or "source"
     return f"{slug}-{size_words(image_size)}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock; the system drops it when a process dies."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _log.info("waiting for the process that holds %s", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _build(source: Source, image_size: Size, folder: Path, progress: Progress) -> None:
@@ -126,7 +140,7 @@ def _build(source: Source, image_size: Size, folder: Path, progress: Progress) -
     for useless in (folder, part):  # damaged, and left by a process that died; views still open outlive the name
         shutil.rmtree(useless, ignore_errors=True)
     headers = [_header(source, split, image_size) for split in SPLITS]
-    _require_space(folder.parent, sum(header.num_rows * header.row_bytes for header in headers))
+    require_space(folder.parent, sum(header.num_rows * header.row_bytes for header in headers))
     num_frames, num_done = sum(header.num_rows for header in headers), count(1)
     problems: list[str] = []
     part.mkdir()
@@ -136,22 +150,26 @@ def _build(source: Source, image_size: Size, folder: Path, progress: Progress) -
             _write(part / f"{split}.arrow", header, rows)
         if problems:
             raise DataError(problems)
-        _fsync(part)
-        part.rename(folder)
-        _fsync(folder.parent)
+        put_in_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _require_space(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise DataError(
-            [
-                f"packing needs {needed_bytes / 1e9:,.1f} GB in {folder}, where {free_bytes / 1e9:,.1f} GB are free: "
-                "remove packs there that no search uses, name another cache folder, or choose a smaller image size."
-            ]
-        )
+def _fetch(place: Storage, folder: Path, expected: Sequence[Header] | None) -> bool:
+    """Whether a whole and right pack could be had from `place`. To be called under the lock."""
+    part = folder.with_name(f"{folder.name}.fetched")
+    for _ in range(2):  # what was begun by a process that died may be damaged; then all is fetched anew
+        try:
+            if not download(place, part):
+                return False
+            _verify(part, expected)
+        except DataError as reason:
+            _log.warning("the packed frames from %s cannot be used: %s", place.uri, reason)
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            put_in_place(part, folder)
+            return True
+    return False
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -186,11 +204,14 @@ def _in_order(function: Callable[[int], _Row], num_items: int) -> Iterator[Futur
     """`function` of 0, 1, … in threads (Pillow decodes without the GIL), with a bounded number of results waiting."""
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         waiting: deque[Future[_Row]] = deque()
-        for index in range(num_items):
-            waiting.append(pool.submit(function, index))
-            if len(waiting) > 2 * NUM_THREADS:
-                yield waiting.popleft()
-        yield from waiting
+        try:
+            for index in range(num_items):
+                waiting.append(pool.submit(function, index))
+                if len(waiting) > 2 * NUM_THREADS:
+                    yield waiting.popleft()
+            yield from waiting
+        finally:
+            pool.shutdown(cancel_futures=True)  # nobody waits for the others if storage is away
 
 
 def _pack_row(name: str, frame: Frame, header: Header) -> _Row:
@@ -246,12 +267,3 @@ def _stacked(rows: Sequence[_Row]) -> Batch:
     images, labels = np.stack([row.image for row in rows]), np.stack([row.label for row in rows])
     class_counts = np.sum([row.class_counts for row in rows], axis=0)
     return Batch(names, images, labels, class_counts, rows_sha256(names, class_counts, images, labels))
-
-
-def _fsync(folder: Path) -> None:
-    """Make a new name in `folder` outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

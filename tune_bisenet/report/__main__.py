@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; its exit code."""
     given = _parser().parse_args(argv)
     try:
-        folder = Storage.at(given.search)
+        folder = Storage.at(given.search, hurried=True)
         if given.replay:
             return _print_replay(read_search(folder))
         report = Report.of(folder, price=given.price_per_gpu_hour)

@@ -21,7 +21,7 @@ def kept_current(folder: Storage, *, every_seconds: float = SECONDS_BETWEEN_PAGE
 
     def keep() -> None:
         while not done.wait(every_seconds):
-            write_safely(folder)
+            write_safely(folder.hurried())
 
     thread = threading.Thread(target=keep, name="report", daemon=True)
     thread.start()

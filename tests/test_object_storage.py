@@ -1,0 +1,205 @@
+"""Whole searches whose data and results lie in object storage: moto's S3 server, real Ray, real training.
+
+The server dies and comes back, the driver is killed, and another machine goes on; the results are those of a search
+on this machine's disk that nothing happened to.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from driving import PROJECT, Driver, end_process, environment, make_place, on_frames, results, write_space
+from object_store import KEY_ID, SECRET, ObjectStore, object_store
+
+from tune_bisenet.ledger import LEADERBOARD_CSV
+from tune_bisenet.ray_session import RESTARTABLE
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+NUM_EPOCHS = 5
+TRIALS = ("a", "b")
+OUTAGE_SECONDS = 15
+
+place = pytest.fixture(scope="module")(make_place)
+
+
+@pytest.fixture(scope="module")
+def store(place: Path) -> Iterator[ObjectStore]:
+    with object_store() as store:
+        store.upload(place / "frames", "data/cityscapes")
+        yield store
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> list[dict[str, str]]:
+    """The leaderboard of the same search with frames and results on this disk."""
+    write_space(place / "space.py", {"a": 0.01, "b": 0.05}, num_epochs=NUM_EPOCHS, baseline="a")
+    with Driver(place, *on_frames(place), "--scheduler", "fifo", "--name", "local") as driver:
+        assert driver.end() == 0
+    board = results(place / "local")
+    assert [row["status"] for row in board] == ["finished"] * 2
+    shutil.rmtree(place / "local")
+    return board
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search in the bucket."""
+
+    place: Path
+    store: ObjectStore
+    name: str
+
+    def start(self, **variables: str) -> Driver:
+        what = ["--space", str(self.place / "space.py"), "--backbone", "none", "--scheduler", "fifo"]
+        where = ["--data", self.store.uri("data/cityscapes"), "--storage", self.store.uri("searches")]
+        return Driver(self.place, *what, *where, "--name", self.name, variables=variables)
+
+    def resume(self, *, cwd: Path = PROJECT, **variables: str) -> Driver:
+        """As on a machine whose environment names the server."""
+        there = {"AWS_ENDPOINT_URL": self.store.endpoint, "AWS_DEFAULT_REGION": "us-east-1"} | variables
+        flags = ["--resume", "--name", self.name, "--storage", "s3://bucket/searches"]
+        return Driver(self.place, *flags, cwd=cwd, variables=there)
+
+    def read(self, name: str) -> bytes:
+        return self.store.read(f"searches/{self.name}/{name}") or b""
+
+    def results(self) -> list[dict[str, str]]:
+        """The leaderboard, as `driving.results` has that of a folder."""
+        copy = self.place / "board"
+        copy.mkdir(exist_ok=True)
+        (copy / LEADERBOARD_CSV).write_bytes(self.read(LEADERBOARD_CSV))
+        return results(copy)
+
+    def epochs(self, trial: str) -> list[int]:
+        return [epoch["epoch"] for epoch in json.loads(self.read(f"{trial}/epochs.json") or b"[]")]
+
+    def has_done(self, count: int) -> Callable[[], bool]:
+        """Whether so many epochs, of all trials, are safe. The server is in this process: it is asked now and then."""
+
+        def ask() -> bool:
+            time.sleep(0.2)
+            return self.num_epochs >= count
+
+        return ask
+
+    @property
+    def num_epochs(self) -> int:
+        return sum(len(self.epochs(trial)) for trial in TRIALS)
+
+    @property
+    def is_unfinished(self) -> bool:
+        return self.num_epochs < NUM_EPOCHS * len(TRIALS)
+
+    def attempts(self, trial: str) -> int:
+        """Each leaves a file for TensorBoard."""
+        return sum("tfevents" in key for key in self.store.listed(f"searches/{self.name}/{trial}/"))
+
+
+def test_a_search_outlives_its_server_and_its_driver_and_goes_on_elsewhere(
+    place: Path, store: ObjectStore, undisturbed: list[dict[str, str]]
+) -> None:
+    search = Search(place, store, "moved")
+    with search.start() as driver:
+        driver.until(search.has_done(2))
+        trainers = driver.trainers()
+        store.go_away()
+        time.sleep(OUTAGE_SECONDS)
+        assert driver.process.poll() is None
+        store.come_back()
+        assert search.is_unfinished
+        driver.until(search.has_done(search.num_epochs + 2))
+        assert driver.trainers() == trainers
+        assert 1 <= driver.log.count("s3://bucket cannot be") <= 2, "once when it was written, once when it was read"
+        assert "s3://bucket answers again after" in driver.log
+        end_process(driver.process.pid, signal.SIGKILL)
+    assert search.is_unfinished, "it was killed in the midst"
+    assert [search.attempts(trial) for trial in TRIALS] == [1, 1], "the trials went on, and were not begun again"
+
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(place / "cache")
+    there = {"HOME": str(elsewhere), "TUNE_BISENET_CACHE": str(elsewhere / "cache")}
+    with search.resume(cwd=elsewhere, **there) as driver:
+        assert driver.end() == 0
+        assert "packing frames" not in driver.log, "they were fetched"
+    assert search.results() == undisturbed
+    assert [search.epochs(trial) for trial in TRIALS] == [list(range(1, NUM_EPOCHS + 1))] * 2
+    assert len(list((elsewhere / "cache").glob("*/train.arrow"))) == 1
+    assert_reported_from(search, elsewhere, **there)
+    assert_no_secret(place, store)
+
+
+def assert_reported_from(search: Search, cwd: Path, **variables: str) -> None:
+    uri = search.store.uri(f"searches/{search.name}")
+    search.store.write(f"searches/{search.name}/report.html", b"")
+    report = subprocess.run(
+        [sys.executable, "-m", "tune_bisenet.report", uri],
+        cwd=cwd,
+        env=environment(search.place) | {"PYTHONPATH": str(PROJECT)} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert report.returncode == 0, report.stderr
+    assert f"report: {search.store.uri(f'searches/{search.name}/report.html')}" in report.stdout
+    assert b"</html>" in search.read("report.html")
+
+
+def assert_no_secret(place: Path, store: ObjectStore) -> None:
+    """In nothing that lies in the bucket, Tune's pickles among it, nor in any file or log of this machine."""
+    keys = store.listed()
+    assert any(key.endswith(".pkl") for key in keys)
+    for key in keys:
+        content = store.read(key) or b""
+        assert SECRET.encode() not in content, key
+        assert KEY_ID.encode() not in content, key
+    for path in place.rglob("*"):
+        if path.is_file():
+            assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_storage_that_stays_away_ends_the_driver_and_nothing_is_lost(
+    place: Path, store: ObjectStore, undisturbed: list[dict[str, str]]
+) -> None:
+    search = Search(place, store, "given-up")
+    with search.start(TUNE_BISENET_PATIENCE="4") as driver:
+        driver.until(search.has_done(3))
+        store.go_away()
+        code = driver.end(seconds=90)
+        store.come_back()
+        assert code == RESTARTABLE
+        assert "s3://bucket could not be" in driver.log
+        assert "run the same command again with --resume" in driver.log
+    assert search.is_unfinished
+    with search.resume() as driver:
+        assert driver.end() == 0
+    assert search.results() == undisturbed
+
+
+def test_what_is_wrong_with_storage_is_told_before_anything_is_written(
+    place: Path, store: ObjectStore, undisturbed: list[dict[str, str]]
+) -> None:
+    before = store.listed()
+    assert undisturbed, "there is a space"
+    flags = ["--space", str(place / "space.py"), "--backbone", "none", "--name", "wrong"]
+    data, nobucket = store.uri("data/cityscapes"), store.uri("x", bucket="nobucket")
+    with_key = store.uri("searches").replace("s3://", f"s3://{KEY_ID}:{SECRET}@")
+    cases = [
+        (["--data", data, "--storage", nobucket], ["--storage", "Check the bucket's name"]),
+        (["--data", nobucket, "--storage", with_key], ["--data s3://nobucket", "holds a key or a password"]),
+    ]
+    for where, said in cases:
+        with Driver(place, *flags, *where) as driver:
+            assert driver.end(seconds=30) == 2
+            assert all(words in driver.log for words in [*said, "Nothing was started"])
+            assert SECRET not in driver.log
+    assert store.listed() == before
+    assert not (place / "wrong").exists()

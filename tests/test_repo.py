@@ -45,7 +45,7 @@ def test_every_flag_of_the_readme_exists() -> None:
     from tune_bisenet import run
     from tune_bisenet.report import __main__ as report
 
-    helps = run._parser().format_help() + report._parser().format_help()
+    helps = run.parser().format_help() + report._parser().format_help()
     ours = set(re.findall(r"--[a-z][a-z-]+", helps))
     others = {"--logdir"}  # TensorBoard's
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= ours | others

@@ -13,7 +13,7 @@ from driving import PROJECT, write_space
 from tune_bisenet import jobs, spaces, submission
 from tune_bisenet.arguments import InputError, parse
 from tune_bisenet.jobs import Job, TakenError, checked_address, choose_id
-from tune_bisenet.run import _parser as run_parser
+from tune_bisenet.run import parser as run_parser
 from tune_bisenet.submission import Submission, prepare
 
 STORAGE = ["--storage", "s3://bucket/searches"]

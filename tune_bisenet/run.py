@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         _hide_password()
     words = sys.argv[1:] if argv is None else argv
-    flags = vars(_parser().parse_args(words))
+    flags = vars(parser().parse_args(words))
     if flags.pop("show", False):
         return _show(flags)
     from rich.console import Console
@@ -88,7 +88,8 @@ def _hide_password() -> None:
         os.execve(sys.executable, [sys.executable, *words], os.environ | {STUDY_VARIABLE: address})
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of the command line; `submit` reads a run's flags with it, too."""
     parser = argparse.ArgumentParser(
         prog="python -m tune_bisenet.run",
         description="Train the rows of a search space under Ray Tune and compare what they reach.",

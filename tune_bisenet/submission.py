@@ -18,7 +18,7 @@ import search_spaces
 import tune_bisenet
 from tune_bisenet import arguments, spaces
 from tune_bisenet.arguments import NO_BACKBONE, STREETS, STUDY_VARIABLE, Arguments, InputError
-from tune_bisenet.run import _parser as run_parser
+from tune_bisenet.run import parser as run_parser
 from tune_bisenet.secrets import has_secret, hidden, is_ambiguous
 
 PACKAGES: Final = (tune_bisenet, search_spaces)

@@ -1,5 +1,6 @@
 """One Ray and one set of packages everywhere: every version in cluster/ is that of requirements.lock."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -74,6 +75,26 @@ def test_scripts_are_sound_shell(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     assert script.stat().st_mode & 0o111
     assert "set -euo pipefail" in script.read_text()
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    page = (CLUSTER / "README.md").read_text()
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", page, re.M)
+    }
+    broken = [link for link in links if link.removeprefix("#") not in headings and not (CLUSTER / link).exists()]
+    assert not broken
+
+
+@pytest.mark.parametrize("policy", sorted((CLUSTER / "iam").iterdir()), ids=lambda path: path.name)
+def test_no_policy_allows_everything(policy: Path) -> None:
+    for statement in json.loads(policy.read_text())["Statement"]:
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        assert not any("*" in action for action in actions)
+        if statement.get("Resource") == "*":
+            looks = all(action.startswith("ec2:Describe") for action in actions)
+            assert looks or "Condition" in statement, statement["Sid"]
 
 
 def kuberay() -> list[dict[str, dict[str, object]]]:

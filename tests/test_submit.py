@@ -293,7 +293,11 @@ def test_what_only_the_cluster_can_see_is_wrong_gives_the_runs_exit_code(head: H
     ("credentials", "said"),
     [
         ({}, "Set RAY_AUTH_MODE=token"),
-        ({"RAY_AUTH_MODE": "token", "HOME": "nowhere"}, "RAY_AUTH_MODE=token is set, but there is none"),
+        ({"RAY_AUTH_MODE": "token", "HOME": "nowhere"}, "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds none"),
+        (
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "nowhere"},
+            "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds",
+        ),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "is another cluster's"),
     ],
 )

@@ -187,10 +187,10 @@ def _explained(address: str, job_id: str = "") -> Iterator[None]:
 def _token_words(address: str, said: str) -> str:
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         missing = "Set RAY_AUTH_MODE=token, and the token by RAY_AUTH_TOKEN_PATH=FILE or in ~/.ray/auth_token."
-    elif "no authentication token" in said:
-        missing = "RAY_AUTH_MODE=token is set, but there is none in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
-    else:
+    elif "invalid or incorrect" in said:
         missing = "The one in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token is another cluster's."
+    else:
+        missing = "RAY_AUTH_MODE=token is set, but RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token holds none."
     return f"the cluster at {address} asks for its token. {missing}"
 
 

@@ -298,7 +298,7 @@ def test_event_files_that_cannot_be_copied_do_not_end_a_trial_and_follow_later(
 
     def report(result: dict[str, Any]) -> None:
         there.append(len(list((tmp_path / "bucket" / run.name).glob("*.tfevents.*"))))
-        inner.takes_events = result["epoch"] == 2
+        inner.takes_events = result["epoch"] >= 2
 
     run_trial(run, job, report=report)
     assert there == [0, 0, 1]

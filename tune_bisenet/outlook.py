@@ -154,7 +154,7 @@ def _time_and_cost(outlook: Outlook, stopping: Forecast | None) -> list[Line]:
 
 def _time(outlook: Outlook, seconds: Sequence[float], goes_on: float) -> str:
     wall = makespan(seconds, at_once=outlook.at_once)
-    words = [f"about {_span(wall)} for all to their end, {outlook.at_once} at once"]
+    words = [f"about {_span(wall)} for all to their end, {outlook.at_once} at once, after Ray's start"]
     words += [f"{_span(wall * goes_on)} if asha saves what it may"] if goes_on < 1 else []
     if outlook.has_gpus and len(seconds) > outlook.at_once:
         words += [

@@ -57,7 +57,7 @@ def test_a_plan_times_trials_and_leaves_nothing_behind(place: Path, capsys: pyte
     assert "on CPU" in page["speed"]
     assert page["time"].startswith("about ")
     assert page["cost"].endswith("machine-hours")
-    assert re.search(r"\d+ MB of main memory a trial", page["memory"])
+    assert re.match(r"[\d.]+ [MG]B of main memory a trial", page["memory"])
     assert page["search"] == "mine: rows of a test"
     assert any(title.startswith("r02 ") for title in page), "and the promises"
 

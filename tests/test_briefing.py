@@ -87,8 +87,9 @@ def test_paths_and_commands_survive_a_narrow_terminal(place: Path) -> None:
     screen = io.StringIO()
     briefing.print_plan(Console(file=screen, width=40), flight, TWO_CORES, runs_of(flight), [])
     said = screen.getvalue()
-    for words in plan_of(flight).values():
-        assert words in said, "whole, on one line, brackets included"
+    for title, words in plan_of(flight).items():
+        if title != "disk":  # what is free there changes meanwhile
+            assert words in said, "whole, on one line, brackets included"
 
 
 # --- what it will take ----------------------------------------------------------------------------------------------
@@ -106,17 +107,17 @@ def test_a_given_speed_gives_time_and_hours(place: Path) -> None:
     """Five trials of four epochs: 8 images to train on and 3 to validate, a third as dear, so 9 s at 1 image/s."""
     plan = plan_of(flight_of(place, images_per_second="1", scheduler="fifo"))
     assert plan["speed"].startswith("1 images per second")
-    assert plan["time"] == "about 1 min 50 s for all to their end, 2 at once"  # three rounds of 36.84 s
-    assert plan["cost"] == f"{5 * 36.84 / 2 / 3600:.3g} machine-hours"
+    assert plan["time"] == "about 2 min 0 s for all to their end, 2 at once, after Ray's start"  # three rounds of 38.64
+    assert plan["cost"] == f"{5 * 38.64 / 2 / 3600:.3g} machine-hours"
 
 
 def test_gpu_hours_have_a_price_and_more_gpus_take_less_time(place: Path) -> None:
     flight = flight_of(place, images_per_second="0.01", scheduler="fifo", price_per_gpu_hour="2.5")
     plan = plan_of(flight, ONE_GPU_EACH)
-    hours = 5 * (4 * 900 + 0.84) / 3600
+    hours = 5 * (4 * 900.6 + 0.24) / 3600
     assert plan["cost"] == f"{hours:.3g} GPU-hours = {hours * 2.5:,.2f} to pay"
     assert plan["time"] == (
-        "about 3 h 0 min for all to their end, 2 at once; 2 h 0 min with 2 times as many GPUs; "
+        "about 3 h 0 min for all to their end, 2 at once, after Ray's start; 2 h 0 min with 2 times as many GPUs; "
         "1 h 0 min with 4 times as many GPUs"
     )
     assert "of a card for a trial's tensors (estimated)" in plan["memory"]
@@ -146,7 +147,7 @@ def test_a_resumed_search_goes_by_the_speed_it_had_and_counts_what_is_left(place
     done = [standing(f"r{row:02}", status="finished", epochs=4, seconds=80.0) for row in range(1, 5)]
     plan = plan_of(flight_of(place, scheduler="fifo"), standings=done)
     assert plan["speed"] == "20.0 s an epoch, as in earlier sessions of this search"
-    assert plan["time"].startswith("about 1 min 21 s for all to their end")
+    assert plan["time"].startswith("about 1 min 23 s for all to their end")
     everything = [standing(f"r{row:02}", status="finished", epochs=4, seconds=80.0) for row in range(1, 6)]
     assert plan_of(flight_of(place), standings=everything)["time"] == "nothing is left to train"
 
@@ -256,13 +257,13 @@ def test_a_sampled_search_says_what_it_will_take(place: Path) -> None:
     flight = sampled_flight(place, trials="7", confirm="2", images_per_second="1", scheduler="fifo")
     plan = plan_of(flight)
     assert "then up to 6 with fresh seeds" in plan["trials"]
-    assert plan["time"].startswith("about 4 min 20 s for all to their end, 2 at once")  # 13 trials, 7 rounds
+    assert plan["time"].startswith("about 4 min 30 s for all to their end, 2 at once")  # 13 trials, 7 rounds
     assert "confirms nothing; --confirm K trains its best anew" in page(flight)
 
 
 def test_a_search_that_only_time_ends_says_how_many_trials_fit(place: Path) -> None:
     plan = plan_of(sampled_flight(place, time_budget="1h", images_per_second="1"))
-    assert "the limits have room for some 195" in plan["time"]  # an hour of 36.84 s trials, two at once
+    assert "the limits have room for some 186" in plan["time"]  # an hour of 38.64 s trials, two at once
 
 
 def test_at_its_end_a_sampled_search_says_why_it_ended_and_what_may_follow(place: Path) -> None:

@@ -13,6 +13,7 @@ from tune_bisenet.data.packing import prepare
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.forecast import (
     ENDLESS_SAMPLE,
+    KEEPING_SECONDS,
     TRIAL_SECONDS,
     VAL_SHARE,
     Measured,
@@ -71,8 +72,12 @@ def test_epochs_before_and_after_the_switch_take_their_own_time() -> None:
     before, after = kinds_of(SWITCHING)[0], kinds_of(SWITCHING)[-1]
     speed = Timed({before: Timing(train=1.0, val=0.5), after: Timing(train=2.0, val=0.5)})
     # Two batches of four are trained of ten images, and three are validated.
-    assert trial_seconds(SWITCHING, speed, FACTS) == pytest.approx(TRIAL_SECONDS + 7 * 9.5 + 3 * 17.5)
-    assert trial_seconds(SWITCHING, speed, FACTS, epochs_done=8) == pytest.approx(TRIAL_SECONDS + 2 * 17.5)
+    assert trial_seconds(SWITCHING, speed, FACTS) == pytest.approx(
+        TRIAL_SECONDS + 10 * KEEPING_SECONDS + 7 * 9.5 + 3 * 17.5
+    )
+    assert trial_seconds(SWITCHING, speed, FACTS, epochs_done=8) == pytest.approx(
+        TRIAL_SECONDS + 2 * KEEPING_SECONDS + 2 * 17.5
+    )
 
 
 def test_a_kind_that_was_not_timed_goes_by_the_most_alike_and_by_its_pixels() -> None:

@@ -27,8 +27,12 @@ VAL_SHARE: Final = 1 / 3
 """What validating an image takes of the time of training on it, where only the latter is known: a forward pass of the
 main path is 59 of the 177 GFLOP of a training image (counted at 512x1024)."""
 
-TRIAL_SECONDS: Final = 0.84
-"""What a trial takes beside its epochs: the median of seven (benchmarks/results.md)."""
+KEEPING_SECONDS: Final = 0.6
+"""What an epoch takes beside training and validation, mostly for writing weights: 0.3 to 0.9 over 24 epochs on two
+busy cores and a local disk (2026-11-23)."""
+
+TRIAL_SECONDS: Final = 0.24
+"""What a trial takes beside its epochs: 0.84 with one epoch's keeping (benchmarks/results.md)."""
 
 
 # --- kinds of epochs ------------------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def measured_speed(standings: Iterable[Standing]) -> Measured | None:
 def trial_seconds(run: Run, speed: Speed, facts: DataFacts, *, epochs_done: int = 0) -> float:
     """From where the trial stands to its last epoch."""
     epochs = range(epochs_done + 1, run.num_epochs + 1)
-    return TRIAL_SECONDS + math.fsum(speed.epoch_seconds(run, epoch, facts) for epoch in epochs)
+    return TRIAL_SECONDS + math.fsum(KEEPING_SECONDS + speed.epoch_seconds(run, epoch, facts) for epoch in epochs)
 
 
 def makespan(durations: Iterable[float], *, at_once: int) -> float:

@@ -118,9 +118,9 @@ def _speed(outlook: Outlook) -> str:
 
 def _timed(timings: Timings, resources: Resources) -> str:
     first, *others = timings.speed.timings.items()
-    words = [f"{1 / first[1].train:.1f} images per second and trial in training (± {timings.speed.spread:.0%})"]
-    words += [f"{1 / timing.train:.1f} {_kind_in_words(kind, first[0])}" for kind, timing in others]
-    words += [f"{1 / first[1].val:.1f} in validation"]
+    words = [f"{1 / first[1].train:.3g} images per second and trial in training (± {timings.speed.spread:.0%})"]
+    words += [f"{1 / timing.train:.3g} {_kind_in_words(kind, first[0])}" for kind, timing in others]
+    words += [f"{1 / first[1].val:.3g} in validation"]
     words += [f"{timings.num_untimed} kinds of epochs go by those most alike"] if timings.num_untimed else []
     beside = f", {timings.side_by_side} trials side by side" if timings.side_by_side > 1 else ""
     each = "" if resources.gpus_per_trial else f", {_count(resources.cpus_per_trial, 'thread')} each"
@@ -154,7 +154,7 @@ def _time_and_cost(outlook: Outlook, stopping: Forecast | None) -> list[Line]:
 
 def _time(outlook: Outlook, seconds: Sequence[float], goes_on: float) -> str:
     wall = makespan(seconds, at_once=outlook.at_once)
-    words = [f"about {_span(wall)} for all to their end, {outlook.at_once} at once"]
+    words = [f"about {_span(wall)} for all to their end, {outlook.at_once} at once, after Ray's start"]
     words += [f"{_span(wall * goes_on)} if asha saves what it may"] if goes_on < 1 else []
     if outlook.has_gpus and len(seconds) > outlook.at_once:
         words += [

@@ -19,7 +19,6 @@ from tune_bisenet import engine
 from tune_bisenet.config import Frozen, Precision, Run
 from tune_bisenet.data.frames import Frames
 from tune_bisenet.data.packed import Packed, PackedSplit, open_packed
-from tune_bisenet.results import Epoch
 
 EPOCH_SECONDS: Final = 0.5
 """What a timed epoch is to take: long beside its start, short beside the time there is."""
@@ -95,30 +94,35 @@ def _timed(order: Order, device: torch.device) -> Iterator[Finding]:
 
 
 def _time(run: Run, data: Packed, device: torch.device, precision: Precision, *, seconds: float) -> Finding:
-    """The first epoch warms up; it is all there is if it takes the time for several."""
+    """The first epoch warms up; it is all there is if it takes the time for more."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     ends = time.perf_counter() + seconds
     training = engine.begin(run, _repeated(data, run.batch_size), device=device, precision=precision, backbone=None)
     epochs = engine.fit(training)
-    timed = [_by_image(next(epochs).epoch, run.batch_size)]
-    iteration_seconds = sum(timed[0]) * run.batch_size
-    iterations = min(MOST_ITERATIONS, max(1, round(EPOCH_SECONDS / iteration_seconds)))
-    if time.perf_counter() + iteration_seconds * iterations < ends:
-        many = _repeated(data, run.batch_size * iterations)
-        training.train, training.val = Frames(many.train, device), Frames(many.val, device)
-        timed = [_by_image(next(epochs).epoch, run.batch_size * iterations)]
-        while time.perf_counter() < ends and len(timed) < MOST_EPOCHS:
-            timed.append(_by_image(next(epochs).epoch, run.batch_size * iterations))
+    iterations = 1
+
+    def timed_epoch() -> tuple[float, float]:
+        epoch, images = next(epochs).epoch, run.batch_size * iterations
+        return epoch.train_seconds / images, epoch.val_seconds / images
+
+    def has_time() -> bool:
+        return time.perf_counter() + sum(timed[-1]) * run.batch_size * iterations < ends
+
+    timed = [timed_epoch()]
+    if has_time():
+        timed = [timed_epoch()]
+        iterations = min(MOST_ITERATIONS, max(1, round(EPOCH_SECONDS / (sum(timed[0]) * run.batch_size))))
+        if iterations > 1 and has_time():
+            many = _repeated(data, run.batch_size * iterations)
+            training.train, training.val = Frames(many.train, device), Frames(many.val, device)
+            timed = [timed_epoch()]
+        while has_time() and len(timed) < MOST_EPOCHS:
+            timed.append(timed_epoch())
     train, val = zip(*timed, strict=True)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Finding(train_seconds=train, val_seconds=val, card_bytes=peak)
-
-
-def _by_image(epoch: Epoch, images: int) -> tuple[float, float]:
-    """Seconds of an image in training and in validation, in an epoch of so many of each."""
-    return epoch.train_seconds / images, epoch.val_seconds / images
 
 
 def _repeated(data: Packed, images: int) -> Packed:

@@ -33,7 +33,7 @@ around10: setup  ## 30 trials around the ten, by Optuna; WARM=results/NAME begin
 smoke: setup  ## three short rows: does everything work here?
 	$(BIN)/python -m tune_bisenet.run --space smoke --epochs 2 --scheduler fifo
 
-test: setup  ## all tests
+test: setup  ## all tests but those of test-cluster
 	$(BIN)/python -m pytest
 
 test-browser: setup  ## the report in a real Chromium; installs Debian's if it is not there
@@ -44,8 +44,8 @@ test-postgres: setup  ## the study in a real PostgreSQL; installs Debian's if it
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
 	$(BIN)/python -m pytest tests/test_study_postgres.py
 
-test-cluster: setup  ## the cluster's files and commands, against mock clouds
-	$(BIN)/python -m pytest tests/cluster
+test-cluster: setup  ## clusters, jobs, object storage and spot notices, against mock clouds; as root, networks of their own too
+	$(BIN)/python -m pytest -m cluster
 
 lint: setup  ## formatting, lint, types, import layers
 	$(BIN)/ruff format --check

@@ -28,7 +28,7 @@ from nodes import Nodes
 
 from tune_bisenet.search import MAX_FAILURES
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 NUM_EPOCHS = 60
 TRIALS = ("a", "b")

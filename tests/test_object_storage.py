@@ -21,7 +21,7 @@ from object_store import KEY_ID, SECRET, ObjectStore, object_store
 from tune_bisenet.ledger import LEADERBOARD_CSV
 from tune_bisenet.ray_session import RESTARTABLE
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 NUM_EPOCHS = 6
 TRIALS = ("a", "b")

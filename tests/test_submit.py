@@ -193,7 +193,7 @@ def sessions(folder: Path) -> list[dict[str, Any]]:
 
 def on_a_cluster(test: Any) -> Any:
     """Marks a test that needs the head."""
-    for mark in (pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)):
+    for mark in (pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)):
         test = mark(test)
     return test
 

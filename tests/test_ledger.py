@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tune_bisenet import ledger
 from tune_bisenet.config import Run
 from tune_bisenet.ledger import Ledger
-from tune_bisenet.results import Standing, Status
+from tune_bisenet.results import TRIALS, Standing, Status
 from tune_bisenet.storage import Storage
 
 
@@ -103,6 +104,27 @@ def test_storage_is_not_drowned_by_short_epochs(book: Ledger, tmp_path: Path) ->
         book.heard("a", result(epoch))
         book.write_if_due()
     assert (tmp_path / "trials.json").stat().st_mtime_ns == before
+
+
+def test_where_a_write_takes_long_trials_that_end_together_share_one(tmp_path: Path) -> None:
+    written: list[str] = []
+
+    class Slow(Storage):
+        def write(self, name: str, content: bytes) -> None:
+            time.sleep(0.02)
+            written.append(name)
+            super().write(name, content)
+
+    folder = Slow.at(str(tmp_path / "search"))
+    folder.make()
+    names = [f"r{number:02}" for number in range(50)]
+    book = Ledger(folder, [standing(name) for name in names], captions=[], baseline=None, scheduler_state=dict)
+    for name in names:
+        book.heard(name, result(4))
+        book.ended(name, diverged=False, stopped_by="")
+    assert written.count(TRIALS) < 25
+    book.close()
+    assert [one.status for one in ledger.read_trials(folder).standings] == ["finished"] * 50
 
 
 def test_a_missing_file_of_standings_is_no_error(folder: Storage) -> None:

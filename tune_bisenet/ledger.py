@@ -26,6 +26,9 @@ LEADERBOARD_MD: Final = "leaderboard.md"
 
 SECONDS_BETWEEN_WRITES: Final = 1.0
 
+MAX_SHARE_OF_WRITING: Final = 0.05
+"""Of a driver's time, for trials that end: in a search of thousands each write takes a fifth of a second."""
+
 
 class InUseError(ValueError):
     """Another driver is at work on the same search."""
@@ -80,6 +83,7 @@ class Ledger:
         self._scheduler_state = scheduler_state
         self._began_at = time.monotonic() - seconds_before
         self._written_at = -SECONDS_BETWEEN_WRITES
+        self._write_seconds = 0.0
 
     @property
     def standings(self) -> list[Standing]:
@@ -135,11 +139,11 @@ class Ledger:
             self._set(trial, status="stopped", stopped_by=stopped_by)
         else:
             self._set(trial, status="finished")
-        self.write()
+        self._write_unless_costly()
 
     def failed(self, trial: str, error: str) -> None:
         self._set(trial, status="failed", error=error)
-        self.write()
+        self._write_unless_costly()
 
     def close(self) -> None:
         """Nothing runs any more: what was running waits for `--resume`."""
@@ -149,6 +153,7 @@ class Ledger:
 
     def write(self) -> None:
         """Bring the copies on storage up to date."""
+        began_at = time.monotonic()
         record = {
             "standings": [standing.to_json() for standing in self.standings],
             "scheduler": self._scheduler_state(),
@@ -159,6 +164,12 @@ class Ledger:
         markdown = leaderboard.to_markdown(self.standings, captions=self._captions, baseline=self._baseline)
         self._folder.write(LEADERBOARD_MD, markdown.encode())
         self._written_at = time.monotonic()
+        self._write_seconds = self._written_at - began_at
+
+    def _write_unless_costly(self) -> None:
+        """The same at once, as long as that takes a small share of the time; else with what comes next."""
+        if time.monotonic() - self._written_at >= self._write_seconds / MAX_SHARE_OF_WRITING:
+            self.write()
 
     def write_if_due(self) -> None:
         """The same, at most once a second: a search of many short epochs must not drown its storage."""

@@ -90,7 +90,7 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
 
     Raises ClusterError if nobody answers there.
     """
-    _configure_environment()
+    configure_environment()
     if address is not None:
         _check_reachable(address)
     try:
@@ -204,7 +204,7 @@ def _sees(path: str) -> bool:
     return Path(path).exists()
 
 
-def _configure_environment() -> None:
+def configure_environment() -> None:
     for name, value in _worker_environment().items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ours tells apart who asked, for the exit code

@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
 
         def ray(*words: str) -> str:
             done = subprocess.run(
-                ["ray", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+                ["ray", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
             )
             if done.returncode:
                 raise SystemExit(f"ray {words[0]} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")

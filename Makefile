@@ -44,7 +44,8 @@ test-postgres: setup  ## the study in a real PostgreSQL; installs Debian's if it
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
 	$(BIN)/python -m pytest tests/test_study_postgres.py
 
-test-cluster: setup  ## clusters, jobs, object storage and spot notices, against mock clouds; as root, networks of their own too
+test-cluster: setup  ## clusters, jobs, object storage, spot notices, against mock clouds; as root also the whole way of `ray up`
+	test "$$(id -u)" != 0 || (ls /usr/sbin/sshd && command -v rsync ip) >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq openssh-server rsync iproute2)
 	$(BIN)/python -m pytest -m cluster
 
 lint: setup  ## formatting, lint, types, import layers

@@ -46,6 +46,7 @@ def main(folder: Path) -> None:
     with sshd(folder), mock_aws_server() as aws:
         environment = os.environ | aws.environment | {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
         environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        role(home, aws)
         file = on_one_host(aws, folder)
         began = time.monotonic()
 
@@ -55,7 +56,7 @@ def main(folder: Path) -> None:
 
         def ray(*words: str) -> str:
             done = subprocess.run(
-                ["ray", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+                ["ray", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
             )
             if done.returncode:
                 raise SystemExit(f"ray {words[0]} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -76,15 +77,18 @@ def main(folder: Path) -> None:
 def network() -> None:
     """Every address that moto may give out is this machine's."""
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    subprocess.run(["ip", "route", "add", "local", "10.0.0.0/8", "dev", "lo"], check=True)
+    for addresses in ("10.0.0.0/8", "172.16.0.0/12"):
+        subprocess.run(["ip", "route", "add", "local", addresses, "dev", "lo"], check=True)
 
 
 def users(folder: Path, home: Path) -> None:
-    """One user, with a home of its own; the machine's own users and /run are hidden."""
+    """One user, with a home of its own; the machine's own users, /run and Ray's folder are hidden."""
     passwd = folder / "passwd"
     passwd.write_text(f"root:x:0:0:root:{home}:/bin/bash\nsshd:x:74:65534::/run/sshd:/bin/false\n")
     subprocess.run(["mount", "--bind", passwd, "/etc/passwd"], check=True)
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
+    Path("/tmp/ray").mkdir(exist_ok=True)
+    for hidden in ("/run", "/tmp/ray"):
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", hidden], check=True)
     Path("/run/sshd").mkdir(mode=0o755)
     (home / ".ray").mkdir(parents=True)
     (home / ".ray" / "auth_token").write_text("5" * 64)
@@ -98,6 +102,13 @@ def users(folder: Path, home: Path) -> None:
     (home / ".ssh").mkdir(mode=0o700)
 
 
+def role(home: Path, aws: MockAws) -> None:
+    """What a machine's instance profile gives it: the autoscaler on the head finds EC2, and may use it."""
+    given = " ".join(f"{name}={value}" for name, value in aws.environment.items())
+    with (home / ".profile").open("a") as profile:
+        profile.write(f"export {given}\n")
+
+
 @contextmanager
 def sshd(folder: Path) -> Iterator[None]:
     """A real sshd that lets in one key."""
@@ -107,6 +118,7 @@ def sshd(folder: Path) -> Iterator[None]:
     config.write_text(
         f"Port 22\nListenAddress 0.0.0.0\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nStrictModes no\n"
         "UsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\nPidFile none\nMaxStartups 100\n"
+        f"SetEnv PATH={os.environ['PATH']}\n"
     )
     program = subprocess.run(["which", "sshd"], capture_output=True, text=True, check=True).stdout.strip()
     server = subprocess.Popen([program, "-D", "-f", config, "-E", folder / "sshd.log"])

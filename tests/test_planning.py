@@ -179,7 +179,6 @@ def test_every_kind_of_epoch_is_timed_side_by_side(tiny_run: Run) -> None:
     assert all(timed.train > 0 and timed.val > 0 for timed in found.speed.timings.values())
     assert (found.side_by_side, found.num_untimed, found.card_bytes) == (2, 0, None)
     assert 100e6 < found.process_bytes < 5e9
-    assert found.seconds < timing.SECONDS + 20
 
 
 def test_a_probe_that_fails_says_why(tiny_run: Run) -> None:

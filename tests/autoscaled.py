@@ -5,16 +5,17 @@
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from driving import Driver, environment
 from nodes import processes
+from ray.autoscaler._private import fake_multi_node
 from ray.cluster_utils import AutoscalingCluster
 
 WORKER = {"CPU": 3, "GPU": 2}
@@ -22,11 +23,13 @@ WORKER = {"CPU": 3, "GPU": 2}
 
 MAX_WORKERS = 4
 IDLE_SECONDS = 10
+SECONDS = 240
+"""After which the search is given up."""
 
 
 @dataclass
 class Seen:
-    exit_code: int = -1
+    exit_code: int | None = None
     log: str = ""
     workers_before: int = 0
     most_workers: int = 0
@@ -34,53 +37,49 @@ class Seen:
     most_trials_on_a_node: int = 0
 
 
-class PretendedCluster(AutoscalingCluster):
-    """Its configuration is given here: the file that Ray reads it from is missing from Ray's own package."""
+EMPTY = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"),
+)
+PRETENDED = {
+    "cluster_name": "pretended",
+    "max_workers": MAX_WORKERS,
+    "upscaling_speed": 1.0,
+    "idle_timeout_minutes": IDLE_SECONDS / 60,
+    "provider": {"type": "fake_multinode"},
+    "auth": {},
+    "docker": {},
+    "available_node_types": {"ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0}},
+    "head_node_type": "ray.head.default",
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+} | {name: [] for name in EMPTY}
+"""What Ray takes for granted of pretended nodes. Its own package lacks the file."""
 
-    def _generate_config(
-        self,
-        head_resources: dict[str, float],
-        worker_node_types: dict[str, Any],
-        autoscaler_v2: bool = False,
-        **more: Any,
-    ) -> dict[str, Any]:
-        head = {"resources": head_resources, "node_config": {}, "max_workers": 0}
-        empty = "initialization_commands setup_commands head_setup_commands worker_setup_commands "
-        empty += "head_start_ray_commands worker_start_ray_commands cluster_synced_files rsync_exclude rsync_filter"
-        return {
-            "cluster_name": "pretended",
-            "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": "f" * 51 + "00000"},
-            "available_node_types": worker_node_types | {"ray.head.default": head},
-            "head_node_type": "ray.head.default",
-            "upscaling_speed": 1.0,
-            "auth": {},
-            "docker": {},
-            "file_mounts": {},
-            "file_mounts_sync_continuously": False,
-            **{name: [] for name in empty.split()},
-            **more,
-        }
+
+def supply_missing_file(place: Path) -> None:
+    """Put it beside a copy of Ray's folder, which covers that folder in this mount namespace alone."""
+    folder, copy = Path(fake_multi_node.__path__[0]), place / "fake_multi_node"
+    shutil.copytree(folder, copy)
+    (copy / "example.yaml").write_text(json.dumps(PRETENDED))
+    subprocess.run(["mount", "--bind", str(copy), str(folder)], check=True)
 
 
 def main(place: Path, flags: list[str]) -> Seen:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    supply_missing_file(place)
     kind = {"resources": WORKER, "node_config": {}, "min_workers": 0, "max_workers": MAX_WORKERS}
-    cluster = PretendedCluster(
-        {"CPU": 0},
-        {"gpu": kind},
-        autoscaler_v2=True,
-        max_workers=MAX_WORKERS,
-        idle_timeout_minutes=IDLE_SECONDS / 60,
-    )
+    cluster = AutoscalingCluster({"CPU": 0}, {"gpu": kind}, autoscaler_v2=True)
     seen = Seen()
     cluster.start(override_env=environment(place))
     try:
         seen.workers_before = count_workers()
         with Driver(place, *flags) as driver:
-            while driver.process.poll() is None:
+            ends_at = time.monotonic() + SECONDS
+            while driver.process.poll() is None and time.monotonic() < ends_at:
                 look(seen)
                 time.sleep(0.3)
-            seen.exit_code, seen.log = driver.end(), driver.log
+            seen.exit_code, seen.log = driver.process.returncode, driver.log
         deadline = time.monotonic() + 60
         while (left := count_workers()) and time.monotonic() < deadline:
             time.sleep(0.5)

@@ -148,3 +148,11 @@ def test_a_trial_may_be_lost_any_number_of_times_if_it_gets_on_between(
 
 def best_of(board: list[dict[str, str]], trial: str = "a") -> str:
     return next(row["best_miou"] for row in board if row["trial"] == trial)
+
+
+def test_a_trial_on_a_machine_that_does_not_see_the_search_says_so(tmp_path: Path) -> None:
+    from tune_bisenet import trial
+
+    with pytest.raises(ValueError, match="--storage must be a URI"):
+        trial.train({}, job={"storage": str(tmp_path / "on another machine")})
+    assert not list(tmp_path.iterdir())

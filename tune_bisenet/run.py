@@ -24,8 +24,8 @@ WRONG_INPUT: Final = 2
 
 EPILOG: Final = """\
 exit codes: 0 all trials ended well (finished, stopped by the scheduler, or diverged and told so); 1 at least one
-failed, the rest completed; 2 the input was wrong and nothing was started; 75 Ray died, or the study's database was
-away for too long, go on with --resume; 130 and 143 interrupted by a signal, go on with --resume.
+failed, the rest completed; 2 the input was wrong and nothing was started; 75 Ray died, or storage or the
+study's database was away for too long, go on with --resume; 130 and 143 interrupted by a signal, go on with --resume.
 """
 
 
@@ -52,11 +52,18 @@ def main(argv: list[str] | None = None) -> int:
     except arguments.InputError as error:
         return _refuse(list(error.problems))
     from tune_bisenet.launch import CANNOT_BEGIN, launch
+    from tune_bisenet.outages import StorageError
+    from tune_bisenet.ray_session import RESTARTABLE
 
     try:
         return launch(flight, console, ["python", "-m", "tune_bisenet.run", *map(hidden, words)])
     except CANNOT_BEGIN as error:
         return _refuse([str(error)])
+    except StorageError as error:
+        sys.stderr.write(
+            f"{str(error).removesuffix('.')}. Nothing is lost: when it answers, run the same command again with --resume.\n"
+        )
+        return RESTARTABLE
 
 
 def _plan(asked: "Arguments", mistyped: dict[str, str], console: "Console") -> int:
@@ -111,7 +118,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add("--seeds", metavar="0,1,2", help="every row once with each of these seeds (default: 0)")
     add(
         "--data",
-        metavar="DIR|streets",
+        metavar="DIR_OR_URI|streets",
         help="Cityscapes or other data in its layout (default: $CITYSCAPES_DATASET, else the built-in streets)",
     )
     add(

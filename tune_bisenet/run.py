@@ -60,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except CANNOT_BEGIN as error:
         return _refuse([str(error)])
     except StorageError as error:
-        sys.stderr.write(
-            f"{str(error).removesuffix('.')}. Nothing is lost: when it answers, run the same command again with --resume.\n"
-        )
+        what = str(error).removesuffix(".")
+        sys.stderr.write(f"{what}. Nothing is lost: when it answers, run the same command again with --resume.\n")
         return RESTARTABLE
 
 

@@ -40,7 +40,7 @@ def test_it_says_all_that_is_needed_to_repeat_a_search(flight: preflight.Flight,
     assert (record["data"]["train_images"], record["data"]["val_images"]) == (8, 3)
     (session,) = record["sessions"]
     assert session["command"] == COMMAND
-    assert set(manifest.PACKAGES) == set(session["packages"])
+    assert {"tune-bisenet", *manifest.PACKAGES} == set(session["packages"])
     assert session["cpus_per_trial"] == 1
     assert session["commit"] is None or len(session["commit"].removesuffix("+changes")) == 40
     assert datetime.fromisoformat(session["started"]).utcoffset() is not None

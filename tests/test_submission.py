@@ -74,6 +74,7 @@ def test_a_name_of_the_users_is_kept() -> None:
         (["--epochs", "0", *STORAGE], "--epochs 0"),
         (["--name", "../x", *STORAGE], "is no name for a search"),
         (["--show"], "--show needs no cluster"),
+        (["--plan", *STORAGE], "--plan starts nothing"),
     ],
 )
 def test_what_cannot_work_there_is_refused_here(words: list[str], said: str) -> None:

@@ -20,6 +20,7 @@ from ray.job_submission import JobSubmissionClient
 
 from tune_bisenet import submission
 from tune_bisenet.jobs import STOP_SECONDS, ClusterError, Job, LostError, UnreachableError, choose_id, is_local
+from tune_bisenet.provenance import COMMIT_VARIABLE, commit
 from tune_bisenet.submission import Submission
 
 REQUEST_SECONDS: Final = (5.0, 60.0)
@@ -83,7 +84,7 @@ class Cluster:
             self.client.submit_job(
                 entrypoint=search.entrypoint,
                 submission_id=job_id,
-                runtime_env={"working_dir": place, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
+                runtime_env={"working_dir": place, "env_vars": _variables()},
                 metadata=search.metadata,
             )
         return job_id
@@ -211,3 +212,9 @@ def _in_words(error: Exception, address: str, job_id: str) -> ClusterError:
         f"no answer from a Ray dashboard at {address} ({type(error).__name__}). Is the tunnel open "
         "(`ray dashboard cluster/gpu.yaml`), and the cluster up?"
     )
+
+
+def _variables() -> dict[str, str]:
+    """What a job is told besides its command. The cluster shows them to all who can reach it."""
+    known = commit()
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)} | ({COMMIT_VARIABLE: known} if known else {})

@@ -2,21 +2,20 @@
 
 import importlib.metadata
 import platform
-import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final
 
+from tune_bisenet import __version__
 from tune_bisenet.config import Resources, Run, size_words
 from tune_bisenet.ledger import to_json
 from tune_bisenet.preflight import Flight
+from tune_bisenet.provenance import commit
 from tune_bisenet.results import SEARCH
 from tune_bisenet.secrets import hidden
 from tune_bisenet.storage import Storage
 
 PACKAGES: Final = (
-    "tune-bisenet",
     "torch",
     "torchvision",
     "ray",
@@ -82,28 +81,13 @@ def _session(command: list[str], resources: Resources) -> dict[str, Any]:
         "signal": None,
         "limit": None,
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {"tune-bisenet": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         "cpus_per_trial": resources.cpus_per_trial,
         "gpus_per_trial": resources.gpus_per_trial,
         "trials_at_once": resources.concurrency,
     }
-
-
-def _commit() -> str | None:
-    """The project's git commit, with `+changes` where the tree differs from it; None outside a checkout."""
-    project = Path(__file__).resolve().parents[1]
-    try:
-        root, commit, changes = (
-            subprocess.run(["git", *words], cwd=project, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--show-toplevel"], ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    if Path(root) != project:  # installed inside somebody else's checkout
-        return None
-    return f"{commit}+changes" if changes else commit
 
 
 def _now() -> str:

@@ -63,6 +63,8 @@ def prepare(words: Sequence[str]) -> Submission:
         raise InputError(problems)  # before anything else is said of them
     if flags.pop("show", False):
         problems.append("--show needs no cluster: python -m tune_bisenet.run --show prints the table here.")
+    if flags.pop("plan", False):
+        problems.append("--plan starts nothing: python -m tune_bisenet.run --plan --gpus N says it here.")
     given, mistyped = arguments.parse(flags)
     problems += [*mistyped.values(), *_misplaced(given, is_default_storage="storage" not in flags)]
     files = _package_files()

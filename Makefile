@@ -33,8 +33,8 @@ around10: setup  ## 30 trials around the ten, by Optuna; WARM=results/NAME begin
 smoke: setup  ## three short rows: does everything work here?
 	$(BIN)/python -m tune_bisenet.run --space smoke --epochs 2 --scheduler fifo
 
-test: setup  ## all tests but those of test-cluster
-	$(BIN)/python -m pytest
+test: setup  ## all tests but those of test-cluster, two files at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-browser: setup  ## the report in a real Chromium; installs Debian's if it is not there
 	command -v chromium chromedriver >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)

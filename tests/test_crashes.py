@@ -114,9 +114,14 @@ def assert_gone_soon(driver: Driver) -> None:
 
 
 def damage_last_weights(folder: Path) -> None:
-    """Flip a byte in the state of a trial that has an older one to fall back on."""
+    """Flip a byte in the state of a trial that has an older one to fall back on.
+
+    A driver killed between the two files has left the older one alone: then there is nothing to flip.
+    """
     unfinished = [trial for trial in TRIALS if (folder / trial / "previous.pt").exists()]
     last = folder / unfinished[0] / "last.pt"
+    if not last.exists():
+        return
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)

@@ -90,8 +90,8 @@ def main(place: Path, flags: list[str]) -> Seen:
 
 
 def count_workers() -> int:
-    """The raylets that are not the head's."""
-    return sum("/raylet/raylet " in one.title for one in processes()) - 1
+    """The raylets that are not the head's, by title: one that forks is there twice for a moment."""
+    return len({one.title for one in processes() if "/raylet/raylet " in one.title}) - 1
 
 
 def look(seen: Seen) -> None:

@@ -73,9 +73,9 @@ class Nodes:
 
     def trainers(self, node_id: str) -> list[int]:
         """The processes that train on that node."""
-        (raylet,) = self._raylets(node_id)
+        raylets = self._raylets(node_id)
         return [
-            one.pid for one in self._processes() if one.parent == raylet and one.title.startswith("ray::ImplicitFunc")
+            one.pid for one in self._processes() if one.parent in raylets and one.title.startswith("ray::ImplicitFunc")
         ]
 
     def _raylets(self, node_id: str) -> list[int]:

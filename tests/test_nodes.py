@@ -134,7 +134,7 @@ def test_a_watcher_that_is_told_no_node_drains_the_one_it_runs_on(place: Path, c
 def test_a_trial_may_be_lost_any_number_of_times_if_it_gets_on_between(
     place: Path, folder: Path, undisturbed: list[dict[str, str]]
 ) -> None:
-    num_kills = MAX_FAILURES + 2
+    num_kills = MAX_FAILURES + 1
     with Driver(place, *flags(place, folder.name, "--runs", "a")) as driver:
         for count in range(1, num_kills + 1):
             driver.until(lambda count=count: len(epochs(folder / "a")) > count and bool(driver.trainers()))  # type: ignore[misc]

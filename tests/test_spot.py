@@ -3,7 +3,6 @@
 import logging
 import subprocess
 import sys
-import time
 
 import clouds
 import pytest
@@ -142,11 +141,3 @@ def test_wrong_flags_are_refused(flags: list[str], problem: str, capsys: pytest.
 def test_the_watcher_itself_needs_neither_ray_nor_torch() -> None:
     loaded = "import sys, tune_bisenet.spot; sys.exit(any(name in sys.modules for name in ('ray', 'torch', 'pyarrow')))"
     assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
-
-
-def test_without_ray_on_the_machine_draining_fails_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    began_at = time.monotonic()
-    said = spot.drain(Notice("gone at noon", 2), address="127.0.0.1:9", node_id="ab" * 28)
-    assert said
-    assert time.monotonic() - began_at < spot.DRAIN_SECONDS + 5

@@ -10,13 +10,14 @@ from rich.console import Console
 
 from tune_bisenet import arguments, briefing, preflight
 from tune_bisenet.config import Resources, Run
+from tune_bisenet.flight import Flight
+from tune_bisenet.recorder import Outcome
 from tune_bisenet.results import Standing
-from tune_bisenet.search import Outcome
 
 TWO_CORES = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
 
 
-def flight_of(place: Path, **flags: object) -> preflight.Flight:
+def flight_of(place: Path, **flags: object) -> Flight:
     asked, mistyped = arguments.parse(
         {
             "space": str(place / "space.py"),
@@ -38,13 +39,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def runs_of(flight: preflight.Flight) -> dict[str, Run]:
+def runs_of(flight: Flight) -> dict[str, Run]:
     return {f"{run.name}-s{run.seed}": run for run in flight.runs}
 
 
-def plan_of(
-    flight: preflight.Flight, resources: Resources = TWO_CORES, standings: Sequence[Standing] = ()
-) -> dict[str, str]:
+def plan_of(flight: Flight, resources: Resources = TWO_CORES, standings: Sequence[Standing] = ()) -> dict[str, str]:
     """The page by its titles."""
     runs = {} if flight.sampling else runs_of(flight)
     outlook = briefing.outlook_of(flight, resources, runs, standings)
@@ -159,7 +158,7 @@ def test_disk_is_told_for_nodes_and_storage(place: Path) -> None:
     assert "161 MB a trial, 107 MB more while it runs or if it is stopped: 806 MB to 1.34 GB in all" in disk
 
 
-def page(flight: preflight.Flight, *, width: int = 100) -> str:
+def page(flight: Flight, *, width: int = 100) -> str:
     screen = io.StringIO()
     runs = {} if flight.sampling else runs_of(flight)
     briefing.print_plan(Console(file=screen, width=width), flight, TWO_CORES, runs, [])
@@ -226,12 +225,12 @@ def test_after_a_signal_it_says_how_to_go_on(place: Path) -> None:
 # --- a sampled search -----------------------------------------------------------------------------------------------
 
 
-def sampled_flight(place: Path, **flags: object) -> preflight.Flight:
+def sampled_flight(place: Path, **flags: object) -> Flight:
     write_sampled_space(place / "sampled.py", num_epochs=4)
     return flight_of(place, space=str(place / "sampled.py"), **flags)
 
 
-def endings(flight: preflight.Flight, outcome: Outcome, *standings: Standing) -> str:
+def endings(flight: Flight, outcome: Outcome, *standings: Standing) -> str:
     screen = io.StringIO()
     console = Console(file=screen, width=100)
     briefing.print_results(console, flight, standings, page=None, best=["t0003 is the best."], outcome=outcome)

@@ -9,6 +9,7 @@ from driving import write_frames, write_space
 
 from tune_bisenet import arguments, ledger, manifest, preflight
 from tune_bisenet.config import Resources, Run
+from tune_bisenet.flight import Flight
 from tune_bisenet.storage import Storage
 
 RESOURCES = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
@@ -16,7 +17,7 @@ COMMAND = ["python", "-m", "tune_bisenet.run", "--epochs", "2"]
 
 
 @pytest.fixture
-def flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> preflight.Flight:
+def flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flight:
     """A search of two rows and two seeds on eleven small frames."""
     monkeypatch.setenv(preflight.CACHE_VARIABLE, str(tmp_path / "cache"))
     write_frames(tmp_path / "frames")
@@ -27,11 +28,11 @@ def flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> preflight.Flight:
 
 
 @pytest.fixture
-def runs(flight: preflight.Flight) -> dict[str, Run]:
+def runs(flight: Flight) -> dict[str, Run]:
     return {f"{run.name}-s{run.seed}": run for run in flight.runs}
 
 
-def test_it_says_all_that_is_needed_to_repeat_a_search(flight: preflight.Flight, runs: dict[str, Run]) -> None:
+def test_it_says_all_that_is_needed_to_repeat_a_search(flight: Flight, runs: dict[str, Run]) -> None:
     record = manifest.opened(flight, runs, command=COMMAND, resources=RESOURCES)
     assert record["name"] == "mine"
     assert record["space"]["baseline"] == "a"
@@ -47,7 +48,7 @@ def test_it_says_all_that_is_needed_to_repeat_a_search(flight: preflight.Flight,
     assert session["ended"] is None
 
 
-def test_a_session_that_ends_says_when_and_by_which_signal(flight: preflight.Flight, runs: dict[str, Run]) -> None:
+def test_a_session_that_ends_says_when_and_by_which_signal(flight: Flight, runs: dict[str, Run]) -> None:
     record = manifest.opened(flight, runs, command=COMMAND, resources=RESOURCES)
     (session,) = manifest.closed(record, 15, "")["sessions"]
     assert session["signal"] == 15
@@ -56,7 +57,7 @@ def test_a_session_that_ends_says_when_and_by_which_signal(flight: preflight.Fli
     assert record["sessions"][0]["ended"] is None, "the record that was given stays as it was"
 
 
-def test_a_resumed_search_adds_a_session(flight: preflight.Flight, runs: dict[str, Run], tmp_path: Path) -> None:
+def test_a_resumed_search_adds_a_session(flight: Flight, runs: dict[str, Run], tmp_path: Path) -> None:
     manifest.write(flight.folder, manifest.opened(flight, runs, command=COMMAND, resources=RESOURCES))
     resume = {"storage": str(tmp_path / "kept"), "name": "mine", "resume": True}
     asked, mistyped = arguments.parse(resume)

@@ -26,7 +26,7 @@ from driving import (
 )
 from nodes import Nodes
 
-from tune_bisenet.search import MAX_FAILURES
+from tune_bisenet.recorder import MAX_FAILURES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)]
 

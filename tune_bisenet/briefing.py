@@ -11,14 +11,14 @@ from rich.text import Text
 from tune_bisenet import forecast, plan, promises
 from tune_bisenet.arguments import NO_BACKBONE, Limits, duration_words
 from tune_bisenet.config import Resources, Run, size_words
+from tune_bisenet.flight import Flight, Survey
 from tune_bisenet.forecast import Work
 from tune_bisenet.outlook import Line, Outlook
 from tune_bisenet.outlook import lines as outlook_lines
-from tune_bisenet.preflight import Flight, Survey
+from tune_bisenet.recorder import Outcome
 from tune_bisenet.rehearsal import Sampling
 from tune_bisenet.report import leaderboard
 from tune_bisenet.results import Standing
-from tune_bisenet.search import Outcome
 from tune_bisenet.spaces import Sampled
 
 TITLE_WIDTH: Final = 11

@@ -9,17 +9,18 @@ from rich.console import Console
 
 from tune_bisenet import briefing, confirm, ledger, manifest, plan, ray_session, rehearsal, rungs, search
 from tune_bisenet.arguments import Limits
+from tune_bisenet.board import Board
 from tune_bisenet.config import Job, Resources, Run
+from tune_bisenet.flight import Flight
 from tune_bisenet.ledger import Ledger, to_json
 from tune_bisenet.median import MedianRule, first_judged_epoch
 from tune_bisenet.plan import DataFacts
-from tune_bisenet.preflight import Flight
 from tune_bisenet.progress import Progress
+from tune_bisenet.recorder import Outcome
 from tune_bisenet.rehearsal import Sampling
 from tune_bisenet.report import keeper
 from tune_bisenet.results import Standing
 from tune_bisenet.rungs import Judge, Rungs
-from tune_bisenet.search import Board, Outcome
 from tune_bisenet.stopping import EarlyStopping
 from tune_bisenet.study import Study
 from tune_bisenet.study_place import StudyError

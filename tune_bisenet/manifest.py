@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from tune_bisenet import __version__
 from tune_bisenet.config import Resources, Run, size_words
+from tune_bisenet.flight import Flight
 from tune_bisenet.ledger import to_json
-from tune_bisenet.preflight import Flight
 from tune_bisenet.provenance import commit
 from tune_bisenet.results import SEARCH
 from tune_bisenet.secrets import hidden

@@ -14,10 +14,10 @@ from rich.console import Console
 from tune_bisenet import briefing, forecast, ledger, ray_session, rehearsal, timing
 from tune_bisenet.arguments import Arguments
 from tune_bisenet.data.source import DataError
+from tune_bisenet.flight import Survey
 from tune_bisenet.forecast import Speed, Work
 from tune_bisenet.launch import UNBOUNDED_TRIALS, check_limits
 from tune_bisenet.outlook import Outlook
-from tune_bisenet.preflight import Survey
 from tune_bisenet.ray_session import Cluster, Node
 from tune_bisenet.results import Standing
 from tune_bisenet.spaces import Sampled

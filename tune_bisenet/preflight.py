@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from pyarrow.fs import FileType
 
-from tune_bisenet import ledger, plan, rehearsal, sampling, spaces
+from tune_bisenet import flag_rules, ledger, plan, rehearsal, spaces
 from tune_bisenet.arguments import (
     DEFAULT_TRIALS,
     NO_BACKBONE,
@@ -25,12 +25,13 @@ from tune_bisenet.arguments import (
     asked_for,
     choose,
 )
-from tune_bisenet.config import Job, Precision, Run, size_words
+from tune_bisenet.config import Precision, Run, size_words
 from tune_bisenet.data.catalog import check_reachable, open_source
 from tune_bisenet.data.packed import Packed, suggested_image_size
 from tune_bisenet.data.packing import prepare
 from tune_bisenet.data.sharing import PACKS
 from tune_bisenet.data.source import DataError, Source
+from tune_bisenet.flight import Flight, Survey
 from tune_bisenet.outages import StorageError
 from tune_bisenet.rehearsal import Draft, Sampling
 from tune_bisenet.storage import Storage
@@ -42,94 +43,6 @@ DATASET_VARIABLE: Final = "CITYSCAPES_DATASET"
 CACHE_VARIABLE: Final = "TUNE_BISENET_CACHE"
 
 Value = TypeVar("Value")
-
-
-# --- the result ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flight:
-    """A search that has nothing wrong with it, ready for resources."""
-
-    name: str
-    folder: Storage
-    arguments: Arguments
-    choices: Choices
-    limits: Limits
-    space: spaces.Space
-    runs: tuple[Run, ...]
-    """All trials of a grid; the declared rows that a sampled search begins with."""
-    facts: plan.DataFacts
-    packs: dict[tuple[int, int], Packed]  # by image size
-    cache_dir: Path
-    backbone_digest: str
-    earlier: dict[str, Any] | None  # the manifest of the search that is resumed
-    sampling: Sampling | None
-    """Of a sampled search."""
-    shared_packs: Storage | None = None
-    """Where nodes find the packs of this one; None if each packs for itself."""
-
-    @property
-    def example(self) -> Run:
-        """A run such as this search trains."""
-        return self.sampling.example if self.sampling else self.runs[0]
-
-    @property
-    def num_trials(self) -> int | None:
-        """How many there will be, as far as it is known."""
-        return self.limits.trials if self.sampling else len(self.runs)
-
-    @property
-    def captions(self) -> list[str]:
-        """What every table of this search must say."""
-        return [plan.proxy_caption(self.example, self.facts)] if self.choices.proxy else []
-
-    def job(self, *, cpus_per_trial: int, use_gpu: bool) -> Job:
-        """What each trial is told besides its run."""
-        return Job(
-            data=self.choices.data,
-            packs={size_words(size): str(pack.path) for size, pack in self.packs.items()},
-            data_digests={size_words(size): pack.digest for size, pack in self.packs.items()},
-            shared_packs=self.shared_packs.uri if self.shared_packs else None,
-            cache_dir=str(self.cache_dir),
-            backbone=self.choices.backbone,
-            backbone_digest=self.backbone_digest,
-            precision=self.choices.precision,
-            storage=self.folder.uri,
-            cpus_per_trial=cpus_per_trial,
-            use_gpu=use_gpu,
-            plain_seed=self.choices.plain_seed,
-            measures_latency="latency" in self.choices.objectives,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """A search that has nothing wrong with it as far as one sees from a listing of its data."""
-
-    name: str
-    folder: Storage
-    arguments: Arguments
-    choices: Choices
-    limits: Limits
-    space: spaces.Space
-    runs: tuple[Run, ...]
-    """As in a `Flight`."""
-    drawn: tuple[Run, ...]
-    """Such as a sampled search may draw; empty for a grid."""
-    facts: plan.DataFacts
-    source: Source
-    cache_dir: Path
-
-    @property
-    def example(self) -> Run:
-        """A run such as this search trains."""
-        return self.drawn[0] if self.drawn else self.runs[0]
-
-    @property
-    def captions(self) -> list[str]:
-        """What every table of this search must say."""
-        return [plan.proxy_caption(self.example, self.facts)] if self.choices.proxy else []
 
 
 @dataclass
@@ -222,9 +135,9 @@ def _planned(given: Arguments, mistyped: Mapping[str, str], *, name: str) -> _Pl
     choices = choices or choose(given, default_data=os.environ.get(DATASET_VARIABLE) or STREETS)
     space = problems.attempt(lambda: spaces.load(choices.space))
     if space:
-        problems.found += _kind_problems(given, choices, space)
+        problems.found += flag_rules.kind_problems(given, choices, space)
     rows = problems.attempt(lambda: _rows(space, choices)) if space else None
-    problems.found += _plan_problems(given)
+    problems.found += flag_rules.plan_problems(given)
     problems.attempt(lambda: _check_precision(choices.precision, given))
     backbone_digest = problems.attempt(lambda: _check_backbone(choices.backbone, may_fetch=not given.plan))
     source = problems.attempt(lambda: _source(choices.data))
@@ -399,47 +312,6 @@ def _limits(given: Arguments, earlier: dict[str, Any] | None, space: spaces.Spac
     if isinstance(space, spaces.Sampled) and not bounded:
         return limits.model_copy(update={"trials": DEFAULT_TRIALS})
     return limits
-
-
-def _plan_problems(given: Arguments) -> list[str]:
-    """Flags that mean nothing for this search, or this plan."""
-    problems = []
-    if given.gpus is not None and not given.plan:
-        problems.append("--gpus is for --plan: a search takes the GPUs that are there. --max-concurrent bounds them.")
-    if given.gpus is not None and given.address is not None:
-        problems.append("--gpus and --address: plan for a cluster that is there, or for one that is not, not both.")
-    if given.gpus is not None and given.gpus_per_trial == 0:
-        problems.append("--gpus-per-trial 0 uses none of the --gpus that are planned for. Leave one out.")
-    return problems
-
-
-def _kind_problems(given: Arguments, choices: Choices, space: spaces.Space) -> list[str]:
-    """Flags that mean nothing, or something else, for this kind of space."""
-    if isinstance(space, spaces.Sampled):
-        return _sampled_problems(given, choices)
-    flags = ("trials", "sampler", "objectives", "warm_start", "study", "confirm")
-    asked = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(given, flag) is not None]
-    return (
-        [f"{', '.join(asked)}: {choices.space} is a grid of declared rows, not a space to sample from."]
-        if asked
-        else []
-    )
-
-
-def _sampled_problems(given: Arguments, choices: Choices) -> list[str]:
-    problems = sampling.sampler_problems(choices.sampler, choices.objectives)
-    if len(choices.parts[0].seeds) > 1:
-        problems.append("--seeds: a sampled search has one seed. --confirm K trains its best with K fresh ones.")
-    if given.add:
-        problems.append("--add is for a grid. Give a sampled search more trials by --resume --trials N.")
-    if given.rerun is not None:
-        problems.append("--rerun is for a grid. A sampled search tries again what failed when it is resumed.")
-    if len(choices.objectives) > 1 and choices.scheduler != "fifo":
-        problems.append(
-            f"--scheduler {choices.scheduler} stops by mIoU alone, and would stop the fast before they are seen: "
-            f"with --objectives {','.join(choices.objectives)} use fifo."
-        )
-    return problems
 
 
 def _check_something_to_do(planned: _Plan, earlier: dict[str, Any]) -> None:

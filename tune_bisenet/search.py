@@ -6,21 +6,17 @@ driver, the next one starts a new Tune experiment over what is left, and each tr
 
 import logging
 import os
-import pickle
 import signal
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 from ray import tune
-from ray.exceptions import RayActorError, RayError
-from ray.tune import Callback
+from ray.exceptions import RayError
 from ray.tune.error import TuneError
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
@@ -29,86 +25,23 @@ from ray.tune.search import Searcher
 
 from tune_bisenet import trial as trial_edge
 from tune_bisenet.arguments import Limits
+from tune_bisenet.board import Board
 from tune_bisenet.config import Job, Resources, Run
 from tune_bisenet.data import sharing
 from tune_bisenet.ledger import Ledger
 from tune_bisenet.outages import StorageError
 from tune_bisenet.progress import Progress
 from tune_bisenet.ray_session import RESTARTABLE
-from tune_bisenet.results import Epoch
-from tune_bisenet.stopping import EarlyStopping, trial_name
+from tune_bisenet.recorder import MAX_FAILURES, Outcome, Recorder
+from tune_bisenet.stopping import EarlyStopping
 from tune_bisenet.storage import Storage
 from tune_bisenet.supply import Supply
-from tune_bisenet.tracking import write_experiment
-
-MAX_FAILURES: Final = 3
-"""How often in a row, without an epoch between, a trial is put back to its last epoch before it counts as failed.
-
-A lost node, a killed worker or a hiccup of the storage costs an unfinished epoch, however often; what cannot go on, or
-takes its node down each time, comes to an end. Ray itself counts nothing where it was told of a preemption (`spot`).
-"""
 
 KEYS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 """Tune would hand these to its workers by name and value, which Ray writes into its logs and shows to who asks. Workers
 of this machine inherit them; nodes of a cluster have a role, or an environment of their own."""
 
-SECONDS_BETWEEN_BOARDS: Final = 30.0
-"""TensorBoard's table is written anew for each trial that a study adds, but not more often."""
-
-SECONDS_WITHOUT_TRIAL: Final = 600.0
-"""After which it is said that trials wait for a node: a machine of a cloud takes minutes to come."""
-
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Outcome:
-    """How a session of a search ended: by itself, by a signal, by a limit or by trouble, both in words."""
-
-    signal_number: int | None = None
-    limit: str = ""
-    trouble: str = ""
-
-    @property
-    def is_cut_off(self) -> bool:
-        return self.signal_number is not None or bool(self.limit or self.trouble)
-
-
-class Board:
-    """TensorBoard's table of hyper-parameters in the search's folder, which grows with the search."""
-
-    def __init__(self, folder: Storage, runs: Mapping[str, Run]) -> None:
-        self._folder = folder
-        self._runs = dict(runs)
-        self._written_at = -SECONDS_BETWEEN_BOARDS
-        self._is_due = bool(runs)
-
-    def add(self, trial: str, run: Run) -> None:
-        if trial not in self._runs:
-            self._runs[trial] = run
-            self._is_due = True
-        if time.monotonic() - self._written_at >= SECONDS_BETWEEN_BOARDS:
-            self.write()
-
-    def write(self) -> None:
-        """Bring the file up to date, if it is not."""
-        if not self._is_due:
-            return
-        self._written_at = time.monotonic()
-        try:
-            self._write()
-            self._is_due = False
-        except StorageError as error:
-            log.warning("TensorBoard's table is written later: %s", error)
-
-    def _write(self) -> None:
-        if self._folder.local_path is not None:
-            write_experiment(self._folder.local_path, self._runs)
-            return
-        with tempfile.TemporaryDirectory() as place:
-            write_experiment(Path(place), self._runs)
-            for path in Path(place).iterdir():
-                self._folder.hurried().write(path.name, path.read_bytes())
 
 
 # --- Tune -------------------------------------------------------------------------------------------------------
@@ -131,7 +64,7 @@ def search(
     its unfinished epoch: as long as there is progress, another experiment follows over what is left.
     """
     outcome = Outcome()
-    recorder = _Recorder(ledger, scheduler, progress, supply, limits, resources.gpus_per_trial, outcome)
+    recorder = Recorder(ledger, scheduler, progress, supply, limits, resources.gpus_per_trial, outcome)
     with _restartable():
         with _signals(outcome):
             while supply.begin() and not recorder.is_cut_off():
@@ -188,7 +121,7 @@ def _epochs_done(ledger: Ledger) -> int:
     return sum(standing.epochs for standing in ledger.standings)
 
 
-def _fit(asking: "_Asking", job: Job, resources: Resources, scheduler: EarlyStopping, recorder: "_Recorder") -> None:
+def _fit(asking: "_Asking", job: Job, resources: Resources, scheduler: EarlyStopping, recorder: "Recorder") -> None:
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(KEYS)
     storage = Storage.at(job.storage) / "tune"
     trainable = tune.with_resources(
@@ -251,111 +184,6 @@ class _Asking(Searcher):
 
 def _name_of(job: Job, trial: Trial) -> str:
     return job.trial_name(Run.model_validate(trial.config["run"]))
-
-
-class _Recorder(Callback):
-    """Takes what Tune hears of trials to the ledger, the supply and the screen, and ends a search at its limit."""
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        scheduler: EarlyStopping,
-        progress: Progress,
-        supply: Supply,
-        limits: Limits,
-        gpus_per_trial: float,
-        outcome: Outcome,
-    ) -> None:
-        self._ledger = ledger
-        self._scheduler = scheduler
-        self._progress = progress
-        self._supply = supply
-        self._limits = limits
-        self._gpus_per_trial = gpus_per_trial
-        self._outcome = outcome
-        self._ran_at = time.monotonic()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks for a restore that never comes
-
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._ledger.started(trial_name(trial))
-        self._show()
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
-        name = trial_name(trial)
-        is_new = result["epoch"] > self._ledger[name].epochs
-        self._ledger.heard(name, result)
-        self._ledger.write_if_due()
-        self._supply.heard(name, epoch=result["epoch"], miou=result["miou"])
-        if is_new:
-            trial.max_failures = trial.num_failures + MAX_FAILURES
-            self._progress.epoch_done(name, _epoch_of(result))
-
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        name = trial_name(trial)
-        diverged = bool((trial.last_result or {}).get("diverged"))
-        self._ledger.ended(name, diverged=diverged, stopped_by=self._scheduler.stops.get(name, ""))
-        self._supply.ended(self._ledger[name])
-        self._show()
-
-    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        error = _error_of(trial)
-        if isinstance(error, RayActorError):  # no fault of the trial's, most of the time
-            words = f"lost its process ({_last_line(error)}); it goes on from its last epoch, where there is room."
-        else:
-            words = f"failed and is tried again from its last epoch:\n{error}"
-        log.warning("%s %s", trial_name(trial), words)
-
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        name, error = trial_name(trial), _error_of(trial)
-        log.error("%s failed:\n%s", name, error)
-        self._ledger.failed(name, _last_line(error))
-        self._supply.ended(self._ledger[name])
-        self._show()
-
-    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        self._say_if_none_runs(trials)
-        if not self._outcome.is_cut_off and self.is_cut_off():
-            signal.raise_signal(signal.SIGUSR1)  # Tune then ends as it does for a person: trials wait to be resumed
-
-    def is_cut_off(self) -> bool:
-        """Whether a signal has come, a limit is reached or the supply is in trouble."""
-        if not self._outcome.is_cut_off:
-            self._outcome.trouble = self._supply.trouble
-            hours = sum(standing.seconds for standing in self._ledger.standings) * self._gpus_per_trial / 3600
-            self._outcome.limit = self._limits.used_up(seconds=self._ledger.seconds, gpu_hours=hours)
-        return self._outcome.is_cut_off
-
-    def _say_if_none_runs(self, trials: list[Trial]) -> None:
-        now = time.monotonic()
-        if any(trial.status == Trial.RUNNING for trial in trials):
-            self._ran_at = now
-        elif now - self._ran_at > SECONDS_WITHOUT_TRIAL:
-            log.warning("No trial runs: they wait for a node that can hold one. `ray status` says why none comes.")
-            self._ran_at = now
-
-    def _show(self) -> None:
-        self._progress.update([*self._ledger.standings, *self._supply.to_come()])
-
-
-def _epoch_of(result: dict[str, Any]) -> Epoch:
-    return Epoch(**{field.name: result[field.name] for field in fields(Epoch)})
-
-
-def _error_of(trial: Trial) -> BaseException | None:
-    """The last error, as the driver has it at hand: on storage it is later."""
-    if trial.pickled_error_file is None or not Path(trial.pickled_error_file).exists():
-        return None
-    error: BaseException = pickle.loads(Path(trial.pickled_error_file).read_bytes())
-    return error
-
-
-def _last_line(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines() if error else []
-    return lines[-1].strip() if lines else "unknown error"
 
 
 # --- signals ----------------------------------------------------------------------------------------------------

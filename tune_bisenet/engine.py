@@ -121,7 +121,7 @@ def _class_weights(run: Run, data: Packed, device: torch.device) -> Tensor | Non
 
 
 def _train_epoch(training: Training, epoch: int) -> _TrainSums:
-    """One pass over the training split; waits for the device only at its end."""
+    """One pass over the training split; waits for the device only at its end, and where its loss does."""
     started = time.perf_counter()
     run = training.run
     training.model.train()

@@ -1,6 +1,7 @@
 """The losses of one micro-batch: cross-entropy, of all pixels or of the hard ones, and Lovász-Softmax.
 
-Void never counts. A batch without a labelled pixel has loss 0 and gradient 0. Nothing here waits for the device.
+Void never counts. A batch without a labelled pixel has loss 0 and gradient 0. Nothing here
+waits for the device but the counting of Lovász-Softmax (torch.bincount asks a GPU for the largest value).
 
 Shapes: B images, C classes, H x W pixels of the labels, h x w of the logits.
 """

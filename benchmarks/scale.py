@@ -100,7 +100,7 @@ def run(num_trials: int, *, sampled: bool) -> None:
         kind = "drawn by a study" if sampled else "declared"
         files = [path for path in Path(place).rglob("*") if path.is_file()]
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        print(f"{num_trials} trials {kind}, {NUM_GPUS} at once, exit code {code}: {seconds:.0f} s")
+        print(f"{num_trials} trials {kind}, {resources.concurrency} at once, exit code {code}: {seconds:.0f} s")
         print(
             f"  {num_trials * NUM_EPOCHS / seconds:.1f} results a second, {seconds / num_trials * 1000:.0f} ms a trial"
         )

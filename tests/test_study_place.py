@@ -10,9 +10,10 @@ import pytest
 from light_search import close_connections
 from object_store import object_store
 
+from tune_bisenet.results import STUDY
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import exists
-from tune_bisenet.study_place import STUDY_FILE, StudyError, StudyPlace, study_place
+from tune_bisenet.study_place import StudyError, StudyPlace, study_place
 
 _closed = pytest.fixture(autouse=True)(close_connections)
 
@@ -49,19 +50,19 @@ def test_on_a_disk_it_is_a_file_in_the_folder_that_is_not_there_before_the_searc
     place = study_place(folder, url=None, cache_dir=tmp_path / "cache")
     place.check("search", is_new=True)
     place.check("search", is_new=False)
-    assert not folder.exists(STUDY_FILE)
+    assert not folder.exists(STUDY)
     optuna.create_study(storage=place.open(), study_name="search")
     place.snapshot()
     assert place.is_own
-    assert [path.name for path in (tmp_path / "search").iterdir()] == [STUDY_FILE]
-    assert optuna.load_study(study_name="search", storage=f"sqlite:///{folder.path}/{STUDY_FILE}").trials == []
+    assert [path.name for path in (tmp_path / "search").iterdir()] == [STUDY]
+    assert optuna.load_study(study_name="search", storage=f"sqlite:///{folder.path}/{STUDY}").trials == []
 
 
 def test_in_object_storage_a_copy_lies_beside_the_trials(bucket: Storage, tmp_path: Path) -> None:
     place = study_place(bucket, url=None, cache_dir=tmp_path / "cache")
     study = optuna.create_study(storage=place.open(), study_name="search")
     study.tell(study.ask(), 1.0)
-    assert not bucket.exists(STUDY_FILE)
+    assert not bucket.exists(STUDY)
     place.snapshot()
     study.tell(study.ask(), 2.0)  # since the copy: another machine goes on without it
     elsewhere = study_place(bucket, url=None, cache_dir=tmp_path / "elsewhere")
@@ -83,9 +84,9 @@ def test_a_copy_that_fails_is_told_and_made_later(tmp_path: Path, caplog: pytest
         place.snapshot()
         assert "the study is not copied to s3://bucket/search" in caplog.text
         store.come_back()
-        assert folder.read(STUDY_FILE) is None
+        assert folder.read(STUDY) is None
         place.snapshot()
-        assert (folder.read(STUDY_FILE) or b"").startswith(b"SQLite")
+        assert (folder.read(STUDY) or b"").startswith(b"SQLite")
 
 
 def test_each_search_in_object_storage_has_a_file_of_its_own(bucket: Storage, tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_each_search_in_object_storage_has_a_file_of_its_own(bucket: Storage, tm
 
 @pytest.mark.parametrize("content", [b"no database" * 100, b"SQLite format 3\0" + b"\xff" * 500])
 def test_a_damaged_file_is_named_with_its_remedy(folder: Storage, tmp_path: Path, content: bytes) -> None:
-    folder.write(STUDY_FILE, content)
+    folder.write(STUDY, content)
     with pytest.raises(StudyError, match=r"study\.db cannot be used: .*Remove the file study\.db: it is made anew"):
         study_place(folder, url=None, cache_dir=tmp_path).open()
 
@@ -109,7 +110,7 @@ def test_a_database_of_the_users_is_made_where_there_is_none(folder: Storage, tm
     place.check("search", is_new=True)
     assert not place.is_own
     assert not exists(place.open(), "search")
-    assert not folder.exists(STUDY_FILE)
+    assert not folder.exists(STUDY)
 
 
 def test_a_study_of_that_name_is_never_taken_over_by_a_new_search(folder: Storage, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Final
 import pyarrow
 import pyarrow.fs
 
+from tune_bisenet.results import STUDY
 from tune_bisenet.secrets import in_a_line
 from tune_bisenet.storage import Storage
 
@@ -30,7 +31,6 @@ HOST: Final = "127.0.0.1"
 TENSORBOARD_PORT: Final = 6006
 OPTUNA_PORT: Final = 8080
 EVERY_SECONDS: Final = 30.0
-STUDY_FILE: Final = "study.db"
 TABLE: Final = ".experiment"
 """The end of the name of the event file that holds the table of hyper-parameters."""
 
@@ -121,7 +121,7 @@ def copy_pages(storage: Storage, local: Path) -> list[Path]:
     studies = []
     for file in storage.filesystem.get_file_info(selector):
         target = local / Path(file.path).relative_to(storage.path)
-        is_study = file.base_name == STUDY_FILE
+        is_study = file.base_name == STUDY
         if is_study:
             studies.append((file.mtime_ns, target))
         if storage.local_path is None and (is_study or ".tfevents." in file.base_name):

@@ -14,6 +14,8 @@ TRIALS: Final = "trials.json"
 """How its trials stand, and what the scheduler saw; in its folder."""
 EPOCHS: Final = "epochs.json"
 """The measurements of every epoch; in a trial's folder."""
+STUDY: Final = "study.db"
+"""The Optuna study of a sampled search, in SQLite; in the search's folder."""
 LATENCY: Final = "latency.json"
 """How long a prediction takes, where that is a goal; in a trial's folder."""
 

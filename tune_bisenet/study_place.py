@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from optuna.storages import BaseStorage
 
 from tune_bisenet.config import fingerprint
+from tune_bisenet.results import STUDY
 from tune_bisenet.secrets import HIDDEN, hidden, in_a_line, is_ambiguous
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import DATABASE_ERRORS, exists, open_storage
@@ -24,9 +24,6 @@ log = logging.getLogger(__name__)
 
 class StudyError(ValueError):
     """A study's database cannot be used."""
-
-
-STUDY_FILE: Final = "study.db"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +63,7 @@ class StudyPlace:
     def open(self) -> BaseStorage:
         """Optuna's storage there. In object storage it begins with the copy, which may be older than the trials."""
         if self.file is not None:
-            content = self.folder.read(STUDY_FILE)
+            content = self.folder.read(STUDY)
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.unlink(missing_ok=True)
             if content is not None:
@@ -82,7 +79,7 @@ class StudyPlace:
             raise StudyError(f"the study in {self.shown} cannot be used: its port is no number.") from None
         except (*DATABASE_ERRORS, RuntimeError) as error:  # RuntimeError for tables of another version of Optuna
             if self.is_own:
-                remedy = f"Remove the file {STUDY_FILE}: it is made anew from the folders of the trials."
+                remedy = f"Remove the file {STUDY}: it is made anew from the folders of the trials."
             else:
                 remedy = "The address is SQLAlchemy's, as in postgresql://user:password@host/database."
             raise StudyError(f"the study in {self.shown} cannot be used: {in_a_line(error)}. {remedy}") from None
@@ -92,11 +89,11 @@ class StudyPlace:
         if self.file is None:
             return
         with tempfile.TemporaryDirectory() as place:
-            copy = Path(place) / STUDY_FILE
+            copy = Path(place) / STUDY
             with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
                 source.backup(target)
             try:
-                self.folder.hurried().write(STUDY_FILE, copy.read_bytes())
+                self.folder.hurried().write(STUDY, copy.read_bytes())
             except OSError as error:
                 log.warning("the study is not copied to %s before the next trial ends: %s", self.folder.uri, error)
 
@@ -107,6 +104,6 @@ def study_place(folder: Storage, *, url: str | None, cache_dir: Path) -> StudyPl
     if url is not None:
         return StudyPlace(url=url, folder=folder, is_own=False, file=None)
     if folder.local_path is not None:
-        return StudyPlace(url=f"sqlite:///{folder.local_path / STUDY_FILE}", folder=folder, is_own=True, file=None)
+        return StudyPlace(url=f"sqlite:///{folder.local_path / STUDY}", folder=folder, is_own=True, file=None)
     file = cache_dir / "studies" / f"{fingerprint(folder.uri)}.db"
     return StudyPlace(url=f"sqlite:///{file}", folder=folder, is_own=True, file=file)

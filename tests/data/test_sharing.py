@@ -107,14 +107,19 @@ def test_a_driver_that_was_cut_off_puts_only_what_is_missing(store: ObjectStore,
     assert puts == {"train.arrow.00003", "val.arrow.00001", sharing.RECORD}
 
 
+def go(process: subprocess.Popen[str]) -> None:
+    """Let a process that is asking begin."""
+    assert process.stdin
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
 def test_of_two_processes_on_a_node_one_fetches_and_the_other_waits(
     store: ObjectStore, pack: Packed, shared: Storage, tmp_path: Path
 ) -> None:
     processes = [asking(pack, shared, tmp_path) for _ in range(2)]
     for process in processes:
-        assert process.stdin
-        process.stdin.write("\n")
-        process.stdin.flush()
+        go(process)
     assert [process.communicate(timeout=60)[0].strip() for process in processes] == [pack.digest] * 2
     parts = store.asked("GET", r"\.arrow\.\d+$")
     assert len(parts) == len(set(parts)) == num_parts(pack)
@@ -125,9 +130,7 @@ def test_a_fetch_that_is_cut_goes_on_where_it_was(
 ) -> None:
     part = tmp_path / f"{pack.path.name}.fetched" / "train.arrow"
     process = asking(pack, shared, tmp_path)
-    assert process.stdin
-    process.stdin.write("\n")
-    process.stdin.flush()
+    go(process)
     deadline = time.monotonic() + 30
     while not (part.exists() and part.stat().st_size > 10_000):
         assert time.monotonic() < deadline
@@ -149,9 +152,7 @@ def test_a_server_that_goes_away_in_mid_fetch_is_waited_for(
 ) -> None:
     part = tmp_path / f"{pack.path.name}.fetched" / "train.arrow"
     process = asking(pack, shared, tmp_path)
-    assert process.stdin
-    process.stdin.write("\n")
-    process.stdin.flush()
+    go(process)
     while not part.exists():
         time.sleep(0.001)
     store.go_away()

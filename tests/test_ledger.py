@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -106,25 +106,43 @@ def test_storage_is_not_drowned_by_short_epochs(book: Ledger, tmp_path: Path) ->
     assert (tmp_path / "trials.json").stat().st_mtime_ns == before
 
 
-def test_where_a_write_takes_long_trials_that_end_together_share_one(tmp_path: Path) -> None:
-    written: list[str] = []
+class Slow(Storage):
+    """Takes its time, and remembers what was written."""
 
-    class Slow(Storage):
-        def write(self, name: str, content: bytes) -> None:
-            time.sleep(0.02)
-            written.append(name)
-            super().write(name, content)
+    written: ClassVar[list[str]] = []
 
+    def write(self, name: str, content: bytes) -> None:
+        time.sleep(0.1)
+        self.written.append(name)
+        super().write(name, content)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Slow:
+    Slow.written.clear()
     folder = Slow.at(str(tmp_path / "search"))
     folder.make()
+    return folder
+
+
+def test_where_a_write_takes_long_trials_that_end_together_share_one(slow: Slow) -> None:
     names = [f"r{number:02}" for number in range(50)]
-    book = Ledger(folder, [standing(name) for name in names], captions=[], baseline=None, scheduler_state=dict)
+    book = Ledger(slow, [standing(name) for name in names], captions=[], baseline=None, scheduler_state=dict)
     for name in names:
         book.heard(name, result(4))
         book.ended(name, diverged=False, stopped_by="")
-    assert written.count(TRIALS) < 25
+    assert slow.written.count(TRIALS) < 25
     book.close()
-    assert [one.status for one in ledger.read_trials(folder).standings] == ["finished"] * 50
+    assert [one.status for one in ledger.read_trials(slow).standings] == ["finished"] * 50
+
+
+def test_where_a_write_takes_long_epochs_share_one_too(slow: Slow) -> None:
+    book = Ledger(slow, [standing("a")], captions=[], baseline=None, scheduler_state=dict)
+    book.write()
+    time.sleep(ledger.SECONDS_BETWEEN_WRITES + 0.1)
+    book.heard("a", result(1))
+    book.write_if_due()
+    assert slow.written.count(TRIALS) == 1
 
 
 def test_a_missing_file_of_standings_is_no_error(folder: Storage) -> None:

@@ -27,7 +27,7 @@ LEADERBOARD_MD: Final = "leaderboard.md"
 SECONDS_BETWEEN_WRITES: Final = 1.0
 
 MAX_SHARE_OF_WRITING: Final = 0.05
-"""Of a driver's time, for trials that end: in a search of thousands each write takes a fifth of a second."""
+"""Of a driver's time: in a search of thousands each write takes some tenths of a second."""
 
 
 class InUseError(ValueError):
@@ -166,14 +166,14 @@ class Ledger:
         self._written_at = time.monotonic()
         self._write_seconds = self._written_at - began_at
 
-    def _write_unless_costly(self) -> None:
-        """The same at once, as long as that takes a small share of the time; else with what comes next."""
-        if time.monotonic() - self._written_at >= self._write_seconds / MAX_SHARE_OF_WRITING:
-            self.write()
-
     def write_if_due(self) -> None:
         """The same, at most once a second: a search of many short epochs must not drown its storage."""
         if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
+            self._write_unless_costly()
+
+    def _write_unless_costly(self) -> None:
+        """The same, as long as that takes a small share of the time; else with what comes next."""
+        if time.monotonic() - self._written_at >= self._write_seconds / MAX_SHARE_OF_WRITING:
             self.write()
 
     def _set(self, trial: str, **changes: Any) -> None:

@@ -95,7 +95,7 @@ class Standing:
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:

@@ -3,7 +3,7 @@
 A trial here writes what a real one writes but weights and pictures, and sleeps instead of training: what is timed is
 Tune, the supply, the ledger and the files of a search. Declared rows by default; `--sampled` asks a study for each.
 
-    python benchmarks/scale.py --trials 1000 [--seconds 30] [--sampled]
+    python benchmarks/scale.py --trials 1000 [--seconds 30] [--epochs 2] [--sampled]
 """
 
 import argparse
@@ -40,8 +40,11 @@ from tune_bisenet.study import Study
 from tune_bisenet.study_place import StudyPlace
 
 NUM_GPUS = 64
-NUM_EPOCHS = 2
 TIMED = "timed.json"
+WORKERS = "workers"
+
+LONGEST_START = 900.0
+"""Seconds that a worker waits for the others before its first trial begins, at most."""
 
 
 # --- a trial that trains nothing --------------------------------------------------------------------------------------
@@ -49,8 +52,10 @@ TIMED = "timed.json"
 
 def train(config: dict[str, Any], *, job: dict[str, Any], seconds: float) -> None:
     """In place of `trial.train`: the same files and reports, without a network."""
-    began = time.time()
     run, asked = Run.model_validate(config["run"]), Job.model_validate(job)
+    if seconds:
+        wait_for_all_workers(Path(asked.storage).parent / WORKERS)
+    began = time.time()
     folder = Storage.at(asked.storage) / asked.trial_name(run)
     folder.make()
     history: list[Epoch] = []
@@ -61,6 +66,14 @@ def train(config: dict[str, Any], *, job: dict[str, Any], seconds: float) -> Non
         best = {"best_miou": history[-1].miou, "best_epoch": number, "total_seconds": seconds, "latency_ms": None}
         tune.report(vars(history[-1]) | best | {"diverged": False})
     folder.write(TIMED, json.dumps({"worker": os.getpid(), "began": began, "ended": time.time()}).encode())
+
+
+def wait_for_all_workers(folder: Path) -> None:
+    """A cluster's nodes start their workers side by side; here all share a few cores, which takes minutes."""
+    (folder / f"{os.getpid()}").touch()
+    deadline = time.monotonic() + LONGEST_START
+    while len(list(folder.iterdir())) < NUM_GPUS and time.monotonic() < deadline:
+        time.sleep(1)
 
 
 def epoch_of(run: Run, number: int) -> Epoch:
@@ -149,39 +162,43 @@ def size_mib(paths: Sequence[Path]) -> float:
 # --- one search -------------------------------------------------------------------------------------------------------
 
 
-def run(num_trials: int, *, seconds: float, sampled: bool) -> None:
+def run(num_trials: int, *, num_epochs: int, seconds: float, sampled: bool) -> None:
     trial.train = partial(train, seconds=seconds)  # type: ignore[assignment]
     taken = measures()
     head = Cluster(initialize_head=True, head_node_args={"num_cpus": NUM_GPUS, "num_gpus": NUM_GPUS})
     with tempfile.TemporaryDirectory() as place:
-        asked, mistyped = parse(flags_of(place, head.address, num_trials, sampled=sampled))
+        (Path(place) / WORKERS).mkdir()
+        asked, mistyped = parse(flags_of(place, head.address, num_trials, num_epochs=num_epochs, sampled=sampled))
         flight = preflight.check(asked, mistyped, default_name="scale", progress=lambda _done, _total: None)
         before = memory_mib()
         with (Path(place) / "said").open("w") as said:
             code = launch(flight, Console(file=said), ["benchmark"])
         kind = "drawn by a study" if sampled else "declared"
-        print(f"{num_trials} trials of {seconds:g} s, {kind}, {NUM_GPUS} pretended GPUs, exit code {code}")
+        print(
+            f"{num_trials} trials of {num_epochs} epochs in {seconds:g} s, {kind}, {NUM_GPUS} pretended GPUs, exit code {code}"
+        )
         print(f"  driver at most {memory_mib():.0f} MiB, {before:.0f} of them before the search")
         folder = Path(place) / "scale"
-        show_trials([Timed(**json.loads(path.read_text())) for path in folder.glob(f"*/{TIMED}")], seconds)
+        trials = [Timed(**json.loads(path.read_text())) for path in folder.glob(f"*/{TIMED}")]
+        show_trials(trials, num_epochs=num_epochs, seconds=seconds)
         show_measures(taken)
         show_storage(folder)
     head.shutdown()
 
 
-def flags_of(place: str, address: str, num_trials: int, *, sampled: bool) -> dict[str, str]:
+def flags_of(place: str, address: str, num_trials: int, *, num_epochs: int, sampled: bool) -> dict[str, str]:
     flags = {"storage": place, "name": "scale", "address": address, "data": "streets", "scheduler": "fifo"}
-    flags |= {"epochs": str(NUM_EPOCHS)}
+    flags |= {"epochs": str(num_epochs)}
     if sampled:
         return flags | {"space": "around10", "trials": str(num_trials)}
     return flags | {"space": "smoke", "runs": "a", "seeds": ",".join(map(str, range(num_trials)))}
 
 
-def show_trials(trials: Sequence[Timed], seconds: float) -> None:
+def show_trials(trials: Sequence[Timed], *, num_epochs: int, seconds: float) -> None:
     span = max(one.ended for one in trials) - min(one.ended for one in trials)
     cost = sorted(lost(trials, seconds))
     by_part = ", ".join(f"{rate:.1f}" for rate in rates(trials))
-    print(f"  {len(trials) * NUM_EPOCHS / span:.1f} results a second; trials a second by fifths: {by_part}")
+    print(f"  {len(trials) * num_epochs / span:.1f} results a second; trials a second by fifths: {by_part}")
     print(
         f"  lost per trial: median {statistics.median(cost):.2f} s, 95 % under {cost[int(0.95 * len(cost))]:.2f} s,"
         f" n = {len(cost)}"
@@ -211,9 +228,10 @@ def show_storage(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=0.0, help="what a trial sleeps")
+    parser.add_argument("--seconds", type=float, default=0.0, help="what a trial sleeps, in all its epochs")
+    parser.add_argument("--epochs", type=int, default=2, help="results of a trial")
     parser.add_argument("--sampled", action="store_true")
     given = parser.parse_args()
     if given.trials <= NUM_GPUS:
         sys.exit(f"--trials: more than {NUM_GPUS}, so that workers have a second one")
-    run(given.trials, seconds=given.seconds, sampled=given.sampled)
+    run(given.trials, num_epochs=given.epochs, seconds=given.seconds, sampled=given.sampled)

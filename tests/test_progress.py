@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tune_bisenet.progress import Progress, ending_in_words, format_duration, search_in_words, seconds_left
+from tune_bisenet.progress import Progress, ending_in_words, format_duration, search_in_words, seconds_left, tally_of
 from tune_bisenet.results import Epoch, Standing, Status
 
 
@@ -69,24 +69,24 @@ class Seen:
 
 def test_no_time_is_estimated_before_the_first_epoch() -> None:
     standings = [standing("r01", "running", 0), standing("r02", "waiting")]
-    assert seconds_left(standings, elapsed_seconds=60, epochs_done_at_start=0) is None
+    assert seconds_left(tally_of(standings), elapsed_seconds=60, epochs_done_at_start=0) is None
 
 
 def test_the_time_left_follows_from_this_sessions_rate() -> None:
     # 6 epochs done, 4 of them in this session in 40 s; 10 to do: 100 s.
     standings = [standing("r01", "running", 6), standing("r02", "waiting")]
-    assert seconds_left(standings, elapsed_seconds=40, epochs_done_at_start=2) == 100
+    assert seconds_left(tally_of(standings), elapsed_seconds=40, epochs_done_at_start=2) == 100
 
 
 @pytest.mark.parametrize("status", ["stopped", "diverged", "failed"])
 def test_what_an_ended_trial_left_undone_takes_no_time(status: Status) -> None:
     standings = [standing("r01", status, 2), standing("r02", "running", 6)]
-    assert seconds_left(standings, elapsed_seconds=80, epochs_done_at_start=0) == 20
-    assert search_in_words(standings, None) == "search 80 %"
+    assert seconds_left(tally_of(standings), elapsed_seconds=80, epochs_done_at_start=0) == 20
+    assert search_in_words(tally_of(standings), None) == "search 80 %"
 
 
 def test_a_finished_search_has_no_time_left() -> None:
-    assert seconds_left([standing("r01", "finished", 8)], elapsed_seconds=80, epochs_done_at_start=0) == 0
+    assert seconds_left(tally_of([standing("r01", "finished", 8)]), elapsed_seconds=80, epochs_done_at_start=0) == 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self, assert_never
 
@@ -38,6 +38,7 @@ class Progress:
         self._started = self._last_epoch_at = clock()
         # The display reads these from a thread of its own: they are replaced, never changed in place.
         self._standings: Mapping[str, Standing] = {}
+        self._tally = Tally()
         self._epochs: Mapping[str, Epoch] = {}
         self._news: tuple[str, ...] = ()
         self._epochs_done_at_start: int | None = None
@@ -63,7 +64,7 @@ class Progress:
     def update(self, standings: Sequence[Standing]) -> None:
         """Take over how all trials stand, and announce those that have ended since the last time."""
         before = self._standings
-        self._take({standing.trial: standing for standing in standings})
+        self._take({standing.trial: standing for standing in standings}, tally_of(standings))
         if self._epochs_done_at_start is None:
             self._begin(standings)
             return
@@ -78,32 +79,30 @@ class Progress:
         standing = self._standings[trial]
         self._epochs = {**self._epochs, trial: epoch}
         if not has_ended(standing):  # a report may arrive after the news that its trial was stopped
-            self._take({**self._standings, trial: replace(standing, status="running", epochs=epoch.epoch)})
-        self._say(f"{epoch_in_words(standing, epoch)}  | {search_in_words(self._all(), self._seconds_left())}")
+            running = replace(standing, status="running", epochs=epoch.epoch)
+            self._take({**self._standings, trial: running}, self._tally.after(epoch.epoch - standing.epochs))
+        self._say(f"{epoch_in_words(standing, epoch)}  | {search_in_words(self._tally, self._seconds_left())}")
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _all(self) -> list[Standing]:
-        return list(self._standings.values())
-
-    def _take(self, standings: Mapping[str, Standing]) -> None:
-        if epochs_done(standings.values()) != epochs_done(self._standings.values()):
+    def _take(self, standings: Mapping[str, Standing], tally: "Tally") -> None:
+        if tally.done != self._tally.done:
             self._last_epoch_at = self._clock()
-        self._standings = standings
+        self._standings, self._tally = standings, tally
 
     def _begin(self, standings: Sequence[Standing]) -> None:
-        self._epochs_done_at_start = epochs_done(standings)
-        if self._epochs_done_at_start:
+        self._epochs_done_at_start = self._tally.done
+        if self._tally.done:
             ended = sum(map(has_ended, standings))
             self._announce(
                 f"resumed: {ended} of {len(standings)} trials had ended, "
-                f"{self._epochs_done_at_start} of {epochs_in_all(standings)} epochs were done"
+                f"{self._tally.done} of {self._tally.in_all} epochs were done"
             )
 
     def _seconds_left(self) -> float | None:
         """Estimated when the last epoch was done, counted down since: it does not grow while an epoch runs."""
         left = seconds_left(
-            self._all(),
+            self._tally,
             elapsed_seconds=self._last_epoch_at - self._started,
             epochs_done_at_start=self._epochs_done_at_start or 0,
         )
@@ -129,7 +128,7 @@ class Progress:
 
     def _picture(self) -> RenderableType:
         return picture(
-            self._all(),
+            list(self._standings.values()),
             self._epochs,
             news=self._news,
             elapsed_seconds=self._clock() - self._started,
@@ -149,10 +148,10 @@ def picture(
     seconds_left: float | None,
 ) -> RenderableType:
     """The live display: a bar for the search, a line for each running trial (its last epoch), the latest news."""
-    overall = Table.grid(padding=(0, 1))
+    overall, so_far = Table.grid(padding=(0, 1)), tally_of(standings)
     overall.add_row(
-        ProgressBar(total=max(epochs_in_all(standings), 1), completed=epochs_done(standings), width=24),
-        _text(f"{search_in_words(standings, seconds_left)}, {format_duration(elapsed_seconds)} elapsed"),
+        ProgressBar(total=max(so_far.in_all, 1), completed=so_far.done, width=24),
+        _text(f"{search_in_words(so_far, seconds_left)}, {format_duration(elapsed_seconds)} elapsed"),
     )
     running = Table.grid(padding=(0, 2))
     for standing in standings:
@@ -184,9 +183,9 @@ def epoch_in_words(standing: Standing, epoch: Epoch) -> str:
     )
 
 
-def search_in_words(standings: Sequence[Standing], seconds_left: float | None) -> str:
+def search_in_words(tally: "Tally", seconds_left: float | None) -> str:
     """As `search 31 %, about 2 min 10 s left`."""
-    percent = 100 * epochs_done(standings) // max(epochs_in_all(standings), 1)
+    percent = 100 * tally.done // max(tally.in_all, 1)
     left = "" if seconds_left is None else f", about {format_duration(seconds_left)} left"
     return f"search {percent} %{left}"
 
@@ -219,24 +218,34 @@ def has_ended(standing: Standing) -> bool:
     return standing.status not in ("waiting", "running")
 
 
-def epochs_done(standings: Iterable[Standing]) -> int:
-    return sum(standing.epochs for standing in standings)
+@dataclass(frozen=True)
+class Tally:
+    """How far a search is, in epochs: kept along, as adding them up for each news would slow a search of thousands."""
+
+    done: int = 0
+    in_all: int = 0
+    """Done and still to do: what an ended trial has left undone counts no more."""
+
+    def after(self, epochs: int) -> "Tally":
+        """The same, so many epochs later."""
+        return replace(self, done=self.done + epochs)
 
 
-def epochs_in_all(standings: Iterable[Standing]) -> int:
-    """Epochs done and still to do: what an ended trial has left undone counts no more."""
-    return sum(standing.epochs if has_ended(standing) else standing.num_epochs for standing in standings)
+def tally_of(standings: Iterable[Standing]) -> Tally:
+    done = in_all = 0
+    for standing in standings:
+        done += standing.epochs
+        in_all += standing.epochs if has_ended(standing) else standing.num_epochs
+    return Tally(done, in_all)
 
 
-def seconds_left(standings: Sequence[Standing], *, elapsed_seconds: float, epochs_done_at_start: int) -> float | None:
+def seconds_left(tally: Tally, *, elapsed_seconds: float, epochs_done_at_start: int) -> float | None:
     """What the epochs to do will take at this session's rate; None until the session has done one.
 
     The rate is that of all trials together, so trials that run side by side need no extra thought.
     """
-    fresh = epochs_done(standings) - epochs_done_at_start
-    if fresh <= 0:
-        return None
-    return (epochs_in_all(standings) - epochs_done(standings)) * elapsed_seconds / fresh
+    fresh = tally.done - epochs_done_at_start
+    return (tally.in_all - tally.done) * elapsed_seconds / fresh if fresh > 0 else None
 
 
 def format_duration(seconds: float) -> str:

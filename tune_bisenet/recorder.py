@@ -26,6 +26,9 @@ A lost node, a killed worker or a hiccup of the storage costs an unfinished epoc
 takes its node down each time, comes to an end. Ray itself counts nothing where it was told of a preemption (`spot`).
 """
 
+SECONDS_BETWEEN_LOOKS: Final = 10.0
+"""At all trials of a search, which may be thousands."""
+
 SECONDS_WITHOUT_TRIAL: Final = 600.0
 """After which it is said that trials wait for a node: a machine of a cloud takes minutes to come."""
 
@@ -65,7 +68,7 @@ class Recorder(Callback):
         self._limits = limits
         self._gpus_per_trial = gpus_per_trial
         self._outcome = outcome
-        self._ran_at = time.monotonic()
+        self._ran_at = self._looked_at = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks for a restore that never comes
@@ -117,12 +120,20 @@ class Recorder(Callback):
         """Whether a signal has come, a limit is reached or the supply is in trouble."""
         if not self._outcome.is_cut_off:
             self._outcome.trouble = self._supply.trouble
-            hours = sum(standing.seconds for standing in self._ledger.standings) * self._gpus_per_trial / 3600
-            self._outcome.limit = self._limits.used_up(seconds=self._ledger.seconds, gpu_hours=hours)
+            self._outcome.limit = self._limits.used_up(seconds=self._ledger.seconds, gpu_hours=self._gpu_hours())
         return self._outcome.is_cut_off
+
+    def _gpu_hours(self) -> float:
+        """Of all trials; not added up where nothing depends on it."""
+        if self._limits.gpu_hours is None:
+            return 0.0
+        return sum(standing.seconds for standing in self._ledger.standings) * self._gpus_per_trial / 3600
 
     def _say_if_none_runs(self, trials: list[Trial]) -> None:
         now = time.monotonic()
+        if now - self._looked_at < SECONDS_BETWEEN_LOOKS:
+            return
+        self._looked_at = now
         if any(trial.status == Trial.RUNNING for trial in trials):
             self._ran_at = now
         elif now - self._ran_at > SECONDS_WITHOUT_TRIAL:

@@ -22,7 +22,7 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 60) -> None:
 def test_a_page_follows_what_trials_leave_on_storage(tmp_path: Path) -> None:
     folder = write_search(tmp_path)
     table = Path(folder.path) / "tables" / "epochs.csv"
-    with kept_current(folder, every_seconds=0.05):
+    with kept_current(folder, every_seconds=0.05, max_share=1.0):
         wait_for(table.exists)
         assert "61.25" not in table.read_text()
         write_trial(folder / "r02-s0", epochs(61.25))
@@ -31,6 +31,17 @@ def test_a_page_follows_what_trials_leave_on_storage(tmp_path: Path) -> None:
 
 def test_pages_are_never_older_than_a_minute() -> None:
     assert SECONDS_BETWEEN_PAGES < 60 - 10  # seconds that a page of thirty trials may take on a busy machine
+
+
+def test_a_page_that_takes_long_to_draw_takes_a_small_share_of_the_time(tmp_path: Path) -> None:
+    folder = write_search(tmp_path)
+    page = Path(folder.path) / "report.html"
+    with kept_current(folder, every_seconds=0.01, max_share=0.001):
+        wait_for(page.exists)
+        time.sleep(0.5)
+        written = page.stat().st_mtime_ns
+        time.sleep(2)
+        assert page.stat().st_mtime_ns == written
 
 
 def test_a_search_whose_page_cannot_be_written_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -11,17 +12,25 @@ from tune_bisenet.storage import Storage
 SECONDS_BETWEEN_PAGES: Final = 45.0
 """With the seconds it takes to write one, never older than a minute."""
 
+MAX_SHARE: Final = 0.05
+"""Of the driver's time: a page over thousands of trials takes seconds of the processor that reports wait for."""
+
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def kept_current(folder: Storage, *, every_seconds: float = SECONDS_BETWEEN_PAGES) -> Iterator[None]:
+def kept_current(
+    folder: Storage, *, every_seconds: float = SECONDS_BETWEEN_PAGES, max_share: float = MAX_SHARE
+) -> Iterator[None]:
     """Write the report of the search in `folder` again and again while the block runs."""
     done = threading.Event()
 
     def keep() -> None:
-        while not done.wait(every_seconds):
+        pause = every_seconds
+        while not done.wait(pause):
+            began = time.thread_time()  # waiting for storage keeps nobody from working
             write_safely(folder.hurried())
+            pause = max(every_seconds, (time.thread_time() - began) / max_share)
 
     thread = threading.Thread(target=keep, name="report", daemon=True)
     thread.start()

@@ -1,6 +1,7 @@
 """From values to runs and back: what a space may get wrong is found before a search, and samplers repeat themselves."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -9,7 +10,9 @@ import optuna
 import pytest
 from light_search import FACTS, NUM_EPOCHS, ROWS, SPACE, UNLUCKY, point, row, sample
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.trial import BaseTrial
+from optuna.samplers import BaseSampler
+from optuna.storages import InMemoryStorage
+from optuna.trial import BaseTrial, FrozenTrial
 
 from tune_bisenet import sampling
 from tune_bisenet.config import Objective, Run, Sampler, WarmupPoly
@@ -239,6 +242,44 @@ def test_a_trial_that_is_drawn_on_gets_the_values_that_it_would_have_had(
     cut_off.sampler = sampling.build_sampler(kind, seed=99)  # as another process builds it
     value_of(optuna.Trial(cut_off, begun._trial_id))
     assert cut_off.trials[-1].params == whole.trials[-1].params
+
+
+class Counting(InMemoryStorage):
+    """Counts how often all trials are read."""
+
+    reads = 0
+
+    def get_all_trials(self, *arguments: Any, **named: Any) -> list[FrozenTrial]:
+        self.reads += 1
+        return super().get_all_trials(*arguments, **named)
+
+
+def drawn_beside_others(sampler: BaseSampler) -> tuple[dict[str, Any], int]:
+    """The values of a draw after 12 trials, while 3 others run, and how often it read all trials."""
+    storage = Counting()
+    study = optuna.create_study(storage=storage, direction="maximize")
+    for number in range(15):
+        study.sampler = sampling.build_sampler("random", seed=number)
+        trial = study.ask()
+        value = value_of(trial)
+        if number < 12:
+            study.tell(trial, value)
+    study.sampler = sampler
+    trial = study.ask()
+    before = storage.reads
+    value_of(trial)
+    return trial.params, storage.reads - before
+
+
+def test_a_draw_is_that_of_optunas_sampler_with_fewer_reads() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optunas = optuna.samplers.TPESampler(multivariate=True, group=True, seed=99)
+    values, reads = drawn_beside_others(sampling.build_sampler("tpe", seed=99))
+    same_values, optunas_reads = drawn_beside_others(optunas)
+    assert values == same_values
+    assert reads == 2  # for the groups of parameters, and for all their values
+    assert optunas_reads > reads
 
 
 def test_values_of_one_draw_are_independent_of_each_other() -> None:

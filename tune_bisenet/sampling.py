@@ -3,8 +3,10 @@
 Knows Optuna's trials and samplers, not where a study is kept.
 """
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, assert_never, get_args
 
@@ -18,6 +20,7 @@ from optuna.distributions import (
     distribution_to_json,
 )
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
 from pydantic import ValidationError
@@ -251,7 +254,8 @@ class _Repeatable(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._joint.sample_relative(study, trial, search_space)
+        with _read_once(study._storage):
+            return self._joint.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -265,6 +269,29 @@ class _Repeatable(BaseSampler):
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._joint.after_trial(study, trial, state, values)
+
+
+@contextmanager
+def _read_once(storage: BaseStorage) -> Iterator[None]:
+    """Let a draw read the study's trials once: TPE would read those that run anew for each group of parameters.
+
+    Only this driver writes to the study, and not while it draws.
+    """
+    read, kept = storage.get_all_trials, dict[int, list[FrozenTrial]]()
+
+    def get_all_trials(
+        study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        if study_id not in kept:
+            kept[study_id] = read(study_id, deepcopy=False)
+        found = [trial for trial in kept[study_id] if states is None or trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
+
+    storage.get_all_trials = get_all_trials  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del storage.get_all_trials
 
 
 def _optunas(kind: Sampler, *, seed: int) -> BaseSampler:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from searches import RANGES, write_study
 
-from tune_bisenet.report.importance import MIN_TRIALS, Importance, importance_figures, importance_view, importances
+from tune_bisenet.report.importance import (
+    MAX_FANOVA_TRIALS,
+    MIN_TRIALS,
+    Importance,
+    importance_figures,
+    importance_view,
+    importances,
+)
 from tune_bisenet.report.read import read_search
 from tune_bisenet.report.samples import Sample, samples
 
@@ -54,6 +61,15 @@ def test_a_low_decade_weighs_as_much_as_a_high_one(of: list[Sample]) -> None:
 
 def test_the_same_trials_give_the_same_shares(of: list[Sample]) -> None:
     assert importances(of) == importances(of)
+
+
+def test_a_choice_among_many_trials_tells_what_decides(tmp_path: Path) -> None:
+    many = samples(read_search(write_study(tmp_path, trials=MAX_FANOVA_TRIALS + 300)))
+    sgd = [one for one in many if "sgd_lr" in one.params and one.is_complete]
+    (found,) = importances(sgd)
+    assert found.num_trials == len(sgd) > MAX_FANOVA_TRIALS
+    assert all(max(shares, key=lambda name: shares[name]) == "sgd_lr" for shares in found.shares.values())
+    assert f"fANOVA looks at {MAX_FANOVA_TRIALS} of them" in importance_figures([found])[0].caption
 
 
 def test_few_trials_are_told_in_a_sentence(of: list[Sample]) -> None:

@@ -11,9 +11,9 @@ from searches import write_study
 from tune_bisenet.report.figures import OTHERS, curves, row_colours
 from tune_bisenet.report.front import front, front_figure, front_view, pareto
 from tune_bisenet.report.history import history
-from tune_bisenet.report.landscape import NOT_THERE, parallel, slices
+from tune_bisenet.report.landscape import NOT_THERE, measured, parallel, slices
 from tune_bisenet.report.read import SearchRecord, read_search
-from tune_bisenet.report.samples import Sample, samples
+from tune_bisenet.report.samples import MAX_LINES, Sample, samples, thinned
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +132,30 @@ def test_curves_of_many_trials_stand_back_behind_the_best(search: SearchRecord) 
     assert miou.data[: len(muted)] == muted
     assert len(muted) > 10
     assert {trace["meta"] for trace in miou.data} == set(colours)
+
+
+# --- a search of many -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> SearchRecord:
+    return read_search(write_study(tmp_path_factory.mktemp("many"), trials=MAX_LINES + 80))
+
+
+def test_of_many_trials_a_picture_is_drawn_and_says_of_how_many(many: SearchRecord) -> None:
+    of = samples(many)
+    drawn, whole = parallel(of), measured(of)
+    assert drawn is not None
+    assert len(drawn.data) - 1 == MAX_LINES
+    assert whole[-1].trial in drawn.data[-2]["text"][0]  # the best, on top
+    assert f"{MAX_LINES} of {len(whole)} trials" in drawn.caption
+    miou = curves(many)[0]
+    muted = [trace for trace in miou.data if trace["meta"] == OTHERS]
+    assert len(muted) == MAX_LINES
+    assert f"{MAX_LINES} are drawn" in miou.caption
+
+
+def test_a_choice_among_many_is_even_and_has_the_last() -> None:
+    assert thinned(range(10), 20) == list(range(10))
+    assert thinned(range(10), 5) == [1, 3, 5, 7, 9]
+    assert thinned(range(1000), 3)[-1] == 999

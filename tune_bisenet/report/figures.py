@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from tune_bisenet.report.read import SearchRecord
-from tune_bisenet.report.samples import shown_rows
+from tune_bisenet.report.samples import MAX_LINES, shown_rows, thinned
 from tune_bisenet.results import Epoch
 
 BASELINE_COLOUR: Final = "#7d8590"
@@ -144,7 +144,10 @@ def _curve(
     scale: Scale = "linear",
 ) -> Figure:
     colours = row_colours(search)
-    below, above = ([row for row in values if (row in colours) is shown] for shown in (False, True))
+    muted, above = ([row for row in values if (row in colours) is shown] for shown in (False, True))
+    below = thinned(muted, MAX_LINES)
+    if len(below) < len(muted):
+        caption = f"{caption} Of the {len(muted)} that do not stand out, {len(below)} are drawn.".strip()
     data = [
         *(_muted(row, values[row]) for row in below),
         *(

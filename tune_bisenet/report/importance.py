@@ -4,6 +4,7 @@ Only trials that went to their last epoch count: where a trial was stopped says 
 parameters. A parameter that only some trials have is measured within those.
 """
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ MIN_TRIALS: Final = 10
 MIN_TOP_TRIALS: Final = 5
 """PED-ANOVA compares the best with all; its authors want at least five among the best."""
 TOP_SHARE: Final = 0.1
+
+MAX_FANOVA_TRIALS: Final = 300
+"""fANOVA takes many seconds over more, and says the same of as many that were chosen at random."""
 
 CAUTION: Final = (
     "This is what went with mIoU in trials that an optimiser chose, not what caused it: it looks where it hopes to "
@@ -123,8 +127,9 @@ def _shares(group: Sequence[Sample], varied: Sequence[Parameter]) -> dict[Measur
         "PED-ANOVA": PedAnovaImportanceEvaluator(target_quantile=top),
         "fANOVA": FanovaImportanceEvaluator(seed=0),
     }
-    study = _study(group, varied)
-    return {measure: get_param_importances(study, evaluator=one) for measure, one in evaluators.items()}
+    some = random.Random(0).sample(group, MAX_FANOVA_TRIALS) if len(group) > MAX_FANOVA_TRIALS else group
+    studies = {"PED-ANOVA": _study(group, varied), "fANOVA": _study(some, varied)}
+    return {measure: get_param_importances(studies[measure], evaluator=one) for measure, one in evaluators.items()}
 
 
 def _study(group: Sequence[Sample], varied: Sequence[Parameter]) -> "Study":
@@ -211,7 +216,8 @@ def _figure(name: str, one: Importance) -> Figure:
         "height": 120 + 34 * len(names),
     }
     rest = " What is missing to 100 % is that of the parameters that all trials have." if one.given else ""
-    caption = f"{one.num_trials} trials.{rest}"
+    some = f" fANOVA looks at {MAX_FANOVA_TRIALS} of them." if one.num_trials > MAX_FANOVA_TRIALS else ""
+    caption = f"{one.num_trials} trials.{some}{rest}"
     return Figure(name=name, title=one.title, caption=caption, data=data, layout=layout)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from tune_bisenet.report.figures import Figure, Trace
 from tune_bisenet.report.history import MARKER_SIZE, SYMBOLS, floor_words, height, hover
-from tune_bisenet.report.samples import Parameter, Sample, floor_of, parameters, round_numbers
+from tune_bisenet.report.samples import MAX_LINES, Parameter, Sample, floor_of, parameters, round_numbers, thinned
 
 NOWHERE: Final = "–"
 """For a parameter that does not apply."""
@@ -34,9 +34,11 @@ def parallel(of: Sequence[Sample]) -> Figure | None:
 
     Drawn as plain lines: Plotly's own `parcoords` shows nothing where a browser has no WebGL, and nothing on hover.
     """
-    shown = measured(of)
-    if not shown:
+    found = measured(of)
+    if not found:
         return None
+    shown = _best_and_some(found)
+    few = "" if len(shown) == len(found) else f" {len(shown)} of {len(found)} trials: the best, and some of the others."
     axes = [*(_axis(one, shown) for one in parameters(shown)), _miou_axis(shown)]
     names = [one.name for one in axes]
     layout = {
@@ -59,11 +61,19 @@ def parallel(of: Sequence[Sample]) -> Figure | None:
         name="parallel",
         title="All parameters at once",
         caption="A line is a trial; the warmer and stronger, the higher its best mIoU, on the last axis. Point at a "
-        f"line where it crosses an axis to follow it. {NOWHERE}: the parameter does not apply.",
+        f"line where it crosses an axis to follow it. {NOWHERE}: the parameter does not apply.{few}",
         data=[*(_line(place, one, axes) for place, one in enumerate(shown)), _tick_words(axes)],
         layout=layout,
         min_width=AXIS_WIDTH * len(axes),
     )
+
+
+def _best_and_some(found: Sequence[Sample]) -> list[Sample]:
+    """No more than can be told apart, the best half of them without a gap."""
+    if len(found) <= MAX_LINES:
+        return list(found)
+    best = MAX_LINES // 2
+    return [*thinned(found[:-best], MAX_LINES - best), *found[-best:]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +170,8 @@ def slices(of: Sequence[Sample]) -> list[Figure]:
 def slices_words(of: Sequence[Sample]) -> str:
     """How to read the slices."""
     shown = measured(of)
-    below = sum((one.miou or 0.0) < floor_of(shown) for one in shown)
+    floor = floor_of(shown)
+    below = sum((one.miou or 0.0) < floor for one in shown)
     return (
         "Best mIoU over each parameter by itself; the warmer the colour, the later in the search. Hollow: stopped "
         f"early; cross: diverged; diamond: from an earlier search.{floor_words(below)}"

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from tune_bisenet.config import Run
 from tune_bisenet.report.leaderboard import best_first
@@ -18,6 +18,10 @@ from tune_bisenet.suggested import Known, Param, Suggested
 NUM_BEST: Final = 5
 """Trials that stand out in plots of many."""
 MAX_TICKS: Final = 5
+MAX_LINES: Final = 200
+"""More lines in one plot are no picture, and a browser labours to draw them."""
+
+Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,12 @@ def best_sample(of: Iterable[Sample]) -> Sample | None:
     """The highest mIoU of those trained to their end, else of all; None if there is none yet."""
     measured = [one for one in of if one.miou is not None]
     return max(measured, key=lambda one: (one.is_complete, one.miou or 0.0, -one.number), default=None)
+
+
+def thinned(things: Sequence[Thing], most: int) -> list[Thing]:
+    """At most so many of them, evenly spread, the last one among them."""
+    count = len(things)
+    return list(things) if count <= most else [things[count - 1 - place * count // most] for place in range(most)][::-1]
 
 
 def shown_rows(search: SearchRecord) -> list[str]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import pyarrow.fs
@@ -54,7 +55,7 @@ class StudyRecord:
     def sampler(self) -> str:
         return self.manifest.sampler
 
-    @property
+    @cached_property
     def sampled_rows(self) -> frozenset[str]:
         """The names of runs that the sampler made up, here or in an earlier search."""
         everything = [*self.suggested.values(), *(one.suggested for one in self.known)]

@@ -69,10 +69,10 @@ def parallel(of: Sequence[Sample]) -> Figure | None:
 
 
 def _best_and_some(found: Sequence[Sample]) -> list[Sample]:
-    """No more than can be told apart, the best half of them without a gap."""
+    """No more than can be told apart; a fifth of them are the best, without a gap."""
     if len(found) <= MAX_LINES:
         return list(found)
-    best = MAX_LINES // 2
+    best = MAX_LINES // 5
     return [*thinned(found[:-best], MAX_LINES - best), *found[-best:]]
 
 

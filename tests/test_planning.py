@@ -17,7 +17,8 @@ from tune_bisenet.config import Resources, Run
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.forecast import kinds_of
-from tune_bisenet.preflight import CACHE_VARIABLE, DATASET_VARIABLE
+from tune_bisenet.frames import CACHE_VARIABLE
+from tune_bisenet.preflight import DATASET_VARIABLE
 from tune_bisenet.results import Standing
 
 

@@ -8,7 +8,8 @@ import pytest
 from driving import write_frames, write_space
 
 from tune_bisenet import run, spaces
-from tune_bisenet.preflight import CACHE_VARIABLE, DATASET_VARIABLE
+from tune_bisenet.frames import CACHE_VARIABLE
+from tune_bisenet.preflight import DATASET_VARIABLE
 from tune_bisenet.results import Standing
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
-from rows import plain_row
+from rows import plain_epoch, plain_row
 from sqlalchemy import Pool, event
 
 from tune_bisenet import ledger, sampling
@@ -148,21 +148,14 @@ def curve_of(run: Run) -> list[Epoch]:
     """All its epochs."""
     last, status = end_of(run)
     return [
-        Epoch(
-            epoch=number,
+        plain_epoch(
+            number,
+            miou_after(run, number),
             iterations=2 * number,
             loss=math.nan if (status, number) == ("diverged", last) else 1 / number,
             loss_main=1 / number,
-            loss_aux1=0.0,
-            loss_aux2=0.0,
             lr=run.optimizer.lr,
-            grad_norm=1.0,
-            miou=miou_after(run, number),
             iou=(miou_after(run, number),) * 19,
-            pixel_accuracy=90.0,
-            images_per_second=10.0,
-            train_seconds=1.0,
-            val_seconds=1.0,
         )
         for number in range(1, last + 1)
     ]

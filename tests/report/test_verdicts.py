@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rows import plain_epoch
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
@@ -46,19 +47,11 @@ def gaining(low: float, high: float) -> list[Run]:
 
 def epoch(number: int, miou: float, *, diverged: bool = False) -> Epoch:
     """An epoch of 36 seconds: a hundredth of an hour."""
-    return Epoch(
-        epoch=number,
+    return plain_epoch(
+        number,
+        miou,
         iterations=10 * number,
         loss=math.nan if diverged else 1.0,
-        loss_main=1.0,
-        loss_aux1=0.0,
-        loss_aux2=0.0,
-        lr=0.01,
-        grad_norm=1.0,
-        miou=miou,
-        iou=(miou,),
-        pixel_accuracy=90.0,
-        images_per_second=1.0,
         train_seconds=30.0,
         val_seconds=6.0,
     )

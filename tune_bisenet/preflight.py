@@ -81,9 +81,9 @@ def _planned(given: Arguments, mistyped: Mapping[str, str], *, name: str) -> Sur
     """The checks that do not need each other; nothing is drawn as yet. InputError with all that they found."""
     problems = _Problems(list(mistyped.values()))
     folder = problems.attempt(lambda: _folder(given, name))
-    earlier = None
-    if folder and "name" not in mistyped:
-        earlier = problems.attempt(lambda: resuming.find(given, folder, name))
+    earlier = (
+        problems.attempt(lambda: resuming.find(given, folder, name)) if folder and "name" not in mistyped else None
+    )
     choices = problems.attempt(lambda: resuming.continued(given, earlier)) if earlier else None
     choices = choices or choose(given, default_data=os.environ.get(DATASET_VARIABLE) or STREETS)
     space = problems.attempt(lambda: spaces.load(choices.space))

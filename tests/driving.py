@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
 from PIL import Image
 
 from tune_bisenet.data.streets import Streets
@@ -111,6 +112,14 @@ def make_place() -> Iterator[Path]:
     write_frames(place / "frames")
     yield place
     shutil.rmtree(place, ignore_errors=True)
+
+
+def move_into(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the test itself is the driver: work there, keep there whatever is packed or fetched, be told of no data."""
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("CITYSCAPES_DATASET", raising=False)
+    monkeypatch.setenv("TUNE_BISENET_CACHE", str(place / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
 
 
 def environment(place: Path) -> dict[str, str]:

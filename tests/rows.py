@@ -1,8 +1,9 @@
-"""A plain row: what the tests say of a run is how it differs from this one."""
+"""A plain row, and a plain epoch: what the tests say of a run or an epoch is how it differs from these."""
 
 from typing import Any
 
 from tune_bisenet.config import SGD, CrossEntropy, Run, WarmupPoly
+from tune_bisenet.results import Epoch
 
 
 def plain_row(
@@ -17,3 +18,22 @@ def plain_row(
         "max_grad_norm": None,
     }
     return Run(name=name, **(plain | fields))
+
+
+def plain_epoch(number: int, miou: float, **fields: Any) -> Epoch:
+    """Of one iteration and two seconds, in which all went well."""
+    plain: dict[str, Any] = {
+        "iterations": number,
+        "loss": 1.0,
+        "loss_main": 1.0,
+        "loss_aux1": 0.0,
+        "loss_aux2": 0.0,
+        "lr": 0.01,
+        "grad_norm": 1.0,
+        "iou": (miou,),
+        "pixel_accuracy": 90.0,
+        "images_per_second": 10.0,
+        "train_seconds": 1.0,
+        "val_seconds": 1.0,
+    }
+    return Epoch(epoch=number, miou=miou, **(plain | fields))

@@ -11,6 +11,7 @@ from rich.console import Console
 from tune_bisenet import arguments, briefing, preflight
 from tune_bisenet.config import Resources, Run
 from tune_bisenet.flight import Flight
+from tune_bisenet.frames import CACHE_VARIABLE
 from tune_bisenet.recorder import Outcome
 from tune_bisenet.results import Standing
 
@@ -33,20 +34,20 @@ def flight_of(place: Path, **flags: object) -> Flight:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(preflight.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     write_frames(tmp_path / "frames")
     write_space(tmp_path / "space.py", {f"r{row:02}": 0.01 for row in range(1, 6)}, num_epochs=4, baseline="r01")
     return tmp_path
 
 
 def runs_of(flight: Flight) -> dict[str, Run]:
-    return {f"{run.name}-s{run.seed}": run for run in flight.runs}
+    return {f"{run.name}-s{run.seed}": run for run in flight.survey.runs}
 
 
 def plan_of(flight: Flight, resources: Resources = TWO_CORES, standings: Sequence[Standing] = ()) -> dict[str, str]:
     """The page by its titles."""
     runs = {} if flight.sampling else runs_of(flight)
-    outlook = briefing.outlook_of(flight, resources, runs, standings)
+    outlook = briefing.flight_outlook(flight, resources, standings)
     return dict(briefing.plan_lines(flight, outlook, runs))
 
 
@@ -188,7 +189,7 @@ def test_in_a_terminal_prose_is_broken_under_itself_and_paths_are_not(place: Pat
     console = Console(file=screen, width=60, force_terminal=True, color_system=None)
     briefing.print_plan(console, flight, TWO_CORES, runs_of(flight), [])
     lines = screen.getvalue().splitlines()
-    assert f"results    {flight.folder.uri}" in lines
+    assert f"results    {flight.survey.folder.uri}" in lines
     start = next(number for number, line in enumerate(lines) if line.startswith("scheduler"))
     assert len(lines[start]) <= 60
     assert lines[start + 1].startswith(" " * 11)
@@ -210,7 +211,7 @@ def test_at_the_end_it_says_what_failed_and_how_to_go_on(place: Path) -> None:
     assert "12.30" in said
     assert "[no] memory" in " ".join(said.split())
     assert "failed: r02. Try these again with --resume --name mine --storage " in said
-    assert f"results: {flight.folder.uri}" in said
+    assert f"results: {flight.survey.folder.uri}" in said
     assert "interrupted" not in said
 
 
@@ -243,7 +244,7 @@ def test_the_plan_of_a_sampled_search_says_what_bounds_it_and_where_its_study_is
     assert plan["trials"] == "7, the rows a, b first, 4 epochs of 2 iterations each"
     assert plan["sampler"] == "tpe, for miou"
     assert plan["limits"] == "ends after 1h30m of time or 2 GPU-hours, whichever comes first"
-    assert plan["study"] == f"optuna-dashboard sqlite:///{flight.folder.path}/study.db"
+    assert plan["study"] == f"optuna-dashboard sqlite:///{flight.survey.folder.path}/study.db"
 
 
 def test_without_any_limit_a_sampled_search_has_forty_trials(place: Path) -> None:

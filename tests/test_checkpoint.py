@@ -4,14 +4,13 @@ import io
 import math
 import pickle
 import random
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from trainings import trial_folder
 
 from tune_bisenet import checkpoint, engine
 from tune_bisenet.checkpoint import BEST, LAST, PREVIOUS, CheckpointError, from_bytes, to_bytes
@@ -21,14 +20,7 @@ from tune_bisenet.engine import Training
 from tune_bisenet.results import Epoch
 from tune_bisenet.storage import Storage
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Storage]:
-    """A trial's folder; emptied at once, for each state takes 100 MB."""
-    path = tmp_path / "trial"
-    path.mkdir()
-    yield Storage.at(str(path))
-    shutil.rmtree(path)
+folder = pytest.fixture(trial_folder)
 
 
 @pytest.fixture

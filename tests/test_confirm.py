@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from light_search import row
+from light_space import row
 
 from tune_bisenet.config import Run
 from tune_bisenet.confirm import fresh_runs

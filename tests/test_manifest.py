@@ -10,6 +10,7 @@ from driving import write_frames, write_space
 from tune_bisenet import arguments, ledger, manifest, preflight
 from tune_bisenet.config import Resources, Run
 from tune_bisenet.flight import Flight
+from tune_bisenet.frames import CACHE_VARIABLE
 from tune_bisenet.storage import Storage
 
 RESOURCES = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
@@ -19,7 +20,7 @@ COMMAND = ["python", "-m", "tune_bisenet.run", "--epochs", "2"]
 @pytest.fixture
 def flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flight:
     """A search of two rows and two seeds on eleven small frames."""
-    monkeypatch.setenv(preflight.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     write_frames(tmp_path / "frames")
     write_space(tmp_path / "space.py", {"a": 0.01, "b": 0.02}, num_epochs=2, baseline="a")
     flags = {"space": str(tmp_path / "space.py"), "data": str(tmp_path / "frames"), "backbone": "none", "seeds": "3,4"}
@@ -29,7 +30,7 @@ def flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flight:
 
 @pytest.fixture
 def runs(flight: Flight) -> dict[str, Run]:
-    return {f"{run.name}-s{run.seed}": run for run in flight.runs}
+    return {f"{run.name}-s{run.seed}": run for run in flight.survey.runs}
 
 
 def test_it_says_all_that_is_needed_to_repeat_a_search(flight: Flight, runs: dict[str, Run]) -> None:
@@ -58,12 +59,12 @@ def test_a_session_that_ends_says_when_and_by_which_signal(flight: Flight, runs:
 
 
 def test_a_resumed_search_adds_a_session(flight: Flight, runs: dict[str, Run], tmp_path: Path) -> None:
-    manifest.write(flight.folder, manifest.opened(flight, runs, command=COMMAND, resources=RESOURCES))
+    manifest.write(flight.survey.folder, manifest.opened(flight, runs, command=COMMAND, resources=RESOURCES))
     resume = {"storage": str(tmp_path / "kept"), "name": "mine", "resume": True}
     asked, mistyped = arguments.parse(resume)
     again = preflight.check(asked, mistyped, default_name="default", progress=lambda _done, _total: None)
-    assert again.runs == flight.runs
-    assert again.choices == flight.choices
+    assert again.survey.runs == flight.survey.runs
+    assert again.survey.choices == flight.survey.choices
     record = manifest.opened(again, runs, command=[*COMMAND, "--resume"], resources=RESOURCES)
     assert [session["command"][-1] for session in record["sessions"]] == ["2", "--resume"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import boto3
 import pytest
 import torch
-from driving import on_frames, write_frames, write_sampled_space, write_space
+from driving import move_into, on_frames, write_frames, write_sampled_space, write_space
 from moto.server import ThreadedMotoServer
 
 from tune_bisenet import probe, run, timing
@@ -17,16 +17,12 @@ from tune_bisenet.config import Resources, Run
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.forecast import kinds_of
-from tune_bisenet.preflight import CACHE_VARIABLE, DATASET_VARIABLE
 from tune_bisenet.results import Standing
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(DATASET_VARIABLE, raising=False)
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    move_into(tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", str(Path(run.__file__).parents[1]))  # the probe starts in another folder
     write_frames(tmp_path / "frames")
     write_space(tmp_path / "space.py", {f"r{row:02}": 0.01 for row in range(1, 6)}, num_epochs=4, baseline="r01")

@@ -5,20 +5,18 @@ import struct
 from pathlib import Path
 
 import pytest
-from driving import write_frames, write_space
+from driving import move_into, write_frames, write_space
 
 from tune_bisenet import run, spaces
-from tune_bisenet.preflight import CACHE_VARIABLE, DATASET_VARIABLE
+from tune_bisenet.frames import CACHE_VARIABLE
+from tune_bisenet.preflight import DATASET_VARIABLE
 from tune_bisenet.results import Standing
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to search in, and an environment that names no data."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(DATASET_VARIABLE, raising=False)
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    move_into(tmp_path, monkeypatch)
     return tmp_path
 
 

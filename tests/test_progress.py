@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rows import plain_epoch
 
 from tune_bisenet.progress import Progress, ending_in_words, format_duration, search_in_words, seconds_left, tally_of
 from tune_bisenet.results import Epoch, Standing, Status
@@ -16,23 +17,9 @@ def standing(trial: str, status: Status, epochs: int = 0, num_epochs: int = 8, *
     return Standing.from_json(record | more)
 
 
-def epoch(number: int, miou: float = 21.3) -> Epoch:
-    return Epoch(
-        epoch=number,
-        iterations=number,
-        loss=1.234,
-        loss_main=1.0,
-        loss_aux1=0.1,
-        loss_aux2=0.134,
-        lr=0.01,
-        grad_norm=1.0,
-        miou=miou,
-        iou=(),
-        pixel_accuracy=50.0,
-        images_per_second=7.5,
-        train_seconds=3.0,
-        val_seconds=0.2,
-    )
+def epoch(number: int) -> Epoch:
+    seen = {"loss": 1.234, "images_per_second": 7.5, "train_seconds": 3.0, "val_seconds": 0.2}
+    return plain_epoch(number, 21.3, **seen)
 
 
 class Clock:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import optuna
 import pytest
-from light_search import FACTS, NUM_EPOCHS, ROWS, SPACE, UNLUCKY, point, row, sample
+from light_space import FACTS, NUM_EPOCHS, ROWS, SPACE, UNLUCKY, point, row, sample
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from light_search import Search, assert_whole, close_connections, earlier_trials, killed, make_place, results, trials_in
+from light_search import Search, assert_whole, close_connections, killed, make_place, results, trials_in
+from light_space import earlier_trials
 from optuna.trial import TrialState
 from sqlalchemy import Engine, event
 

@@ -16,17 +16,8 @@ from urllib.parse import quote
 import optuna
 import psycopg
 import pytest
-from light_search import (
-    Search,
-    assert_whole,
-    close_connections,
-    curve_of,
-    earlier_trials,
-    killed,
-    make_place,
-    results,
-    trials_in,
-)
+from light_search import Search, assert_whole, close_connections, killed, make_place, results, trials_in
+from light_space import curve_of, earlier_trials
 
 from tune_bisenet import supply
 from tune_bisenet.results import EPOCHS

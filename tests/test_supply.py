@@ -6,17 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from light_search import (
-    Search,
-    assert_whole,
-    close_connections,
-    curve_of,
-    earlier_trials,
-    make_place,
-    results,
-    row,
-    trials_in,
-)
+from light_search import Search, assert_whole, close_connections, make_place, results, trials_in
+from light_space import curve_of, earlier_trials, row
 from optuna.trial import TrialState
 
 from tune_bisenet import ledger

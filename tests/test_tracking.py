@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rows import plain_epoch
 
 from tune_bisenet.config import SGD, AdamW, CrossEntropy, Run, WarmupPoly, WeightedCrossEntropy
 from tune_bisenet.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
@@ -45,19 +46,16 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (8, 24, 3), dtype=np.uint8)
 
 
 def epoch(number: int, miou: float, loss: float = 1.0) -> Epoch:
-    return Epoch(
-        epoch=number,
+    return plain_epoch(
+        number,
+        miou,
         iterations=100 * number,
         loss=loss,
         loss_main=0.5,
         loss_aux1=0.25,
         loss_aux2=0.25,
-        lr=0.01,
         grad_norm=2.0,
-        miou=miou,
         iou=(*(50.0 for _ in range(NUM_CLASSES - 1)), None),
-        pixel_accuracy=80.0,
-        images_per_second=12.5,
         train_seconds=3.0,
         val_seconds=0.5,
     )

@@ -8,20 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from light_search import (
-    FACTS,
-    ROWS,
-    SPACE,
-    Search,
-    close_connections,
-    curve_of,
-    ended,
-    make_place,
-    question,
-    row,
-    sample,
-    trials_in,
-)
+from light_search import Search, close_connections, make_place, trials_in
+from light_space import FACTS, ROWS, SPACE, curve_of, ended, question, row, sample
 from optuna.trial import BaseTrial, TrialState
 
 from tune_bisenet import sampling, warm

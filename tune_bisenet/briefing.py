@@ -1,7 +1,7 @@
 """What the terminal says before and after a search: the plan, and what came of it."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from rich.console import Console
@@ -9,17 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_bisenet import forecast, plan, promises
-from tune_bisenet.arguments import NO_BACKBONE, Limits, duration_words
-from tune_bisenet.config import Resources, Run, size_words
-from tune_bisenet.flight import Flight, Survey
+from tune_bisenet.arguments import NO_BACKBONE, Choices, Limits, duration_words
+from tune_bisenet.config import Precision, Resources, Run, size_words
+from tune_bisenet.flight import Flight, Sampling, Survey
 from tune_bisenet.forecast import Work
 from tune_bisenet.outlook import Line, Outlook
 from tune_bisenet.outlook import lines as outlook_lines
 from tune_bisenet.recorder import Outcome
-from tune_bisenet.rehearsal import Sampling
 from tune_bisenet.report import leaderboard
 from tune_bisenet.results import Standing
-from tune_bisenet.spaces import Sampled
+from tune_bisenet.suggested import Known, Suggested
 
 TITLE_WIDTH: Final = 11
 COPIED: Final = frozenset({"search", "data", "results", "watch", "study", "resume"})
@@ -33,13 +32,13 @@ def print_plan(
     console: Console, flight: Flight, resources: Resources, runs: Mapping[str, Run], standings: Sequence[Standing]
 ) -> None:
     """What will be done, with what, what it will take, where the results go, and how to watch."""
-    outlook = outlook_of(flight, resources, runs, standings)
+    outlook = flight_outlook(flight, resources, standings)
     _print_page(console, plan_lines(flight, outlook, runs), outlook)
 
 
-def print_survey(console: Console, survey: Survey, outlook: Outlook) -> None:
+def print_survey(console: Console, outlook: Outlook) -> None:
     """The same of a search that is not started."""
-    _print_page(console, survey_lines(survey, outlook), outlook)
+    _print_page(console, survey_lines(outlook), outlook)
     _print_line(console, "A plan: nothing was started. The same command without --plan does it.")
 
 
@@ -65,120 +64,136 @@ def _print_titled(console: Console, title: str, text: str) -> None:
     console.print(line)
 
 
-def outlook_of(flight: Flight, resources: Resources, runs: Mapping[str, Run], standings: Sequence[Standing]) -> Outlook:
-    """`runs` are the trials known as yet, `standings` theirs. Nothing is timed: the trials will tell soon."""
-    given = flight.arguments.images_per_second
+def flight_outlook(flight: Flight, resources: Resources, standings: Sequence[Standing]) -> Outlook:
+    """`standings` are of the trials known as yet."""
+    if flight.sampling is None:
+        return outlook_of(flight.survey, resources, standings)
+    suggested, known = flight.sampling.suggested.values(), flight.sampling.known
+    return outlook_of(flight.survey, resources, standings, suggested=suggested, known=known)
+
+
+def outlook_of(
+    survey: Survey,
+    resources: Resources,
+    standings: Sequence[Standing],
+    *,
+    suggested: Iterable[Suggested] = (),
+    known: Iterable[Known] = (),
+) -> Outlook:
+    """A sampled search has had the trials `suggested`, and takes over those `known`. Nothing is timed here."""
+    given = survey.arguments.images_per_second
     return Outlook(
-        work=_work(flight, runs, standings),
-        arguments=flight.arguments,
-        choices=flight.choices,
-        limits=flight.limits,
-        space=flight.space,
-        facts=flight.facts,
-        frame_size=next(iter(flight.packs.values())).label_size,
-        cache_dir=flight.cache_dir,
+        survey=survey,
+        work=_work(survey, standings, suggested, known),
         resources=resources,
-        speed=forecast.given_speed(given, flight.example) if given else forecast.measured_speed(standings),
+        speed=forecast.given_speed(given, survey.example) if given else forecast.measured_speed(standings),
     )
 
 
-def _work(flight: Flight, runs: Mapping[str, Run], standings: Sequence[Standing]) -> Work:
-    if flight.sampling is None:
-        return forecast.grid_work(list(runs.values()), standings, only=flight.arguments.rerun)
-    suggested = flight.sampling.suggested.values()
+def _work(
+    survey: Survey, standings: Sequence[Standing], suggested: Iterable[Suggested], known: Iterable[Known]
+) -> Work:
+    if survey.draft is None:
+        return forecast.grid_work(survey.runs, standings, only=survey.arguments.rerun)
     begun = [one.run for one in suggested if one.origin != "confirm"]
     return forecast.sampled_work(
         begun,
-        _rows_to_come(flight, runs),
-        flight.sampling.drawn,
+        _rows_to_come(survey, {run.name for run in begun} | _names(known)),
+        survey.drawn,
         standings,
-        limit=flight.limits.trials,
-        fresh=CONFIRMED_RUNS * (flight.limits.confirm or 0),
+        limit=survey.limits.trials,
+        fresh=CONFIRMED_RUNS * (survey.limits.confirm or 0),
     )
+
+
+def _rows_to_come(survey: Survey, had: Collection[str]) -> list[Run]:
+    """Declared rows that a sampled search has yet to begin with."""
+    return [run for run in survey.runs if run.name not in had]
+
+
+def _names(known: Iterable[Known]) -> set[str]:
+    """Of their runs."""
+    return {one.suggested.run.name for one in known}
 
 
 def plan_lines(flight: Flight, outlook: Outlook, runs: Mapping[str, Run]) -> list[Line]:
     """The page as (title, text) pairs. `runs` are the trials known as yet."""
+    uri = flight.survey.folder.uri
     return [
-        *_what(flight, outlook, runs),
+        *_what(outlook, runs, flight.sampling),
         *outlook_lines(outlook),
-        ("results", flight.folder.uri),
-        ("watch", f"tensorboard --logdir {flight.folder.uri}"),
+        ("results", uri),
+        ("watch", f"tensorboard --logdir {uri}"),
         *_study(flight.sampling),
-        ("resume", f"python -m tune_bisenet.run {_again(flight)}"),
-        *(("note", caption) for caption in flight.captions),
+        ("resume", f"python -m tune_bisenet.run {_again(flight.survey)}"),
+        *_notes(flight.survey),
     ]
 
 
-def survey_lines(survey: Survey, outlook: Outlook) -> list[Line]:
+def survey_lines(outlook: Outlook) -> list[Line]:
     """The same of a search that is not started."""
-    runs = {} if isinstance(survey.space, Sampled) else _named(survey)
-    return [
-        *_what(survey, outlook, runs),
-        *outlook_lines(outlook),
-        *(("note", caption) for caption in survey.captions),
-    ]
+    runs = {} if outlook.survey.draft else _named(outlook.survey.runs)
+    return [*_what(outlook, runs, None), *outlook_lines(outlook), *_notes(outlook.survey)]
 
 
-def _named(survey: Survey) -> dict[str, Run]:
-    several = len({run.seed for run in survey.runs}) > 1
-    return {f"{run.name}-s{run.seed}" if several else run.name: run for run in survey.runs}
+def _notes(survey: Survey) -> list[Line]:
+    return [("note", caption) for caption in survey.captions]
 
 
-def _what(asked: Flight | Survey, outlook: Outlook, runs: Mapping[str, Run]) -> list[Line]:
-    """What is trained, on what."""
-    choices, facts = asked.choices, asked.facts
+def _named(runs: Sequence[Run]) -> dict[str, Run]:
+    several = len({run.seed for run in runs}) > 1
+    return {f"{run.name}-s{run.seed}" if several else run.name: run for run in runs}
+
+
+def _what(outlook: Outlook, runs: Mapping[str, Run], sampling: Sampling | None) -> list[Line]:
+    """What is trained, on what. `sampling` is None for a grid, and for what is only planned."""
+    survey, choices, facts = outlook.survey, outlook.survey.choices, outlook.survey.facts
     sizes = ", ".join(size_words(size) for size in sorted({run.image_size for run in outlook.work.runs}))
     start = "from scratch" if choices.backbone == NO_BACKBONE else choices.backbone
     return [
-        ("search", f"{asked.name}: {asked.space.title}"),
-        *_trials(asked, runs),
+        ("search", f"{survey.name}: {survey.space.title}"),
+        *(_sampled_trials(survey, runs, sampling) if survey.draft else _grid_trials(survey, runs)),
+        *_bounds(survey.limits),
         ("data", f"{choices.data}: {facts.num_train} training and {facts.num_val} validation images, {sizes}"),
         ("backbone", f"ResNet-18, {start}"),
-        ("device", _device(asked, outlook.resources)),
+        ("device", _device(outlook.resources, choices.precision)),
     ]
 
 
-def _trials(asked: Flight | Survey, runs: Mapping[str, Run]) -> list[Line]:
-    """What will be trained, and what bounds it."""
-    if not isinstance(asked.space, Sampled):
-        epochs = sum(run.num_epochs for run in runs.values())
-        iterations = sum(run.num_epochs * plan.iterations_per_epoch(run, asked.facts) for run in runs.values())
-        words = f"{len(runs)} ({_shortened(list(runs))}), {epochs:,} epochs, {iterations:,} iterations in all"
-        return [("trials", words), *_bounds(asked.limits)]
-    example = asked.example
-    rows = [run.name for run in _rows_to_come(asked, runs)]
-    number = "as many as time allows" if asked.limits.trials is None else str(asked.limits.trials)
+def _grid_trials(survey: Survey, runs: Mapping[str, Run]) -> list[Line]:
+    epochs = sum(run.num_epochs for run in runs.values())
+    iterations = sum(run.num_epochs * plan.iterations_per_epoch(run, survey.facts) for run in runs.values())
+    words = f"{len(runs)} ({_shortened(list(runs))}), {epochs:,} epochs, {iterations:,} iterations in all"
+    return [("trials", words)]
+
+
+def _sampled_trials(survey: Survey, runs: Mapping[str, Run], sampling: Sampling | None) -> list[Line]:
+    choices, limits, example = survey.choices, survey.limits, survey.example
+    had = {*runs, *_names(sampling.known if sampling else ())}
+    rows = [run.name for run in _rows_to_come(survey, had)]
+    number = "as many as time allows" if limits.trials is None else str(limits.trials)
     first = f", the rows {_shortened(rows)} first" if rows else ""
-    iterations = plan.iterations_per_epoch(example, asked.facts)
+    iterations = plan.iterations_per_epoch(example, survey.facts)
     words = f"{number}{first}, {example.num_epochs} epochs of {iterations} iterations each"
-    if asked.limits.confirm is not None:
-        words += f"; then up to {CONFIRMED_RUNS * asked.limits.confirm} with fresh seeds"
-    lines = [("trials", words), ("sampler", f"{asked.choices.sampler}, for {' and '.join(asked.choices.objectives)}")]
-    return [*lines, *_known(asked), *_bounds(asked.limits)]
+    if limits.confirm is not None:
+        words += f"; then up to {CONFIRMED_RUNS * limits.confirm} with fresh seeds"
+    return [
+        ("trials", words),
+        ("sampler", f"{choices.sampler}, for {' and '.join(choices.objectives)}"),
+        *(_known(sampling) if sampling else _to_be_known(choices)),
+    ]
 
 
-def _rows_to_come(asked: Flight | Survey, runs: Mapping[str, Run]) -> list[Run]:
-    """Declared rows that a sampled search has yet to begin with."""
-    known = _known_trials(asked)
-    return [run for run in asked.runs if run.name not in known and run.name not in runs]
+def _to_be_known(choices: Choices) -> list[Line]:
+    """What an earlier search will teach, as far as it is known before that is read."""
+    earlier = choices.warm_start
+    return [("known", f"what {earlier} measured; rows it has are not trained again")] if earlier else []
 
 
-def _known_trials(asked: Flight | Survey) -> list[str]:
-    """By name of the run."""
-    if isinstance(asked, Survey) or asked.sampling is None:
-        return []
-    return [known.suggested.run.name for known in asked.sampling.known]
-
-
-def _known(asked: Flight | Survey) -> list[Line]:
+def _known(sampling: Sampling) -> list[Line]:
     """What an earlier search teaches, and what of it could not be used."""
-    if isinstance(asked, Survey):
-        earlier = asked.choices.warm_start
-        return [("known", f"what {earlier} measured; rows it has are not trained again")] if earlier else []
-    if asked.sampling is None or not asked.sampling.known:
+    if not sampling.known:
         return []
-    sampling = asked.sampling
     names = _shortened([known.suggested.trial for known in sampling.known])
     left_out = "; ".join(f"{name} is left out: {reason}" for name, reason in sampling.left_out.items())
     return [("known", f"{len(sampling.known)} trials ({names})" + (f"; {left_out}" if left_out else ""))]
@@ -207,41 +222,43 @@ def print_results(
     outcome: Outcome,
 ) -> None:
     """The leaderboard, where it lies, and what to do if the search is not whole."""
+    survey = flight.survey
     console.print()
-    console.print(leaderboard.to_rich(standings, baseline=flight.space.baseline, captions=flight.captions))
+    console.print(leaderboard.to_rich(standings, baseline=survey.space.baseline, captions=survey.captions))
     for line in best:
         _print_line(console, line)
-    _print_line(console, f"results: {flight.folder.uri}")
+    _print_line(console, f"results: {survey.folder.uri}")
     if page is not None:
         _print_line(console, f"report:  {page}")
     failed = [standing.trial for standing in standings if standing.status == "failed"]
     if failed:
-        _print_line(console, f"failed: {', '.join(failed)}. Try these again with {_again(flight)}.")
+        _print_line(console, f"failed: {', '.join(failed)}. Try these again with {_again(survey)}.")
     for line in _endings(flight, standings, outcome):
         _print_line(console, line)
 
 
 def _endings(flight: Flight, standings: Sequence[Standing], outcome: Outcome) -> list[str]:
     """Why the search ended, where that is not plain, and how to go on."""
+    again = _again(flight.survey)
     if outcome.signal_number is not None:
-        return [f"interrupted. Go on with {_again(flight)}."]
+        return [f"interrupted. Go on with {again}."]
     if outcome.trouble:
-        return [f"ended: {outcome.trouble}. Nothing is lost: go on with {_again(flight)} when it does."]
+        return [f"ended: {outcome.trouble}. Nothing is lost: go on with {again} when it does."]
     if outcome.limit:
-        return [f"ended: {outcome.limit}. Go on with {_again(flight)} and a higher limit."]
+        return [f"ended: {outcome.limit}. Go on with {again} and a higher limit."]
     if flight.sampling is None:
         return []
-    lines = [f"ended: --trials {flight.limits.trials} have been run. More by {_again(flight)} --trials N."]
-    if flight.limits.confirm is None:
-        lines.append(f"Fresh seeds for the best: {_again(flight)} --confirm 3.")
+    lines = [f"ended: --trials {flight.survey.limits.trials} have been run. More by {again} --trials N."]
+    if flight.survey.limits.confirm is None:
+        lines.append(f"Fresh seeds for the best: {again} --confirm 3.")
     elif not any(standing.trial != standing.run for standing in standings):
         lines.append("--confirm: no sampled trial was trained to its end, so there is nothing to confirm.")
     return lines
 
 
-def _again(flight: Flight) -> str:
+def _again(survey: Survey) -> str:
     """The flags that go on with this search."""
-    return f"--resume --name {flight.name} --storage {shlex.quote(flight.arguments.storage)}"
+    return f"--resume --name {survey.name} --storage {shlex.quote(survey.arguments.storage)}"
 
 
 def _print_line(console: Console, line: str | Text) -> None:
@@ -249,11 +266,11 @@ def _print_line(console: Console, line: str | Text) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _device(asked: Flight | Survey, resources: Resources) -> str:
+def _device(resources: Resources, precision: Precision) -> str:
     each = f"{resources.gpus_per_trial:g} GPU, " if resources.gpus_per_trial else ""
     cores = f"{resources.cpus_per_trial} CPU core{'s' if resources.cpus_per_trial > 1 else ''}"
     more = ", more as the cluster starts nodes for those that wait" if resources.grows else ""
-    return f"{resources.concurrency} trials at once{more}, {each}{cores} each, {asked.choices.precision}"
+    return f"{resources.concurrency} trials at once{more}, {each}{cores} each, {precision}"
 
 
 def _shortened(names: list[str]) -> str:

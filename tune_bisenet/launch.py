@@ -11,13 +11,12 @@ from tune_bisenet import briefing, confirm, ledger, manifest, plan, ray_session,
 from tune_bisenet.arguments import Limits
 from tune_bisenet.board import Board
 from tune_bisenet.config import Job, Resources, Run
-from tune_bisenet.flight import Flight
+from tune_bisenet.flight import Flight, Sampling, Survey
 from tune_bisenet.ledger import Ledger, to_json
 from tune_bisenet.median import MedianRule, first_judged_epoch
 from tune_bisenet.plan import DataFacts
 from tune_bisenet.progress import Progress
 from tune_bisenet.recorder import Outcome
-from tune_bisenet.rehearsal import Sampling
 from tune_bisenet.report import keeper
 from tune_bisenet.results import Standing
 from tune_bisenet.rungs import Judge, Rungs
@@ -38,12 +37,13 @@ UNBOUNDED_TRIALS: Final = 10_000
 
 def launch(flight: Flight, console: Console, command: list[str]) -> int:
     """Run the session; its exit code. InUseError, ClusterError or StudyError if it cannot begin."""
-    with ledger.exclusive(flight.folder), ray_session.ray_session(flight.arguments.address) as cluster:
-        num_trials = flight.num_trials or UNBOUNDED_TRIALS
-        resources = ray_session.allot(cluster(), flight.arguments, num_trials=num_trials)
-        if flight.arguments.address and flight.folder.local_path is not None:
-            ray_session.check_shared(flight.folder.local_path.parent, cluster())
-        check_limits(flight.limits, resources)
+    survey, arguments = flight.survey, flight.survey.arguments
+    with ledger.exclusive(survey.folder), ray_session.ray_session(arguments.address) as cluster:
+        num_trials = survey.num_trials or UNBOUNDED_TRIALS
+        resources = ray_session.allot(cluster(), arguments, num_trials=num_trials)
+        if arguments.address and survey.folder.local_path is not None:
+            ray_session.check_shared(survey.folder.local_path.parent, cluster())
+        check_limits(survey.limits, resources)
         return _Session.of(flight, resources, at_once=lambda: cluster().can_take(resources)).run(console, command)
 
 
@@ -70,22 +70,23 @@ class _Session:
 
     @classmethod
     def of(cls, flight: Flight, resources: Resources, *, at_once: Callable[[], int]) -> "_Session":
-        use_gpu = resources.gpus_per_trial > 0 and flight.arguments.device != "cpu"
+        survey = flight.survey
+        use_gpu = resources.gpus_per_trial > 0 and survey.arguments.device != "cpu"
         job = flight.job(cpus_per_trial=resources.cpus_per_trial, use_gpu=use_gpu)
-        kept = ledger.read_trials(flight.folder)
+        kept = ledger.read_trials(survey.folder)
         runs = _runs(flight, job)
         scheduler = EarlyStopping(_judge(flight, kept.scheduler))
-        only = flight.arguments.rerun
+        only = survey.arguments.rerun
         book = Ledger(
-            flight.folder,
+            survey.folder,
             [ledger.carried_over(name, run, kept.standings, only=only) for name, run in runs.items()],
-            captions=flight.captions,
-            baseline=flight.space.baseline,
+            captions=survey.captions,
+            baseline=survey.space.baseline,
             only=only,
             scheduler_state=scheduler.state,
             seconds_before=kept.seconds,
         )
-        board = Board(flight.folder, runs)
+        board = Board(survey.folder, runs)
         return cls(
             flight=flight,
             resources=resources,
@@ -97,21 +98,22 @@ class _Session:
         )
 
     def run(self, console: Console, command: list[str]) -> int:
-        flight, runs = self.flight, _runs(self.flight, self.job)
+        flight, survey = self.flight, self.flight.survey
+        runs = _runs(flight, self.job)
         record = manifest.opened(flight, runs, command=command, resources=self.resources)
-        manifest.write(flight.folder, record)
+        manifest.write(survey.folder, record)
         self.book.write()
         supply = self._supply(flight.sampling) if flight.sampling else Declared(runs, self.book)
         self.board.write()
         briefing.print_plan(console, flight, self.resources, runs, self.book.standings)
-        with Progress(console) as progress, keeper.kept_current(flight.folder):
+        with Progress(console) as progress, keeper.kept_current(survey.folder):
             progress.update([*self.book.standings, *supply.to_come()])
-            outcome = self._search(supply, flight.limits, progress)
-            if flight.sampling and flight.limits.confirm and outcome.signal_number is None and not outcome.trouble:
-                outcome.signal_number = self._confirm(flight.sampling, flight.limits.confirm, progress).signal_number
-        manifest.write(flight.folder, manifest.closed(record, outcome.signal_number, outcome.limit))
-        page = keeper.write_safely(flight.folder)
-        best = keeper.best_safely(flight.folder) if flight.sampling else []
+            outcome = self._search(supply, survey.limits, progress)
+            if flight.sampling and survey.limits.confirm and outcome.signal_number is None and not outcome.trouble:
+                outcome.signal_number = self._confirm(flight.sampling, survey.limits.confirm, progress).signal_number
+        manifest.write(survey.folder, manifest.closed(record, outcome.signal_number, outcome.limit))
+        page = keeper.write_safely(survey.folder)
+        best = keeper.best_safely(survey.folder) if flight.sampling else []
         briefing.print_results(console, flight, self.book.standings, page=page, best=best, outcome=outcome)
         return _exit_code(self.book.standings, outcome)
 
@@ -132,41 +134,42 @@ class _Session:
     # --- a sampled search -------------------------------------------------------------------------------------------
 
     def _supply(self, sampling: Sampling) -> Asked:
-        flight = self.flight
+        survey = self.flight.survey
         if sampling.known:
-            flight.folder.write(KNOWN, to_json([known.to_json() for known in sampling.known]))
+            survey.folder.write(KNOWN, to_json([known.to_json() for known in sampling.known]))
         study = Study(
             sampling.place.open(),
-            flight.name,
+            survey.name,
             sampling.question,
-            limit=flight.limits.trials,
-            checkpoint_of=lambda trial: f"{flight.folder.uri}/{trial}/best.pt",
+            limit=survey.limits.trials,
+            checkpoint_of=lambda trial: f"{survey.folder.uri}/{trial}/best.pt",
         )
-        notes = {f"note {number}": caption for number, caption in enumerate(flight.captions, start=1)}
+        notes = {f"note {number}": caption for number, caption in enumerate(survey.captions, start=1)}
         study.describe(
-            {"search": flight.folder.uri, "space": flight.choices.space, "data": flight.choices.data} | notes
+            {"search": survey.folder.uri, "space": survey.choices.space, "data": survey.choices.data} | notes
         )
         return Asked(
             study,
-            flight.folder,
+            survey.folder,
             self.book,
             suggested=sampling.suggested,
             known=sampling.known,
-            limit=flight.limits.trials,
+            limit=survey.limits.trials,
             at_once=self.at_once,
-            num_epochs=flight.example.num_epochs,
+            num_epochs=survey.example.num_epochs,
             snapshot=sampling.place.snapshot,
         )
 
     def _confirm(self, sampling: Sampling, count: int, progress: Progress) -> Outcome:
         """Train the best anew, with fresh seeds. No limit holds for that, and nothing stops it early."""
-        suggested = rehearsal.read_suggested(self.flight.folder)
+        survey = self.flight.survey
+        suggested = rehearsal.read_suggested(survey.folder)
         fresh = confirm.fresh_runs(
             suggested,
             self.book.standings,
             sampling.known,
-            rows={run.name: run for run in self.flight.runs},
-            baseline=self.flight.space.baseline,
+            rows={run.name: run for run in survey.runs},
+            baseline=survey.space.baseline,
             count=count,
         )
         runs = {name: one.run for name, one in suggested.items() if one.origin == "confirm"}
@@ -180,7 +183,7 @@ class _Session:
 
     def _add_fresh(self, name: str, run: Run) -> None:
         fresh = Suggested(trial=name, run=run, origin="confirm", number=None, params={}, distributions={})
-        folder = self.flight.folder / name
+        folder = self.flight.survey.folder / name
         folder.make()
         folder.write(RUN, to_json(fresh.to_json()))
         self.book.add(Standing(trial=name, run=run.name, seed=run.seed, num_epochs=run.num_epochs))
@@ -190,29 +193,29 @@ def _runs(flight: Flight, job: Job) -> dict[str, Run]:
     """The trials that are known as the session begins, by name."""
     if flight.sampling:
         return {name: one.run for name, one in flight.sampling.suggested.items()}
-    return {job.trial_name(run): run for run in flight.runs}
+    return {job.trial_name(run): run for run in flight.survey.runs}
 
 
 def _judge(flight: Flight, state: dict[str, Any] | None) -> Judge:
     """The rule that was chosen, going on from what an earlier driver saw, and from what an earlier search teaches."""
-    judge = _judge_of(flight, state or {"seen": [], "stops": {}})
+    judge = _judge_of(flight.survey, state or {"seen": [], "stops": {}})
     for known in flight.sampling.known if flight.sampling else ():
         curve = [epoch.miou for epoch in known.epochs if not epoch.diverged]
         judge.know(known.suggested.run, f"earlier/{known.source}", curve)
     return judge
 
 
-def _judge_of(flight: Flight, state: dict[str, Any]) -> Judge:
-    spared = rungs.spared_rows(flight.space.rows)
-    match flight.choices.scheduler:
+def _judge_of(survey: Survey, state: dict[str, Any]) -> Judge:
+    spared = rungs.spared_rows(survey.space.rows)
+    match survey.choices.scheduler:
         case "asha":
-            return Rungs.from_json(state, rungs_of=partial(_rungs_on, flight.facts), spared=spared)
+            return Rungs.from_json(state, rungs_of=partial(_rungs_on, survey.facts), spared=spared)
         case "median":
-            return MedianRule.from_json(state, judged_from=partial(_judged_from_on, flight.facts), spared=spared)
+            return MedianRule.from_json(state, judged_from=partial(_judged_from_on, survey.facts), spared=spared)
         case "fifo":
             return Rungs.from_json(state, rungs_of=rungs.no_rungs)
         case _:
-            assert_never(flight.choices.scheduler)
+            assert_never(survey.choices.scheduler)
 
 
 def _rungs_on(facts: DataFacts, run: Run) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from tune_bisenet import __version__
-from tune_bisenet.config import Resources, Run, size_words
+from tune_bisenet import __version__, frames
+from tune_bisenet.config import Resources, Run
 from tune_bisenet.flight import Flight
 from tune_bisenet.ledger import to_json
 from tune_bisenet.provenance import commit
@@ -34,22 +34,23 @@ def write(folder: Storage, record: dict[str, Any]) -> None:
 
 def opened(flight: Flight, runs: Mapping[str, Run], *, command: list[str], resources: Resources) -> dict[str, Any]:
     """The manifest with one more session, which has just begun."""
-    sessions = flight.earlier["sessions"] if flight.earlier else []
+    survey, choices = flight.survey, flight.survey.choices
+    sessions = survey.earlier["sessions"] if survey.earlier else []
     return {
-        "name": flight.name,
-        "choices": flight.choices.model_dump(mode="json"),
-        "limits": flight.limits.model_dump(mode="json"),
-        "space": {"name": flight.choices.space, "title": flight.space.title, "baseline": flight.space.baseline},
+        "name": survey.name,
+        "choices": choices.model_dump(mode="json"),
+        "limits": survey.limits.model_dump(mode="json"),
+        "space": {"name": choices.space, "title": survey.space.title, "baseline": survey.space.baseline},
         "study": _study(flight),
         "trials": {name: run.model_dump(mode="json") for name, run in runs.items()},
         "data": {
-            "name": flight.choices.data,
-            "digests": {size_words(size): pack.digest for size, pack in flight.packs.items()},
-            "train_images": flight.facts.num_train,
-            "val_images": flight.facts.num_val,
+            "name": choices.data,
+            "digests": frames.digests(flight.packs),
+            "train_images": survey.facts.num_train,
+            "val_images": survey.facts.num_val,
         },
-        "backbone": {"name": flight.choices.backbone, "digest": flight.backbone_digest},
-        "proxy": flight.captions[0] if flight.choices.proxy else None,
+        "backbone": {"name": choices.backbone, "digest": survey.backbone_digest},
+        "proxy": survey.captions[0] if choices.proxy else None,
         "sessions": [*sessions, _session(command, resources)],
     }
 
@@ -65,12 +66,13 @@ def _study(flight: Flight) -> dict[str, Any] | None:
     """Of a sampled search, without the password of its database."""
     if flight.sampling is None:
         return None
+    choices = flight.survey.choices
     return {
-        "name": flight.name,
+        "name": flight.survey.name,
         "url": flight.sampling.place.shown,
-        "sampler": flight.choices.sampler,
-        "objectives": list(flight.choices.objectives),
-        "warm_start": [hidden(flight.choices.warm_start)] if flight.choices.warm_start else [],
+        "sampler": choices.sampler,
+        "objectives": list(choices.objectives),
+        "warm_start": [hidden(choices.warm_start)] if choices.warm_start else [],
     }
 
 

@@ -9,17 +9,15 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from tune_bisenet import footprint, plan, rungs
-from tune_bisenet.arguments import Arguments, Choices, Limits, duration_words
+from tune_bisenet.arguments import duration_words
 from tune_bisenet.config import Resources, Run, size_words
+from tune_bisenet.flight import Survey
 from tune_bisenet.forecast import Kind, Measured, Speed, Timed, Work, makespan, pack_bytes
-from tune_bisenet.plan import DataFacts
 from tune_bisenet.progress import format_duration
 from tune_bisenet.rungs import Forecast
-from tune_bisenet.spaces import Space
 from tune_bisenet.timing import Timings
 
 Line = tuple[str, str]
@@ -34,15 +32,10 @@ OTHER_SIZES: Final = (2, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """A search, as far as it matters to what it takes."""
+    """A search, and what it takes."""
 
+    survey: Survey
     work: Work
-    arguments: Arguments
-    choices: Choices
-    limits: Limits
-    space: Space
-    facts: DataFacts
-    frame_size: tuple[int, int]
     resources: Resources
     speed: Speed | None
     """None where nothing is known of it."""
@@ -50,8 +43,6 @@ class Outlook:
     """Where trials were timed."""
     speed_problem: str = ""
     """Why they could not be."""
-    cache_dir: Path
-    """Where each node keeps frames."""
 
     @property
     def has_gpus(self) -> bool:
@@ -79,21 +70,21 @@ def lines(outlook: Outlook) -> list[Line]:
 
 def _stopping(outlook: Outlook) -> Forecast | None:
     """What ASHA is expected to do; None for other rules."""
-    if outlook.choices.scheduler != "asha":
+    if outlook.survey.choices.scheduler != "asha":
         return None
     runs = outlook.work.runs[:MOST_SIMULATED]
-    return rungs.forecast(runs, plan.iterations_per_epoch(runs[0], outlook.facts))
+    return rungs.forecast(runs, plan.iterations_per_epoch(runs[0], outlook.survey.facts))
 
 
 def _scheduler(outlook: Outlook, stopping: Forecast | None) -> str:
-    if outlook.choices.scheduler == "fifo":
+    if outlook.survey.choices.scheduler == "fifo":
         return "fifo: every run is trained to its end, unless its loss diverges"
     if stopping is None:
         return (
             "median: a run whose best mIoU is below the median of the others' means so far is stopped; it is mild, and "
             "what it saves is not foretold"
         )
-    spared = ", ".join(sorted(rungs.spared_rows(outlook.space.rows)))
+    spared = ", ".join(sorted(rungs.spared_rows(outlook.survey.space.rows)))
     return f"asha: {stopping}{f', never {spared}' if spared else ''} (--scheduler fifo trains all to the end)"
 
 
@@ -106,8 +97,8 @@ def _speed(outlook: Outlook) -> str:
         return _timed(outlook.timings, outlook.resources)
     if isinstance(speed, Timed):
         return (
-            f"{outlook.arguments.images_per_second:g} images per second and trial in training, as given; an image of "
-            "validation is taken for a third of that, and Lovász-Softmax for no dearer"
+            f"{outlook.survey.arguments.images_per_second:g} images per second and trial in training, as given; "
+            "an image of validation is taken for a third of that, and Lovász-Softmax for no dearer"
         )
     if isinstance(speed, Measured):
         return f"{speed.mean:.1f} s an epoch, as in earlier sessions of this search"
@@ -143,7 +134,7 @@ def _kind_in_words(kind: Kind, first: Kind) -> str:
 def _time_and_cost(outlook: Outlook, stopping: Forecast | None) -> list[Line]:
     if outlook.speed is None:
         return []
-    seconds = outlook.work.seconds(outlook.speed, outlook.facts)
+    seconds = outlook.work.seconds(outlook.speed, outlook.survey.facts)
     if not seconds:
         return [("time", "nothing is left to train")]
     if outlook.work.endless:
@@ -162,7 +153,7 @@ def _time(outlook: Outlook, seconds: Sequence[float], goes_on: float) -> str:
             for times in OTHER_SIZES
             if outlook.at_once * (times // 2) < len(seconds)
         ]
-    budget = outlook.limits.time_budget
+    budget = outlook.survey.limits.time_budget
     if budget is not None and budget < wall:
         words.append(f"--time-budget {duration_words(budget)} ends it before that")
     return "; ".join(words)
@@ -172,9 +163,9 @@ def _cost(outlook: Outlook, seconds: float, goes_on: float) -> str:
     hours = _device_hours(outlook, seconds)
     words = [_hours(outlook, hours)]
     words += [f"{_hours(outlook, hours * goes_on)} if asha saves what it may"] if goes_on < 1 else []
-    limit = outlook.limits.gpu_hours
+    limit = outlook.survey.limits.gpu_hours
     words += [f"--gpu-hours {limit:g} ends it before that"] if limit is not None and limit < hours else []
-    if outlook.arguments.price_per_gpu_hour is not None and not outlook.has_gpus:
+    if outlook.survey.arguments.price_per_gpu_hour is not None and not outlook.has_gpus:
         words.append("no price: trials here have no GPU (--plan --gpus N is about a cluster that has)")
     return "; ".join(words)
 
@@ -182,7 +173,7 @@ def _cost(outlook: Outlook, seconds: float, goes_on: float) -> str:
 def _endless(outlook: Outlook, seconds: float) -> str:
     """Of a search that only time or money ends."""
     words = [f"about {_span(seconds)} for a trial to its end, {outlook.at_once} at once"]
-    limits = outlook.limits
+    limits = outlook.survey.limits
     numbers = []
     if limits.time_budget is not None:
         numbers.append(limits.time_budget / seconds * outlook.at_once)
@@ -200,7 +191,7 @@ def _device_hours(outlook: Outlook, seconds: float) -> float:
 
 def _hours(outlook: Outlook, hours: float) -> str:
     """With what they cost."""
-    price = outlook.arguments.price_per_gpu_hour
+    price = outlook.survey.arguments.price_per_gpu_hour
     unit = "GPU-hours" if outlook.has_gpus else "machine-hours"
     money = f" = {hours * price:,.2f} to pay" if price is not None and outlook.has_gpus else ""
     return f"{hours:.3g} {unit}{money}"
@@ -250,7 +241,8 @@ def _on_card(outlook: Outlook, tensors: int, how: str) -> str:
 
 def _disk(outlook: Outlook) -> str:
     packs = sum(_pack_bytes(outlook, size) for size in _sizes(outlook))
-    room = shutil.disk_usage(next(place for place in (outlook.cache_dir, *outlook.cache_dir.parents) if place.exists()))
+    cache_dir = outlook.survey.cache_dir
+    room = shutil.disk_usage(next(place for place in (cache_dir, *cache_dir.parents) if place.exists()))
     free = f", {_bytes(room.free)} are free here{': NOT ENOUGH' if packs > room.free else ''}"
     prints = [_footprint(outlook, run) for run, _done in outlook.work.left]
     if not prints:
@@ -268,7 +260,7 @@ def _sizes(outlook: Outlook) -> list[tuple[int, int]]:
 
 
 def _pack_bytes(outlook: Outlook, image_size: tuple[int, int]) -> int:
-    return pack_bytes(outlook.facts, image_size=image_size, frame_size=outlook.frame_size)
+    return pack_bytes(outlook.survey.facts, image_size=image_size, frame_size=outlook.survey.source.frame_size)
 
 
 def _different(outlook: Outlook) -> list[Run]:
@@ -277,7 +269,7 @@ def _different(outlook: Outlook) -> list[Run]:
 
 
 def _footprint(outlook: Outlook, run: Run) -> footprint.Footprint:
-    return footprint.of(run, precision=outlook.choices.precision)
+    return footprint.of(run, precision=outlook.survey.choices.precision)
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from tune_bisenet.outlook import Line, Outlook
 from tune_bisenet.report.cost import ASSUMED_SD, MOST_SEEDS
 from tune_bisenet.report.power import Power, powers
 from tune_bisenet.report.promises import promised_words
-from tune_bisenet.spaces import Sampled
 
 MOST_PROMISES: Final = 16
 """A terminal does not list more."""
@@ -18,24 +17,24 @@ MOST_PROMISES: Final = 16
 
 def of(outlook: Outlook) -> list[Power]:
     """Of every promise that can be judged; of a sampled search none."""
-    if isinstance(outlook.space, Sampled):
+    if outlook.survey.draft:
         return []
     seeds: dict[str, set[int]] = {}
     for run in outlook.work.runs:
         seeds.setdefault(run.name, set()).add(run.seed)
     rows = {run.name: run for run in outlook.work.runs}
-    return powers(list(rows.values()), seeds, proxy=outlook.choices.proxy)
+    return powers(list(rows.values()), seeds, proxy=outlook.survey.choices.proxy)
 
 
 def line(outlook: Outlook, found: Sequence[Power]) -> list[Line]:
     """What the table below tells, and on what assumptions."""
-    if isinstance(outlook.space, Sampled):
+    if outlook.survey.draft:
         how = "--confirm K trains its best anew with K fresh ones"
         return [("promises", f"a sampled search has one seed, which confirms nothing; {how}")]
     if not found:
         return []
     few = "one seed confirms nothing; " if max(power.seeds for power in found) < 2 else ""
-    fifo = "" if outlook.choices.scheduler == "fifo" else " and none is stopped early (--scheduler fifo)"
+    fifo = "" if outlook.survey.choices.scheduler == "fifo" else " and none is stopped early (--scheduler fifo)"
     return [
         (
             "promises",

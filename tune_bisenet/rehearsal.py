@@ -5,104 +5,57 @@ Everything here raises a ValueError in words for the user.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
 from pyarrow.fs import FileSelector, FileType
 
 from tune_bisenet import sampling, warm
 from tune_bisenet.arguments import STUDY_VARIABLE, Arguments, Choices
-from tune_bisenet.config import Run
-from tune_bisenet.plan import DataFacts, Settings
+from tune_bisenet.flight import Draft, Sampling, Survey
+from tune_bisenet.plan import Settings
 from tune_bisenet.report.read import read_search
-from tune_bisenet.sampling import Point
 from tune_bisenet.secrets import HIDDEN, hidden
 from tune_bisenet.spaces import Sampled
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import Question
-from tune_bisenet.study_place import StudyPlace, study_place
+from tune_bisenet.study_place import study_place
 from tune_bisenet.suggested import KNOWN, RUN, Known, Suggested
 
 
-@dataclass(frozen=True, kw_only=True)
-class Draft:
-    """A space that has been drawn from."""
-
-    question: Question
-    points: tuple[Point, ...]
-    """Drawn at random."""
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The declared rows, and runs such as the search may draw."""
-        return (*(run for run, _point in self.question.rows.values()), *(point.run for point in self.points))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """A sampled search that has nothing wrong with it."""
-
-    question: Question
-    drawn: tuple[Run, ...]
-    """Such as this search may draw."""
-    suggested: Mapping[str, Suggested]
-    """The trials that it has had already, by number; fresh seeds last."""
-    known: tuple[Known, ...]
-    left_out: Mapping[str, str]
-    """Trials of `--warm-start` that are not known here, and why."""
-    place: StudyPlace
-
-    @property
-    def example(self) -> Run:
-        """The first of them."""
-        return self.drawn[0]
-
-
-def rehearse(space: Sampled, runs: Sequence[Run], choices: Choices, settings: Settings, facts: DataFacts) -> Draft:
-    """Draw the rows, which are `runs` as they will be trained, and many points besides."""
+def rehearse(survey: Survey, settings: Settings) -> Draft | None:
+    """Draw the rows, as they will be trained, and many points besides; None for a grid, of which nothing is drawn."""
+    space, choices = survey.space, survey.choices
+    if not isinstance(space, Sampled):
+        return None
     sampling.check_rows(space)
     seed = choices.parts[0].seeds[0]
-    draw = sampling.draw_with(space, settings, facts, choices.objectives)
+    draw = sampling.draw_with(space, settings, survey.facts, choices.objectives)
     declared = {row.name: row for row in space.rows}
-    rows = {run.name: (run, sampling.point_of(declared[run.name], space, draw, choices.objectives)) for run in runs}
+    rows = {
+        run.name: (run, sampling.point_of(declared[run.name], space, draw, choices.objectives)) for run in survey.runs
+    }
     question = Question(draw=draw, rows=rows, objectives=choices.objectives, sampler=choices.sampler, seed=seed)
     return Draft(question=question, points=tuple(sampling.rehearse(draw, seed=seed)))
 
 
-def prepare(
-    draft: Draft,
-    given: Arguments,
-    choices: Choices,
-    *,
-    name: str,
-    folder: Storage,
-    is_new: bool,
-    data_digests: Mapping[str, str],
-    backbone_digest: str,
-    cache_dir: Path,
-) -> Sampling:
+def prepare(survey: Survey, draft: Draft, data_digests: Mapping[str, str]) -> Sampling:
     """Everything else. ValueError with the first thing that is wrong: the database, the earlier search, the space."""
-    place = study_place(folder, url=_study_url(given, choices), cache_dir=cache_dir)
-    place.check(name, is_new=is_new)
-    suggested = {} if is_new else read_suggested(folder)
+    given, choices, is_new = survey.arguments, survey.choices, survey.earlier is None
+    place = study_place(survey.folder, url=_study_url(given, choices), cache_dir=survey.cache_dir)
+    place.check(survey.name, is_new=is_new)
+    suggested = {} if is_new else read_suggested(survey.folder)
     _check_same_draws(suggested, draft.question)
     here = warm.Here(
         draw=draft.question.draw,
         rows=draft.question.rows,
         data_digests=data_digests,
-        backbone_digest=backbone_digest,
+        backbone_digest=survey.backbone_digest,
         precision=choices.precision,
         objectives=choices.objectives,
     )
-    taken = _known(folder, given.warm_start or choices.warm_start, here)
+    taken = _known(survey.folder, given.warm_start or choices.warm_start, here)
     return Sampling(
-        question=draft.question,
-        drawn=tuple(point.run for point in draft.points),
-        suggested=suggested,
-        known=taken.known,
-        left_out=taken.left_out,
-        place=place,
+        question=draft.question, suggested=suggested, known=taken.known, left_out=taken.left_out, place=place
     )
 
 

@@ -9,13 +9,13 @@ No Ray here: whoever trains calls `next`, `heard`, `ended` and `close`.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, assert_never
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.distributions import json_to_distribution
 from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
@@ -257,31 +257,22 @@ class Study:
             self._create(create_trial(state=TrialState.FAIL, user_attrs={"error": "lost with an earlier database"}))
 
     def _add(self, record: Record, *, attributes: Mapping[str, Any]) -> None:
-        suggested, standing = record.suggested, record.standing
-        state = _state_of(standing, self._question.objectives)
-        row = {"row": suggested.trial} if suggested.origin == "row" else {}
-        frozen = create_trial(
-            state=state,
-            values=_values_of(state, standing, self._question.objectives),
-            params=dict(suggested.params),
-            distributions=_distributions(suggested),
-            intermediate_values={epoch.epoch: epoch.miou for epoch in record.epochs},
-            user_attrs={
-                "trial": suggested.trial,
-                "seed": suggested.run.seed,
-                **row,
-                **self._about(standing),
-                **attributes,
-            },
-        )
-        self._ids[suggested.trial] = self._create(frozen)
+        about = {**self._about(record.standing), **attributes}
+        frozen = _frozen(record.suggested, record.standing, record.epochs, self._question.objectives, about=about)
+        self._ids[record.suggested.trial] = self._create(frozen)
 
     def _add_known(self, known: Sequence[Known]) -> None:
         """Trials of earlier searches, as they ended there."""
         there = {trial.user_attrs.get("source") for trial in self._study.get_trials(deepcopy=False)}
         for one in known:
             if one.source not in there:
-                self._create(_frozen(one, self._question.objectives))
+                about = {
+                    "status": one.standing.status,
+                    "source": one.source,
+                    "checkpoint": f"{one.source}/best.pt",
+                }
+                frozen = _frozen(one.suggested, one.standing, one.epochs, self._question.objectives, about=about)
+                self._create(frozen)
 
     def _leave_waiting(self, live: Collection[str]) -> None:
         for trial in self._own_trials():
@@ -352,27 +343,22 @@ def _values_of(state: TrialState, standing: Standing, objectives: Sequence[Objec
     return values
 
 
-def _frozen(known: Known, objectives: Sequence[Objective]) -> FrozenTrial:
-    """A trial of an earlier search, as it ended there."""
-    suggested, standing = known.suggested, known.standing
+def _frozen(
+    suggested: Suggested,
+    standing: Standing,
+    epochs: Iterable[Epoch],
+    objectives: Sequence[Objective],
+    *,
+    about: Mapping[str, Any],
+) -> FrozenTrial:
+    """A trial as it stands, here or in an earlier search; `about` is what a person is told beside what it trains."""
     state = _state_of(standing, objectives)
     row = {"row": suggested.run.name} if suggested.origin == "row" else {}
     return create_trial(
         state=state,
         values=_values_of(state, standing, objectives),
         params=dict(suggested.params),
-        distributions=_distributions(suggested),
-        intermediate_values={epoch.epoch: epoch.miou for epoch in known.epochs},
-        user_attrs={
-            "trial": suggested.trial,
-            "seed": suggested.run.seed,
-            "status": standing.status,
-            "source": known.source,
-            "checkpoint": f"{known.source}/best.pt",
-            **row,
-        },
+        distributions={name: json_to_distribution(text) for name, text in suggested.distributions.items()},
+        intermediate_values={epoch.epoch: epoch.miou for epoch in epochs},
+        user_attrs={"trial": suggested.trial, "seed": suggested.run.seed, **row, **about},
     )
-
-
-def _distributions(suggested: Suggested) -> dict[str, BaseDistribution]:
-    return {name: json_to_distribution(text) for name, text in suggested.distributions.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
-from rows import plain_row
+from rows import plain_epoch, plain_row
 
 from tune_bisenet.config import SGD, AdamW, Expect, Run
 from tune_bisenet.data.classes import NUM_CLASSES, VOID
@@ -60,18 +60,15 @@ def epochs(miou: float, count: int = 3) -> list[Epoch]:
     """Each epoch gains ten points; the last of three reaches `miou`. The last class never occurs."""
     reached = [miou - 10 * (3 - number) for number in range(1, count + 1)]
     return [
-        Epoch(
-            epoch=number,
+        plain_epoch(
+            number,
+            value,
             iterations=10 * number,
             loss=3.0 / number,
             loss_main=2.0 / number,
             loss_aux1=0.5 / number,
             loss_aux2=0.5 / number,
-            lr=0.01,
-            grad_norm=1.0,
-            miou=value,
             iou=(*[value] * (NUM_CLASSES - 1), None),
-            pixel_accuracy=90.0,
             images_per_second=20.0,
             train_seconds=30.0,
             val_seconds=6.0,

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from rows import plain_epoch
 from scipy import stats
 
 from search_spaces.runs10 import SPACE
@@ -12,7 +13,6 @@ from tune_bisenet.report.cost import ASSUMED_SD
 from tune_bisenet.report.power import Power, powers
 from tune_bisenet.report.statistics import ALPHA, holm, seeds_for_power
 from tune_bisenet.report.verdicts import Measured, judge
-from tune_bisenet.results import Epoch
 
 NUM_EPOCHS = 1
 ROWS = [run for run in SPACE.runs if run.expect and not run.expect.sooner_than]
@@ -29,25 +29,6 @@ def promising(expect: Expect) -> list[Run]:
     return [bar.model_copy(update={"expect": None}), row.model_copy(update={"expect": expect})]
 
 
-def epoch(miou: float) -> Epoch:
-    return Epoch(
-        epoch=1,
-        iterations=1,
-        loss=1.0,
-        loss_main=1.0,
-        loss_aux1=0.0,
-        loss_aux2=0.0,
-        lr=0.01,
-        grad_norm=1.0,
-        miou=miou,
-        iou=(),
-        pixel_accuracy=0.0,
-        images_per_second=1.0,
-        train_seconds=1.0,
-        val_seconds=0.0,
-    )
-
-
 def searched(rng: np.random.Generator, num_seeds: int) -> list[Measured]:
     """Trials of a search in which every promise holds at its middle."""
     sd = ASSUMED_SD / math.sqrt(2)
@@ -59,7 +40,7 @@ def searched(rng: np.random.Generator, num_seeds: int) -> list[Measured]:
             seed=seed,
             status="finished",
             num_epochs=1,
-            epochs=[epoch(56.0 + sum(row.expect.gain or (0, 0)) / 2 + shared[seed] + rng.normal(0, sd))],
+            epochs=[plain_epoch(1, 56.0 + sum(row.expect.gain or (0, 0)) / 2 + shared[seed] + rng.normal(0, sd))],
         )
         for row in ROWS
         if row.expect

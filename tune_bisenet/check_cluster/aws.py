@@ -9,6 +9,7 @@ from typing import Any, Final
 import botocore.session
 from botocore.model import ListShape, Shape, StructureShape
 
+from tune_bisenet.check_cluster import node_types
 from tune_bisenet.check_cluster.reading import PLACEHOLDER, Document
 
 RAYS_OWN: Final = ("SubnetIds",)
@@ -24,20 +25,12 @@ MAX_HOPS: Final = 2
 
 def problems(config: Document) -> Iterator[str]:
     """Everything wrong with the AWS part of a file for `ray up`."""
-    provider, types = config["provider"], config["available_node_types"]
     regions, launch = _ec2()
-    if (region := str(provider.get("region"))) not in regions:
+    if (region := str(config["provider"].get("region"))) not in regions:
         yield f"provider.region: there is no region {region}{_meant(region, regions)}."
-    is_sound = True
-    for name, node_type in types.items():
-        place, node = f"available_node_types.{name}.node_config", node_type["node_config"]
-        unlike = list(_unlike_ec2(node, launch, place))
-        yield from unlike
-        is_sound = is_sound and not unlike
-        yield from () if unlike else _ids(node, place)
-        yield from () if unlike else _closed(node, place)
-    if is_sound:
-        yield from _spot(config)
+    yield from node_types.problems(
+        config, lambda node, place: _unlike_ec2(node, launch, place), rules=(_ids, _closed), of_all=_spot
+    )
 
 
 @cache
@@ -127,8 +120,4 @@ def _spot(config: Document) -> Iterator[str]:
         return
     if config["provider"].get("cache_stopped_nodes", True):
         yield "provider.cache_stopped_nodes: must be false. Spot nodes cannot be stopped, and stopped disks cost money."
-    if not any("tune_bisenet.spot --cloud aws" in command for command in config.get("worker_start_ray_commands") or []):
-        yield (
-            "worker_start_ray_commands: `python -m tune_bisenet.spot --cloud aws` is not started, so a notice is not "
-            "heard and a lost node counts as a failure of its trials."
-        )
+    yield from node_types.unwatched(config, "aws")

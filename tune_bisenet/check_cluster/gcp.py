@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from tune_bisenet.check_cluster import node_types
 from tune_bisenet.check_cluster.reading import PLACEHOLDER, Document
 
 ANY: Final[Mapping[str, Any]] = {}
@@ -69,16 +70,9 @@ def problems(config: Document) -> Iterator[str]:
             yield f"provider.{key}: left out."
     if not str(provider.get("availability_zone")).startswith(f"{provider.get('region')}-"):
         yield f"provider.availability_zone: {provider.get('availability_zone')} is not in {provider.get('region')}."
-    is_sound = True
-    for name, node_type in config["available_node_types"].items():
-        place, node = f"available_node_types.{name}.node_config", node_type["node_config"]
-        unlike = list(_unlike(node, INSTANCE, place))
-        yield from unlike
-        is_sound = is_sound and not unlike
-        yield from () if unlike else _machine(node, place)
-        yield from () if unlike else _closed(node, place)
-    if is_sound:
-        yield from _spot(config)
+    yield from node_types.problems(
+        config, lambda node, place: _unlike(node, INSTANCE, place), rules=(_machine, _closed), of_all=_spot
+    )
 
 
 def _unlike(value: Any, wanted: Any, place: str) -> Iterator[str]:
@@ -143,9 +137,5 @@ def _spot(config: Document) -> Iterator[str]:
     }
     if is_spot.get(config["head_node_type"]):
         yield f"available_node_types.{config['head_node_type']}: a head on spot takes the whole cluster with it."
-    watched = any("tune_bisenet.spot --cloud gcp" in one for one in config.get("worker_start_ray_commands") or [])
-    if any(is_spot.values()) and not watched:
-        yield (
-            "worker_start_ray_commands: `python -m tune_bisenet.spot --cloud gcp` is not started, so a notice is not "
-            "heard and a lost node counts as a failure of its trials."
-        )
+    if any(is_spot.values()):
+        yield from node_types.unwatched(config, "gcp")

@@ -1,0 +1,71 @@
+"""Trainings on 32 x 64 pixels, and what can be seen of them."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tune_bisenet import engine
+from tune_bisenet.config import Precision, Run
+from tune_bisenet.data.packed import Packed
+from tune_bisenet.engine import EpochEnd, Training
+from tune_bisenet.storage import Storage
+
+SIZE = (32, 64)
+CPU = torch.device("cpu")
+
+
+def small(tiny_run: Run) -> Run:
+    """What tests that train have as their fixture `run`."""
+    return tiny_run.model_copy(update={"image_size": SIZE})
+
+
+def trial_folder(tmp_path: Path) -> Iterator[Storage]:
+    """A trial's folder; emptied at once, for each state takes 100 MB."""
+    path = tmp_path / "trial"
+    path.mkdir()
+    yield Storage.at(str(path))
+    shutil.rmtree(path)
+
+
+def begin(run: Run, data: Packed, precision: Precision = "fp32") -> Training:
+    return engine.begin(run, data, device=CPU, precision=precision, backbone=None)
+
+
+def trained(run: Run, data: Packed) -> list[EpochEnd]:
+    return list(engine.fit(begin(run, data)))
+
+
+def weights_of(training: Training) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in training.model.named_parameters()}
+
+
+def recorded_inputs(training: Training) -> list[Tensor]:
+    """Filled, as `training` goes on, with what the network is given to learn from."""
+    inputs: list[Tensor] = []
+
+    def record(network: nn.Module, given: tuple[Tensor]) -> None:
+        if network.training:
+            inputs.append(given[0].detach().clone())
+
+    training.model.register_forward_pre_hook(record)
+    return inputs
+
+
+def rate_by_hand(base_lr: float, warmup: int, iteration: int, total: int) -> float:
+    if iteration < warmup:
+        return 1e-6 + (base_lr - 1e-6) * iteration / warmup
+    return base_lr * (1 - (iteration - warmup) / (total - warmup)) ** 0.9
+
+
+def flat(state: Any, place: str = "") -> dict[str, Any]:
+    """Every tensor and value of a nested state under its path; tensors as their bytes."""
+    if isinstance(state, Tensor):
+        return {place: (state.dtype, tuple(state.shape), state.numpy().tobytes())}
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {key: value for name, part in items for key, value in flat(part, f"{place}/{name}").items()}
+    return {place: state}

@@ -174,9 +174,8 @@ def run(num_trials: int, *, num_epochs: int, seconds: float, sampled: bool) -> N
         with (Path(place) / "said").open("w") as said:
             code = launch(flight, Console(file=said), ["benchmark"])
         kind = "drawn by a study" if sampled else "declared"
-        print(
-            f"{num_trials} trials of {num_epochs} epochs in {seconds:g} s, {kind}, {NUM_GPUS} pretended GPUs, exit code {code}"
-        )
+        what = f"{num_trials} trials of {num_epochs} epochs in {seconds:g} s, {kind}"
+        print(f"{what}, {NUM_GPUS} pretended GPUs, exit code {code}")
         print(f"  driver at most {memory_mib():.0f} MiB, {before:.0f} of them before the search")
         folder = Path(place) / "scale"
         trials = [Timed(**json.loads(path.read_text())) for path in folder.glob(f"*/{TIMED}")]

@@ -24,10 +24,11 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from sklearn.model_selection import KFold, cross_val_predict
 
-from tune_bisenet import sampling, spaces
+from tune_bisenet import spaces
 from tune_bisenet.plan import DataFacts, Settings, plan_runs
 from tune_bisenet.results import Standing
-from tune_bisenet.study import Question, Study, open_storage
+from tune_bisenet.study import sampling
+from tune_bisenet.study.study import Question, Study, open_storage
 from tune_bisenet.suggested import Param
 
 CHECKPOINTS = (10, 20, 40)

@@ -36,8 +36,8 @@ from tune_bisenet.ledger import Ledger
 from tune_bisenet.report import keeper
 from tune_bisenet.results import EPOCHS, Epoch
 from tune_bisenet.storage import Storage
-from tune_bisenet.study import Study
-from tune_bisenet.study_place import StudyPlace
+from tune_bisenet.study.place import StudyPlace
+from tune_bisenet.study.study import Study
 
 NUM_GPUS = 64
 TIMED = "timed.json"

@@ -6,12 +6,12 @@ import optuna
 from optuna.trial import BaseTrial
 from rows import plain_epoch, plain_row
 
-from tune_bisenet import sampling
 from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Objective, Run, Sampler
 from tune_bisenet.plan import DataFacts, Settings, plan_runs
 from tune_bisenet.results import Epoch, Standing, Status, best_of
 from tune_bisenet.spaces import Grid, Sampled
-from tune_bisenet.study import Question
+from tune_bisenet.study import sampling
+from tune_bisenet.study.study import Question
 from tune_bisenet.suggested import Known, Param, Suggested
 
 NUM_EPOCHS = 3

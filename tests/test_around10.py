@@ -7,10 +7,10 @@ import pytest
 
 from search_spaces.around10 import SPACE, augment
 from search_spaces.runs10 import SPACE as RUNS10
-from tune_bisenet import sampling
 from tune_bisenet.config import OHEM, SGD, AdamW, Augment, CrossEntropy, Run, WeightedCrossEntropy
 from tune_bisenet.plan import DataFacts, Settings, plan_runs
-from tune_bisenet.sampling import Point
+from tune_bisenet.study import sampling
+from tune_bisenet.study.sampling import Point
 
 FULL = DataFacts(num_train=2975, num_val=500, suggested_image_size=(512, 1024))
 STREETS = DataFacts(num_train=120, num_val=24, suggested_image_size=(96, 192))

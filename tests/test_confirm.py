@@ -6,8 +6,8 @@ from dataclasses import replace
 from light_space import row
 
 from tune_bisenet.config import Run
-from tune_bisenet.confirm import fresh_runs
 from tune_bisenet.results import Standing, Status
+from tune_bisenet.study.confirm import fresh_runs
 from tune_bisenet.suggested import Known, Origin, Suggested
 
 Trial = tuple[Suggested, Standing]

@@ -11,7 +11,7 @@ from search_spaces.runs10 import SPACE
 from tune_bisenet.config import OHEM, SGD, CrossEntropy, Run, WarmupPoly
 from tune_bisenet.data.packing import prepare
 from tune_bisenet.data.streets import Streets
-from tune_bisenet.forecast import (
+from tune_bisenet.estimate.forecast import (
     ENDLESS_SAMPLE,
     KEEPING_SECONDS,
     TRIAL_SECONDS,

@@ -12,11 +12,12 @@ import torch
 from driving import move_into, on_frames, write_frames, write_sampled_space, write_space
 from moto.server import ThreadedMotoServer
 
-from tune_bisenet import probe, run, timing
+from tune_bisenet import run
 from tune_bisenet.config import Resources, Run
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.streets import Streets
-from tune_bisenet.forecast import kinds_of
+from tune_bisenet.estimate import probe, timing
+from tune_bisenet.estimate.forecast import kinds_of
 from tune_bisenet.results import Standing
 
 

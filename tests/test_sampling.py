@@ -14,11 +14,11 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import BaseTrial, FrozenTrial
 
-from tune_bisenet import sampling
 from tune_bisenet.config import Objective, Run, Sampler, WarmupPoly
 from tune_bisenet.plan import Settings
-from tune_bisenet.sampling import Draw
 from tune_bisenet.spaces import Grid, Latency, Sampled, SpaceError
+from tune_bisenet.study import sampling
+from tune_bisenet.study.sampling import Draw
 from tune_bisenet.suggested import Param
 
 

@@ -12,8 +12,8 @@ from object_store import object_store
 
 from tune_bisenet.results import STUDY
 from tune_bisenet.storage import Storage
-from tune_bisenet.study import exists
-from tune_bisenet.study_place import StudyError, StudyPlace, study_place
+from tune_bisenet.study.place import StudyError, StudyPlace, study_place
+from tune_bisenet.study.study import exists
 
 _closed = pytest.fixture(autouse=True)(close_connections)
 

@@ -22,8 +22,8 @@ from light_space import curve_of, earlier_trials
 from tune_bisenet import supply
 from tune_bisenet.results import EPOCHS
 from tune_bisenet.storage import Storage
-from tune_bisenet.study import exists
-from tune_bisenet.study_place import StudyError, study_place
+from tune_bisenet.study.place import StudyError, study_place
+from tune_bisenet.study.study import exists
 
 PROGRAMS = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 from driving import PROJECT, write_space
 
-from tune_bisenet import jobs, spaces, submission
+from tune_bisenet import spaces
 from tune_bisenet.arguments import InputError, parse
-from tune_bisenet.jobs import Job, TakenError, checked_address, choose_id
+from tune_bisenet.jobs import submission
+from tune_bisenet.jobs.job import Job, TakenError, checked_address, choose_id, is_local
+from tune_bisenet.jobs.submission import Submission, prepare
 from tune_bisenet.run import parser as run_parser
-from tune_bisenet.submission import Submission, prepare
 
 STORAGE = ["--storage", "s3://bucket/searches"]
 
@@ -269,9 +270,9 @@ def test_an_address_holds_no_password() -> None:
 
 def test_this_machine_is_told_from_others() -> None:
     for address in ("http://127.0.0.1:8265", "http://localhost:8265", "http://[::1]:8265"):
-        assert jobs.is_local(address)
+        assert is_local(address)
     for address in ("http://10.0.0.7:8265", "http://head.example.org:8265", "http://localhost.example.org"):
-        assert not jobs.is_local(address)
+        assert not is_local(address)
 
 
 def test_every_space_of_the_package_can_be_sent() -> None:

@@ -24,8 +24,9 @@ NUM_EPOCHS = 40
 
 IMPATIENT = """
 import sys
-from tune_bisenet import jobs_api, submit
-jobs_api.PATIENCE_SECONDS = 1.0
+from tune_bisenet import submit
+from tune_bisenet.jobs import api
+api.PATIENCE_SECONDS = 1.0
 sys.exit(submit.main(sys.argv[1:]))
 """
 

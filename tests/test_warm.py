@@ -12,14 +12,14 @@ from light_search import Search, close_connections, make_place, trials_in
 from light_space import FACTS, ROWS, SPACE, curve_of, ended, question, row, sample
 from optuna.trial import BaseTrial, TrialState
 
-from tune_bisenet import sampling, warm
 from tune_bisenet.config import Run
 from tune_bisenet.plan import Settings
 from tune_bisenet.rehearsal import read_suggested
 from tune_bisenet.report.read import read_search
 from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Standing
 from tune_bisenet.storage import Storage
-from tune_bisenet.study import Study, name_of, open_storage
+from tune_bisenet.study import sampling, warm
+from tune_bisenet.study.study import Study, name_of, open_storage
 from tune_bisenet.suggested import RUN, Known, Suggested
 
 place = pytest.fixture(make_place)

@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tune_bisenet import forecast, plan, promises
+from tune_bisenet import plan
 from tune_bisenet.arguments import NO_BACKBONE, Choices, Limits, duration_words
 from tune_bisenet.config import Precision, Resources, Run, size_words
+from tune_bisenet.estimate import forecast, promises
+from tune_bisenet.estimate.forecast import Work
+from tune_bisenet.estimate.outlook import Line, Outlook
+from tune_bisenet.estimate.outlook import lines as outlook_lines
 from tune_bisenet.flight import Flight, Sampling, Survey
-from tune_bisenet.forecast import Work
-from tune_bisenet.outlook import Line, Outlook
-from tune_bisenet.outlook import lines as outlook_lines
 from tune_bisenet.recorder import Outcome
 from tune_bisenet.report import leaderboard
 from tune_bisenet.results import Standing

@@ -1,7 +1,8 @@
 """Flags that contradict each other, or mean nothing for what is asked: a sentence each, saying what to do."""
 
-from tune_bisenet import sampling, spaces
+from tune_bisenet import spaces
 from tune_bisenet.arguments import Arguments, Choices
+from tune_bisenet.study import sampling
 
 
 def plan_problems(given: Arguments) -> list[str]:

@@ -9,11 +9,11 @@ from tune_bisenet import frames, plan
 from tune_bisenet.arguments import Arguments, Choices, Limits
 from tune_bisenet.config import Job, Run, size_words
 from tune_bisenet.data.source import Source
-from tune_bisenet.sampling import Point
 from tune_bisenet.spaces import Space
 from tune_bisenet.storage import Storage
-from tune_bisenet.study import Question
-from tune_bisenet.study_place import StudyPlace
+from tune_bisenet.study.place import StudyPlace
+from tune_bisenet.study.sampling import Point
+from tune_bisenet.study.study import Question
 from tune_bisenet.suggested import Known, Suggested
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final, assert_never
 
 from rich.console import Console
 
-from tune_bisenet import briefing, confirm, ledger, manifest, plan, ray_session, rehearsal, rungs, search
+from tune_bisenet import briefing, ledger, manifest, plan, ray_session, rehearsal, rungs, search
 from tune_bisenet.arguments import Limits
 from tune_bisenet.board import Board
 from tune_bisenet.config import Job, Resources, Run
@@ -21,8 +21,9 @@ from tune_bisenet.report import keeper
 from tune_bisenet.results import Standing
 from tune_bisenet.rungs import Judge, Rungs
 from tune_bisenet.stopping import EarlyStopping
-from tune_bisenet.study import Study
-from tune_bisenet.study_place import StudyError
+from tune_bisenet.study import confirm
+from tune_bisenet.study.place import StudyError
+from tune_bisenet.study.study import Study
 from tune_bisenet.suggested import KNOWN, RUN, Suggested
 from tune_bisenet.supply import Asked, Declared, Supply
 

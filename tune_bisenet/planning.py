@@ -11,14 +11,15 @@ from typing import Final
 import torch
 from rich.console import Console
 
-from tune_bisenet import briefing, ledger, ray_session, rehearsal, timing
+from tune_bisenet import briefing, ledger, ray_session, rehearsal
 from tune_bisenet.arguments import Arguments
 from tune_bisenet.data.source import DataError
+from tune_bisenet.estimate import timing
+from tune_bisenet.estimate.outlook import Outlook
+from tune_bisenet.estimate.timing import ProbeError
 from tune_bisenet.flight import Survey
 from tune_bisenet.launch import UNBOUNDED_TRIALS, check_limits
-from tune_bisenet.outlook import Outlook
 from tune_bisenet.ray_session import Cluster, Node
-from tune_bisenet.timing import ProbeError
 
 CANNOT_PLAN: Final = (ray_session.ClusterError, DataError)
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from pyarrow.fs import FileSelector, FileType
 
-from tune_bisenet import sampling, warm
 from tune_bisenet.arguments import STUDY_VARIABLE, Arguments, Choices
 from tune_bisenet.flight import Draft, Sampling, Survey
 from tune_bisenet.plan import Settings
@@ -17,8 +16,9 @@ from tune_bisenet.report.read import read_search
 from tune_bisenet.secrets import HIDDEN, hidden
 from tune_bisenet.spaces import Sampled
 from tune_bisenet.storage import Storage
-from tune_bisenet.study import Question
-from tune_bisenet.study_place import study_place
+from tune_bisenet.study import sampling, warm
+from tune_bisenet.study.place import study_place
+from tune_bisenet.study.study import Question
 from tune_bisenet.suggested import KNOWN, RUN, Known, Suggested
 
 

@@ -225,7 +225,7 @@ def _show(flags: dict[str, Any]) -> int:
         wanted = flags["runs"].split(",") if "runs" in flags else None
         tables = [spaces.to_markdown(rows)] if (rows := spaces.select(space, wanted)) else []
         if isinstance(space, spaces.Sampled):
-            from tune_bisenet import sampling
+            from tune_bisenet.study import sampling
 
             sampling.check_rows(space)
             tables.append(sampling.to_markdown(space))

@@ -12,13 +12,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from tune_bisenet import submission
 from tune_bisenet.arguments import InputError
-from tune_bisenet.jobs import INTERRUPTED, STOP_SECONDS, LostError, checked_address
-from tune_bisenet.submission import Submission
+from tune_bisenet.jobs import submission
+from tune_bisenet.jobs.job import INTERRUPTED, STOP_SECONDS, LostError, checked_address
+from tune_bisenet.jobs.submission import Submission
 
 if TYPE_CHECKING:
-    from tune_bisenet.jobs_api import Cluster
+    from tune_bisenet.jobs.api import Cluster
 
 OK: Final = 0
 NOT_ENDED: Final = 1
@@ -123,7 +123,7 @@ def _dispatch(given: argparse.Namespace, runs: list[str]) -> int:
 
 def _cluster(address: str) -> "Cluster":
     try:
-        from tune_bisenet.jobs_api import Cluster
+        from tune_bisenet.jobs.api import Cluster
     except ImportError as error:
         raise ValueError(
             f"Ray's Jobs API is not installed here ({error}). It comes with the extra cluster: "

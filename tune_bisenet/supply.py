@@ -15,7 +15,7 @@ from tune_bisenet.ledger import Ledger, to_json
 from tune_bisenet.results import EPOCHS, LATENCY, Epoch, Standing, best_of
 from tune_bisenet.secrets import in_a_line
 from tune_bisenet.storage import Storage
-from tune_bisenet.study import DATABASE_ERRORS, Record, Study
+from tune_bisenet.study.study import DATABASE_ERRORS, Record, Study
 from tune_bisenet.suggested import RUN, Known, Suggested
 
 OUTAGE_SECONDS: Final = 600.0

@@ -11,7 +11,7 @@ from typing import Final
 from tune_bisenet.config import Objective, Run, size_words
 from tune_bisenet.report.read import SearchRecord
 from tune_bisenet.results import ENDED_WELL
-from tune_bisenet.sampling import Draw, Point, point_at
+from tune_bisenet.study.sampling import Draw, Point, point_at
 from tune_bisenet.suggested import Known, Suggested
 
 EARLIER: Final = "earlier-"

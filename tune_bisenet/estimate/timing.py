@@ -16,8 +16,8 @@ from typing import Final
 from tune_bisenet.config import Precision, Resources, Run, WarmupPoly
 from tune_bisenet.data.packing import prepare
 from tune_bisenet.data.source import Frame, Source, Split
-from tune_bisenet.forecast import Kind, Timed, Timing, commonest, kinds_of
-from tune_bisenet.probe import Findings, Order
+from tune_bisenet.estimate.forecast import Kind, Timed, Timing, commonest, kinds_of
+from tune_bisenet.estimate.probe import Findings, Order
 
 SECONDS: Final = 8.0
 """For what is timed; starting a process takes some more."""
@@ -98,7 +98,7 @@ def _example_of(kind: Kind, runs: Iterable[Run]) -> Run:
 
 
 def _answer(order: Order) -> Findings:
-    command = [sys.executable, "-m", "tune_bisenet.probe"]
+    command = [sys.executable, "-m", "tune_bisenet.estimate.probe"]
     try:
         ended = subprocess.run(
             command,

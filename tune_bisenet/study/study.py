@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from tune_bisenet.config import Objective, Run, Sampler
 from tune_bisenet.results import Epoch, Standing, Status
-from tune_bisenet.sampling import Draw, Point, build_sampler
+from tune_bisenet.study.sampling import Draw, Point, build_sampler
 from tune_bisenet.suggested import Known, Suggested
 
 DIRECTIONS: Final[dict[Objective, StudyDirection]] = {

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tune_bisenet import footprint, plan, rungs
+from tune_bisenet import plan, rungs
 from tune_bisenet.arguments import duration_words
 from tune_bisenet.config import Resources, Run, size_words
+from tune_bisenet.estimate import footprint
+from tune_bisenet.estimate.forecast import Kind, Measured, Speed, Timed, Work, makespan, pack_bytes
+from tune_bisenet.estimate.timing import Timings
 from tune_bisenet.flight import Survey
-from tune_bisenet.forecast import Kind, Measured, Speed, Timed, Work, makespan, pack_bytes
 from tune_bisenet.progress import format_duration
 from tune_bisenet.rungs import Forecast
-from tune_bisenet.timing import Timings
 
 Line = tuple[str, str]
 """Title and text."""

@@ -1,4 +1,4 @@
-"""Time some iterations of training and validation, by the engine's own clock: `python -m tune_bisenet.probe`.
+"""Time some iterations of training and validation, by the engine's own clock: `python -m tune_bisenet.estimate.probe`.
 
 A process of its own, so that a trial's memory is told apart from everything else, and as many may run side by side
 as trials will. It reads an `Order` as JSON from standard input and answers with `Findings` on standard output. The few

@@ -6,7 +6,7 @@ from typing import Final
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tune_bisenet.outlook import Line, Outlook
+from tune_bisenet.estimate.outlook import Line, Outlook
 from tune_bisenet.report.cost import ASSUMED_SD, MOST_SEEDS
 from tune_bisenet.report.power import Power, powers
 from tune_bisenet.report.promises import promised_words

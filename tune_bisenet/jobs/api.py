@@ -18,10 +18,10 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from tune_bisenet import submission
-from tune_bisenet.jobs import STOP_SECONDS, ClusterError, Job, LostError, UnreachableError, choose_id, is_local
+from tune_bisenet.jobs import submission
+from tune_bisenet.jobs.job import STOP_SECONDS, ClusterError, Job, LostError, UnreachableError, choose_id, is_local
+from tune_bisenet.jobs.submission import Submission
 from tune_bisenet.provenance import COMMIT_VARIABLE, commit
-from tune_bisenet.submission import Submission
 
 REQUEST_SECONDS: Final = (5.0, 60.0)
 """To connect, and for an answer."""

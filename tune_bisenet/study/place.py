@@ -17,7 +17,7 @@ from tune_bisenet.config import fingerprint
 from tune_bisenet.results import STUDY
 from tune_bisenet.secrets import HIDDEN, hidden, in_a_line, is_ambiguous
 from tune_bisenet.storage import Storage
-from tune_bisenet.study import DATABASE_ERRORS, exists, open_storage
+from tune_bisenet.study.study import DATABASE_ERRORS, exists, open_storage
 
 log = logging.getLogger(__name__)
 

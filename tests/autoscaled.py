@@ -32,8 +32,12 @@ class Seen:
     exit_code: int | None = None
     log: str = ""
     workers_before: int = 0
+    handed_out_before_any_worker: int = 0
+    """Trials of a study."""
     most_workers: int = 0
     workers_after: int = -1
+    most_trials: int = 0
+    """At once."""
     most_trials_on_a_node: int = 0
 
 
@@ -60,7 +64,7 @@ PRETENDED = {
 def supply_missing_file(place: Path) -> None:
     """Put it beside a copy of Ray's folder, which covers that folder in this mount namespace alone."""
     folder, copy = Path(fake_multi_node.__path__[0]), place / "fake_multi_node"
-    shutil.copytree(folder, copy)
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
     (copy / "example.yaml").write_text(json.dumps(PRETENDED))
     subprocess.run(["mount", "--bind", str(copy), str(folder)], check=True)
 
@@ -77,7 +81,7 @@ def main(place: Path, flags: list[str]) -> Seen:
         with Driver(place, *flags) as driver:
             ends_at = time.monotonic() + SECONDS
             while driver.process.poll() is None and time.monotonic() < ends_at:
-                look(seen)
+                look(seen, place)
                 time.sleep(0.3)
             seen.exit_code, seen.log = driver.process.returncode, driver.log
         deadline = time.monotonic() + 60
@@ -94,9 +98,13 @@ def count_workers() -> int:
     return len({one.title for one in processes() if "/raylet/raylet " in one.title}) - 1
 
 
-def look(seen: Seen) -> None:
+def look(seen: Seen, place: Path) -> None:
+    handed_out = len(list(place.glob("*/*/run.json")))
     seen.most_workers = max(seen.most_workers, count_workers())
+    if not seen.most_workers:
+        seen.handed_out_before_any_worker = handed_out
     trials = Counter(one.parent for one in processes() if one.title.startswith("ray::ImplicitFunc"))
+    seen.most_trials = max(seen.most_trials, trials.total())
     seen.most_trials_on_a_node = max([seen.most_trials_on_a_node, *trials.values()])
 
 

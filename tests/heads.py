@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from driving import PROJECT, Driver, environment
+from driving import PROJECT, Driver, end_process, environment
+from nodes import Process, processes
+
+SUBMIT = ["-m", "tune_bisenet.submit"]
 
 
 def free_port() -> int:
@@ -24,10 +28,11 @@ def free_port() -> int:
 class Head(Driver):
     """`ray start --head` with two cores, in a session of its own, that knows nothing of this project."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, *, token: str = "") -> None:
+        """`token`: that of a person who has other clusters, too."""
         self.port = free_port()
         self.token = place / "token"
-        self.token.write_text(secrets.token_hex(32))
+        self.token.write_text(token or secrets.token_hex(32))
         self.token.chmod(0o600)
         self._log = place / "head.log"
         python = Path(sys.executable).parent
@@ -59,6 +64,39 @@ class Head(Driver):
             return bool(response.status == 200)
         return False
 
+    def vanish(self) -> None:
+        """As a machine whose power is cut: nothing of it lives on, no worker and no job's driver either."""
+        sessions = {one.session for one in _family(self.process.pid)}  # each job has one of its own
+        while left := [one for one in processes() if one.session in sessions]:
+            for one in left:
+                end_process(one.pid, signal.SIGKILL)
+            time.sleep(0.05)
+        self.process.wait()
+
+
+def _family(pid: int) -> list[Process]:
+    """The process, and all that it has started, directly or not."""
+    there = processes()
+    found = [one for one in there if one.pid == pid]
+    for parent in found:  # which grows meanwhile
+        found += [one for one in there if one.parent == parent.pid]
+    return found
+
+
+def submit(
+    head: Head, *words: str, credentials: dict[str, str] | None = None, seconds: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """The command line to the head, run to its end."""
+    return subprocess.run(
+        [sys.executable, *SUBMIT, "--address", f"http://127.0.0.1:{head.port}", *words],
+        cwd=PROJECT,
+        env=environment(head.token.parent) | (head.credentials if credentials is None else credentials),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds,
+    )
+
 
 class Tunnel:
     """A port of its own that leads to another, until it is cut."""
@@ -78,7 +116,9 @@ class Tunnel:
     ) -> None:
         self.cut()
 
-    def mend(self) -> None:
+    def mend(self, *, target: int | None = None) -> None:
+        """To where it led before, or to another port."""
+        self._target = target or self._target
         listener = socket.create_server(("127.0.0.1", self.port))
         self._ends = [listener]
         self._start(self._accept, listener)

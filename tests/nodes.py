@@ -6,6 +6,7 @@ does that is simply gone, `add CPUS` adds one. It says each node as a line of JS
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from driving import end_process, environment
+from driving import Driver, end_process, environment
+
+UNSHARED = ("unshare", "--mount")
+"""Mounts of its own. For root alone."""
 
 
 class Nodes:
@@ -61,6 +65,11 @@ class Nodes:
         self._tell(f"remove {node_id}")
         assert self._said() == {"removed": node_id}
 
+    def shut_down(self, node_id: str) -> None:
+        """As a machine does that is switched off, or `docker stop`: its processes are asked to end."""
+        for pid in self._raylets(node_id):
+            end_process(pid, signal.SIGTERM)
+
     def add(self, cpus: int) -> str:
         """Its id."""
         self._tell(f"add {cpus}")
@@ -95,6 +104,38 @@ class Nodes:
         assert line, f"the cluster has ended: {self._log.read_text(errors='replace')}"
         said: dict[str, Any] = json.loads(line)
         return said
+
+
+class Joined(Driver):
+    """One more node with a core, in a session of its own, as another machine is; `lacks` is empty to it."""
+
+    def __init__(self, place: Path, address: str, *, lacks: Path | None = None) -> None:
+        self._log = place / f"joined-{time.time_ns()}.log"
+        ray = [str(Path(sys.executable).with_name("ray")), "start", f"--address={address}", "--num-cpus=1", "--block"]
+        ports = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        apart = [*UNSHARED, "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(lacks)] if lacks else []
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*apart, *ray, "--object-store-memory=100000000", *ports],
+                env=environment(place) | {"PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the cluster knows it."""
+        return "Ray runtime started" in self.log
+
+
+def reason_not_to_unshare(*command: str) -> str:
+    """Why a command such as `unshare` cannot be used here; empty if it can."""
+    if shutil.which(command[0]) is None:
+        return f"util-linux's {command[0]} is needed"
+    done = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else f"no namespaces of its own: {done.stderr.strip()}"
 
 
 @dataclass(frozen=True)

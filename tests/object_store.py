@@ -1,16 +1,25 @@
 """An S3 server for tests: moto's, real HTTP on a port of this machine, that can go away and come back."""
 
+import json
 import logging
 import re
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import boto3
+import driving
 import pytest
+from driving import PROJECT, environment
 from moto.server import ThreadedMotoServer
+
+from tune_bisenet.ledger import LEADERBOARD_CSV
 
 KEY_ID = "AKIAOFATEST000000000"
 SECRET = "theSecretOfATest/+0123456789abcdefghijkl"
@@ -107,3 +116,74 @@ def _heard(store: ObjectStore) -> Iterator[None]:
     finally:
         logger.removeHandler(listener)
         logger.propagate, logger.level = before
+
+
+# --- a search in the bucket -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredSearch:
+    """What a search whose storage is `searches` in the bucket has left there so far."""
+
+    place: Path
+    store: ObjectStore
+    name: str
+    trials: tuple[str, ...] = ("a", "b")
+
+    def read(self, name: str) -> bytes:
+        return self.store.read(f"searches/{self.name}/{name}") or b""
+
+    def results(self) -> list[dict[str, str]]:
+        """The leaderboard, as `driving.results` has that of a folder."""
+        copy = self.place / "board"
+        copy.mkdir(exist_ok=True)
+        (copy / LEADERBOARD_CSV).write_bytes(self.read(LEADERBOARD_CSV))
+        return driving.results(copy)
+
+    def epochs(self, trial: str) -> list[int]:
+        return [epoch["epoch"] for epoch in json.loads(self.read(f"{trial}/epochs.json") or b"[]")]
+
+    def has_done(self, count: int) -> Callable[[], bool]:
+        """Whether so many epochs, of all trials, are safe. The server is in this process: it is asked now and then."""
+
+        def ask() -> bool:
+            time.sleep(0.2)
+            return self.num_epochs >= count
+
+        return ask
+
+    @property
+    def num_epochs(self) -> int:
+        return sum(len(self.epochs(trial)) for trial in self.trials)
+
+    def attempts(self, trial: str) -> int:
+        """Each leaves a file for TensorBoard."""
+        return sum("tfevents" in key for key in self.store.listed(f"searches/{self.name}/{trial}/"))
+
+
+def assert_reported_from(search: StoredSearch, cwd: Path, **variables: str) -> None:
+    """By `tune_bisenet.report` with the address of the search, in another folder than the project's."""
+    uri = search.store.uri(f"searches/{search.name}")
+    search.store.write(f"searches/{search.name}/report.html", b"")
+    report = subprocess.run(
+        [sys.executable, "-m", "tune_bisenet.report", uri],
+        cwd=cwd,
+        env=environment(search.place) | {"PYTHONPATH": str(PROJECT)} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert report.returncode == 0, report.stderr
+    assert f"report: {search.store.uri(f'searches/{search.name}/report.html')}" in report.stdout
+    assert b"</html>" in search.read("report.html")
+
+
+def assert_no_secret(store: ObjectStore, *places: Path, secrets: tuple[str, ...] = ()) -> None:
+    """In nothing that lies in the bucket, Tune's pickles among it, nor in any file or log below the `places`."""
+    keys = store.listed()
+    assert any(key.endswith(".pkl") for key in keys)
+    for key in keys:
+        content = store.read(key) or b""
+        assert not any(secret.encode() in content for secret in (SECRET, KEY_ID, *secrets)), key
+    for path in (path for place in places for path in place.rglob("*") if path.is_file()):
+        assert SECRET.encode() not in path.read_bytes(), path

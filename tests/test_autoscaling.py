@@ -8,21 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from driving import PROJECT, environment, make_place, on_frames, statuses
+from nodes import reason_not_to_unshare
+from optuna.trial import TrialState
 
 NAMESPACE = ["unshare", "--pid", "--net", "--mount", "--fork", "--kill-child", "--mount-proc"]
 
 
-def _reason_not_to() -> str:
-    """Why no namespaces can be made here; empty if they can."""
-    if shutil.which("unshare") is None or shutil.which("ip") is None:
-        return "util-linux's unshare and iproute2's ip are needed"
-    done = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True, check=False)
-    return "" if done.returncode == 0 else f"no namespaces of its own: {done.stderr.strip()}"
-
-
-REASON = _reason_not_to()
+REASON = reason_not_to_unshare(*NAMESPACE) if shutil.which("ip") else "iproute2's ip is needed"
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
@@ -62,3 +57,21 @@ def test_ten_rows_on_none_to_four_nodes_with_half_a_gpu_each(place: Path) -> Non
     assert len(statuses(place / "search")) == 10
     assert (seen["workers_before"], seen["most_workers"], seen["workers_after"]) == (0, 4, 0)
     assert seen["most_trials_on_a_node"] == 3, "two GPUs hold three trials of half a GPU on three cores"
+
+
+def test_a_study_hands_out_more_trials_as_nodes_come(place: Path) -> None:
+    num_trials = 12  # the ten rows, and two that are drawn
+    flags = [*on_frames(place), "--space", "around10", "--epochs", "2", "--scheduler", "fifo", "--name", "study"]
+    asked = ["--trials", str(num_trials), "--gpus-per-trial", "0.5", "--device", "cpu", "--proxy"]
+    seen = search_in_a_namespace(place, *flags, *asked, "--address", "auto")
+    assert seen["exit_code"] == 0, seen["log"]
+    assert (seen["workers_before"], seen["workers_after"]) == (0, 0)
+    assert seen["handed_out_before_any_worker"] == 1, "one trial asks for the first node"
+    assert seen["most_workers"] > 1
+    assert seen["most_trials_on_a_node"] == 3
+    assert seen["most_trials"] > 3
+    study = optuna.load_study(study_name="study", storage=f"sqlite:///{place / 'study' / 'study.db'}")
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    names = [trial.user_attrs["trial"] for trial in study.trials]
+    assert len(names) == len(set(names)) == num_trials
+    assert statuses(place / "study") == dict.fromkeys(names, "finished")

@@ -24,7 +24,7 @@ from driving import (
     results,
     write_space,
 )
-from nodes import Nodes
+from nodes import UNSHARED, Joined, Nodes, reason_not_to_unshare
 
 from tune_bisenet.recorder import MAX_FAILURES
 
@@ -120,6 +120,27 @@ def test_a_node_drained_at_its_notice_and_one_simply_gone_change_no_result(
     assert sorted(failures(folder)) == ["0", "1"]
 
 
+def test_a_node_that_is_shut_down_changes_no_result(
+    place: Path, folder: Path, undisturbed: list[dict[str, str]]
+) -> None:
+    with (
+        Nodes(place, 0, 1, 1) as nodes,
+        Driver(place, *flags(place, folder.name, "--address", nodes.address)) as driver,
+    ):
+        driver.until(lambda: is_midway(folder))
+        assert nodes.trainers(nodes.ids[1])
+        nodes.shut_down(nodes.ids[1])
+        driver.until(lambda: not nodes.lives(nodes.ids[1]))
+        third = nodes.add(1)
+        driver.until(lambda: bool(nodes.trainers(third)))
+        assert is_midway(folder)
+        assert driver.end() == 0
+    assert results(folder) == undisturbed
+    for trial in TRIALS:
+        assert epoch_numbers(folder / trial) == list(range(1, NUM_EPOCHS + 1))
+    assert failures(folder) == ["1"], "counted once by Ray, and by us no more after the next epoch"
+
+
 def test_a_watcher_that_is_told_no_node_drains_the_one_it_runs_on(place: Path, cloud: Cloud) -> None:
     with Nodes(place, 1, token=TOKEN) as nodes, watcher(nodes, cloud, place) as watching:
         cloud.takes_away(seconds=120)
@@ -150,9 +171,61 @@ def best_of(board: list[dict[str, str]], trial: str = "a") -> str:
     return next(row["best_miou"] for row in board if row["trial"] == trial)
 
 
+REASON = reason_not_to_unshare(*UNSHARED)
+
+
+@pytest.mark.skipif(bool(REASON), reason=REASON)
+def test_a_node_that_does_not_see_the_storage_is_told_of_before_any_trial(place: Path) -> None:
+    write_space(place / "short.py", {"a": 0.01, "b": 0.001}, num_epochs=1)
+    shared, searched = place / "shared", [*on_frames(place, "short.py"), "--storage", str(place / "shared")]
+    shared.mkdir()
+    with Nodes(place, 0, 1) as nodes:
+        words = [*searched, "--name", "search", "--address", nodes.address]
+        with Joined(place, nodes.address, lacks=shared) as blind:
+            blind.until(lambda: blind.is_there)
+            with Driver(place, *words) as driver:
+                assert driver.end() == 2
+            assert f"1 of the cluster's 2 nodes do not see {shared}" in driver.log
+            assert "--storage must be a URI, such as s3://bucket/searches, or a path that all of them" in driver.log
+            assert "Nothing was started." in driver.log
+            assert [path.name for path in shared.iterdir()] == [".search.lock"]
+        with Joined(place, nodes.address) as seeing:  # the other is gone, though Ray may not know it yet
+            seeing.until(lambda: seeing.is_there)
+            with Driver(place, *words) as driver:
+                assert driver.end() == 0
+    assert {row["status"] for row in results(shared / "search")} == {"finished"}
+
+
 def test_a_trial_on_a_machine_that_does_not_see_the_search_says_so(tmp_path: Path) -> None:
     from tune_bisenet import trial
 
     with pytest.raises(ValueError, match="--storage must be a URI"):
         trial.train({}, job={"storage": str(tmp_path / "on another machine")})
     assert not list(tmp_path.iterdir())
+
+
+PATIENT = """
+import os, sys, ray
+from tune_bisenet.ray_session import ray_session
+
+@ray.remote(num_cpus=1)
+def patience():
+    return os.environ.get("TUNE_BISENET_PATIENCE")
+
+with ray_session(sys.argv[1]):
+    print(ray.get(patience.remote()))
+"""
+
+
+def test_how_long_storage_is_waited_for_is_said_to_other_machines_too(place: Path) -> None:
+    with Nodes(place, 0, 1) as nodes:
+        for variables, told in (({}, "None"), ({"TUNE_BISENET_PATIENCE": "7"}, "7")):
+            ran = subprocess.run(
+                [sys.executable, "-c", PATIENT, nodes.address],
+                cwd=PROJECT,
+                env=environment(place) | variables,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert ran.stdout.strip() == told

@@ -4,27 +4,29 @@ The server dies and comes back, the driver is killed, and another machine goes o
 on this machine's disk that nothing happened to.
 """
 
-import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driving import PROJECT, Driver, end_process, environment, make_place, on_frames, results, write_space
-from object_store import KEY_ID, SECRET, ObjectStore, object_store
+from driving import PROJECT, Driver, end_process, make_place, on_frames, results, write_space
+from object_store import (
+    KEY_ID,
+    SECRET,
+    ObjectStore,
+    StoredSearch,
+    assert_no_secret,
+    assert_reported_from,
+    object_store,
+)
 
-from tune_bisenet.ledger import LEADERBOARD_CSV
 from tune_bisenet.ray_session import RESTARTABLE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(300)]
 
 NUM_EPOCHS = 6
-TRIALS = ("a", "b")
 OUTAGE_SECONDS = 15
 
 place = pytest.fixture(scope="module")(make_place)
@@ -49,13 +51,8 @@ def undisturbed(place: Path) -> list[dict[str, str]]:
     return board
 
 
-@dataclass(frozen=True)
-class Search:
-    """A search in the bucket."""
-
-    place: Path
-    store: ObjectStore
-    name: str
+class Search(StoredSearch):
+    """One that is started from here."""
 
     def start(self, **variables: str) -> Driver:
         what = ["--space", str(self.place / "space.py"), "--backbone", "none", "--scheduler", "fifo"]
@@ -68,39 +65,9 @@ class Search:
         flags = ["--resume", "--name", self.name, "--storage", "s3://bucket/searches"]
         return Driver(self.place, *flags, cwd=cwd, variables=there)
 
-    def read(self, name: str) -> bytes:
-        return self.store.read(f"searches/{self.name}/{name}") or b""
-
-    def results(self) -> list[dict[str, str]]:
-        """The leaderboard, as `driving.results` has that of a folder."""
-        copy = self.place / "board"
-        copy.mkdir(exist_ok=True)
-        (copy / LEADERBOARD_CSV).write_bytes(self.read(LEADERBOARD_CSV))
-        return results(copy)
-
-    def epochs(self, trial: str) -> list[int]:
-        return [epoch["epoch"] for epoch in json.loads(self.read(f"{trial}/epochs.json") or b"[]")]
-
-    def has_done(self, count: int) -> Callable[[], bool]:
-        """Whether so many epochs, of all trials, are safe. The server is in this process: it is asked now and then."""
-
-        def ask() -> bool:
-            time.sleep(0.2)
-            return self.num_epochs >= count
-
-        return ask
-
-    @property
-    def num_epochs(self) -> int:
-        return sum(len(self.epochs(trial)) for trial in TRIALS)
-
     @property
     def is_unfinished(self) -> bool:
-        return self.num_epochs < NUM_EPOCHS * len(TRIALS)
-
-    def attempts(self, trial: str) -> int:
-        """Each leaves a file for TensorBoard."""
-        return sum("tfevents" in key for key in self.store.listed(f"searches/{self.name}/{trial}/"))
+        return self.num_epochs < NUM_EPOCHS * len(self.trials)
 
 
 def test_a_search_outlives_its_server_and_its_driver_and_goes_on_elsewhere(
@@ -122,7 +89,7 @@ def test_a_search_outlives_its_server_and_its_driver_and_goes_on_elsewhere(
         end_process(driver.process.pid, signal.SIGKILL)
     before = search.num_epochs
     assert search.is_unfinished, "it was killed in the midst"
-    assert [search.attempts(trial) for trial in TRIALS] == [1, 1], "the trials went on, and were not begun again"
+    assert [search.attempts(trial) for trial in search.trials] == [1, 1], "the trials went on, and were not begun again"
 
     elsewhere = place / "elsewhere"
     elsewhere.mkdir()
@@ -141,39 +108,10 @@ def test_a_search_outlives_its_server_and_its_driver_and_goes_on_elsewhere(
     with search.resume(cwd=elsewhere, **there) as driver:
         assert driver.end() == 0
     assert search.results() == undisturbed
-    assert [search.epochs(trial) for trial in TRIALS] == [list(range(1, NUM_EPOCHS + 1))] * 2
+    assert [search.epochs(trial) for trial in search.trials] == [list(range(1, NUM_EPOCHS + 1))] * 2
     assert len(list((elsewhere / "cache").glob("*/train.arrow"))) == 1
     assert_reported_from(search, elsewhere, **there)
-    assert_no_secret(place, store)
-
-
-def assert_reported_from(search: Search, cwd: Path, **variables: str) -> None:
-    uri = search.store.uri(f"searches/{search.name}")
-    search.store.write(f"searches/{search.name}/report.html", b"")
-    report = subprocess.run(
-        [sys.executable, "-m", "tune_bisenet.report", uri],
-        cwd=cwd,
-        env=environment(search.place) | {"PYTHONPATH": str(PROJECT)} | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert report.returncode == 0, report.stderr
-    assert f"report: {search.store.uri(f'searches/{search.name}/report.html')}" in report.stdout
-    assert b"</html>" in search.read("report.html")
-
-
-def assert_no_secret(place: Path, store: ObjectStore) -> None:
-    """In nothing that lies in the bucket, Tune's pickles among it, nor in any file or log of this machine."""
-    keys = store.listed()
-    assert any(key.endswith(".pkl") for key in keys)
-    for key in keys:
-        content = store.read(key) or b""
-        assert SECRET.encode() not in content, key
-        assert KEY_ID.encode() not in content, key
-    for path in place.rglob("*"):
-        if path.is_file():
-            assert SECRET.encode() not in path.read_bytes(), path
+    assert_no_secret(store, place)
 
 
 def test_what_is_wrong_with_storage_is_told_before_anything_is_written(

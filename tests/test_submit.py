@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import PROJECT, environment, epoch_numbers, make_place, on_frames, statuses, write_space
-from heads import Follower, Head, Tunnel, free_port
+from driving import PROJECT, epoch_numbers, make_place, on_frames, statuses, write_space
+from heads import SUBMIT, Follower, Head, Tunnel, free_port, submit
 
 from tune_bisenet.submit import main as run_submit
-
-SUBMIT = ["-m", "tune_bisenet.submit"]
 
 NUM_EPOCHS = 40
 
@@ -44,21 +42,6 @@ def head(place: Path) -> Iterator[Head]:
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-def submit(
-    head: Head, *words: str, credentials: dict[str, str] | None = None, seconds: float = 120
-) -> subprocess.CompletedProcess[str]:
-    """The command line to the head, run to its end."""
-    return subprocess.run(
-        [sys.executable, *SUBMIT, "--address", f"http://127.0.0.1:{head.port}", *words],
-        cwd=PROJECT,
-        env=environment(head.token.parent) | (head.credentials if credentials is None else credentials),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=seconds,
-    )
 
 
 def sessions(folder: Path) -> list[dict[str, Any]]:
@@ -138,7 +121,7 @@ def follow_over_a_cut(head: Head) -> str:
         follower.until(lambda: "epoch" in follower.log and "epoch" in gives_up.log)
         tunnel.cut()
         assert gives_up.end(seconds=30) == 75
-        assert "Job long goes on by itself. Follow it again: python -m tune_bisenet.submit" in gives_up.said
+        assert "If the head lives, job long goes on by itself. Follow it again: python -m" in gives_up.said
         follower.until(lambda: "The connection is lost; job long goes on" in follower.said)
         tunnel.mend()
         before = len(follower.log)

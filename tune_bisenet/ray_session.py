@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_bisenet.arguments import Arguments
 from tune_bisenet.config import Resources
+from tune_bisenet.outages import PATIENCE_VARIABLE
 
 RESTARTABLE: Final = 75
 """The exit code of a driver whose Ray has died under it (EX_TEMPFAIL): run it again with --resume."""
@@ -180,23 +181,32 @@ def _has(cluster: Cluster) -> str:
 def check_shared(folder: Path, cluster: Cluster) -> None:
     """ClusterError unless every node sees what is written to `folder`: trials there would write to disks of their own.
 
-    Nodes that come later are asked by the trials that run there.
+    Nodes that come later are asked by the trials that run there; those that have just gone are nobody's any more.
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as probe:
-        asked = [
-            _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(probe.name)
+        asked = {
+            node.id: _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
+                probe.name
+            )
             for node in cluster.nodes
-        ]
-        try:
-            seen = ray.get(asked, timeout=PROBE_SECONDS)
-        except RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ClusterError(f"a node of the cluster cannot look into {folder}: {reason}") from error
+        }
+        seen = [answer for node_id, ref in asked.items() if (answer := _answer(node_id, ref, folder)) is not None]
     if not all(seen):
         raise ClusterError(
             f"{seen.count(False)} of the cluster's {len(seen)} nodes do not see {folder}: on several machines "
             "--storage must be a URI, such as s3://bucket/searches, or a path that all of them share."
         )
+
+
+def _answer(node_id: str, asked: Any, folder: Path) -> bool | None:
+    """What the node says; None if it died in the meantime. ClusterError if it cannot tell."""
+    try:
+        return bool(ray.get(asked, timeout=PROBE_SECONDS))
+    except RayError as error:
+        if node_id not in (node["NodeID"] for node in _alive()):
+            return None
+        reason = str(error).strip().splitlines()[-1]
+        raise ClusterError(f"a node of the cluster cannot look into {folder}: {reason}") from error
 
 
 @ray.remote(num_cpus=0)
@@ -221,10 +231,12 @@ def configure_environment() -> None:
 def _worker_environment() -> dict[str, str]:
     """Paths stay relative to where the user stands; a stopped trial has time to leave before its actor is reused.
 
-    What the user, or the job that this runs in, has set otherwise holds for workers too.
+    What the user, or the job that this runs in, has set otherwise holds for workers too, and how long storage is waited
+    for: nodes of a cluster have an environment of their own.
     """
     defaults = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}
-    return {name: os.environ.get(name, value) for name, value in defaults.items()}
+    given = {name: os.environ[name] for name in (*defaults, PATIENCE_VARIABLE) if name in os.environ}
+    return defaults | given
 
 
 @contextmanager

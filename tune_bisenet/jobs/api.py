@@ -102,16 +102,16 @@ class Cluster:
 
     def follow(self, job_id: str, *, write: Callable[[str], None]) -> Job:
         """`write` its log from the beginning, until it has ended. LostError if the cluster is away for too long."""
-        self.job(job_id)
-        return _Following(self, job_id, write).to_the_end()
+        return _Following(self, self.job(job_id), write).to_the_end()
 
 
 class _Following:
     """A log that is being written elsewhere, over connections that come and go."""
 
-    def __init__(self, cluster: Cluster, job_id: str, write: Callable[[str], None]) -> None:
+    def __init__(self, cluster: Cluster, job: Job, write: Callable[[str], None]) -> None:
         self._cluster = cluster
-        self._job_id = job_id
+        self._job_id = job.id
+        self._started = job.started
         self._write = write
         self._shown = 0
         """Characters of the log that have been written."""
@@ -121,6 +121,7 @@ class _Following:
     def to_the_end(self) -> Job:
         while True:
             try:
+                self._meet(self._cluster.job(self._job_id))
                 is_whole = self._tail()
                 job = self._cluster.job(self._job_id)
             except UnreachableError as error:
@@ -130,6 +131,12 @@ class _Following:
             if job.has_ended and is_whole:
                 return job
             time.sleep(FIRST_PAUSE_SECONDS)
+
+    def _meet(self, job: Job) -> None:
+        """Where a head has died and another goes on with the search, the job of that id has another log."""
+        if job.started != self._started:
+            self._cluster.say(f"On a new head, job {job.id} has begun anew. Its log from the beginning:")
+            self._started, self._shown = job.started, 0
 
     def _tail(self) -> bool:
         """Write what is new, until the log is closed, True, or has been silent for long, False."""
@@ -162,7 +169,8 @@ class _Following:
         """Wait before the next try; LostError after the last."""
         job_id, again = self._job_id, self._cluster.command("logs", self._job_id)
         if time.monotonic() - self._heard_at > PATIENCE_SECONDS:
-            raise LostError(f"{error}\nJob {job_id} goes on by itself. Follow it again: {again}") from error
+            words = f"If the head lives, job {job_id} goes on by itself. Follow it again: {again}"
+            raise LostError(f"{error}\n{words}") from error
         if self._pause_seconds == FIRST_PAUSE_SECONDS:
             self._cluster.say(f"The connection is lost; job {job_id} goes on. Trying for {PATIENCE_SECONDS:.0f} s.")
         time.sleep(self._pause_seconds)
@@ -204,13 +212,15 @@ def _in_words(error: Exception, address: str, job_id: str) -> ClusterError:
     if "status code 404" in said:
         return ClusterError(
             f"the cluster at {address} knows no job {job_id}; `list` shows those it knows. Jobs are forgotten with "
-            "their head: a search whose head died goes on by --resume."
+            "their head: a search whose head has died goes on by the command that submitted it with --resume behind "
+            "`--`."
         )
     if "status code" in said:
         return UnreachableError(f"the cluster at {address} cannot do that: {said.strip().splitlines()[-1]}")
     return UnreachableError(
         f"no answer from a Ray dashboard at {address} ({type(error).__name__}). Is the tunnel open "
-        "(`ray dashboard cluster/gpu.yaml`), and the cluster up?"
+        "(`ray dashboard cluster/gpu.yaml`), and the cluster up? A search whose head has died goes on, on a new "
+        "cluster, by the command that submitted it with --resume behind `--`: what it has done is on its storage."
     )
 
 

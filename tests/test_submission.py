@@ -139,7 +139,7 @@ def test_what_is_sent_runs_by_itself_with_a_space_given_by_its_path(tmp_path: Pa
     with (here / "mine.py").open("a") as file:
         file.write("import rates\nSPACE = Grid('of a helper', (row('z', rates.RATE),))\n")
     code = (
-        "import sys; sys.path.insert(0, ''); from pathlib import Path; from tune_bisenet import submission; "
+        "import sys; sys.path.insert(0, ''); from pathlib import Path; from tune_bisenet.jobs import submission; "
         "search = submission.prepare(sys.argv[2:]); submission.stage(search.files, Path(sys.argv[1])); "
         "print(search.entrypoint)"
     )

@@ -155,7 +155,8 @@ class Way:
             here = titles.get(self.machines.network(machine), [])
             if any(title.startswith("ray::ImplicitFunc") for title in here):
                 self.seen.trainers.add(machine.private)
-            if any(" -m tune_bisenet.spot " in title for title in here):
+            # Its beginning: the head's SSH to a worker has the whole command in its own title.
+            if any(title.startswith("python -m tune_bisenet.spot ") for title in here):
                 self.seen.watchers.add(machine.private)
 
     # --- what it leaves ---------------------------------------------------------------------------------------------

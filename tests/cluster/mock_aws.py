@@ -54,7 +54,7 @@ class MockAws:
 
 
 @contextmanager
-def mock_aws_server() -> Iterator[MockAws]:
+def mock_aws_server(address: str = "127.0.0.1") -> Iterator[MockAws]:
     """Moto's server on a free port, empty at the beginning and at the end."""
     calls: list[dict[str, str]] = []
     moto = DomainDispatcherApplication(create_backend_app)
@@ -66,13 +66,14 @@ def mock_aws_server() -> Iterator[MockAws]:
             calls.append(dict(parse_qsl(body.decode())))
         return moto(environ, start_response)
 
-    server = make_server("127.0.0.1", 0, recording, threaded=True)
+    server = make_server(address, 0, recording, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    url = f"http://{address}:{server.server_port}"
     try:
-        yield MockAws(f"http://127.0.0.1:{server.server_port}", calls)
+        yield MockAws(url, calls)
     finally:
-        urlopen(f"http://127.0.0.1:{server.server_port}/moto-api/reset", data=b"").close()
+        urlopen(f"{url}/moto-api/reset", data=b"").close()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import boto3
 import driving
@@ -36,6 +37,7 @@ class ObjectStore:
         self.requests: list[str] = []
         self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
         self._server.start()
+        urlopen(f"{self.endpoint}/moto-api/reset", data=b"").close()  # moto keeps one content for all its servers
         self._client().create_bucket(Bucket=BUCKET)
 
     @property

@@ -10,9 +10,9 @@ from typing import Final
 from tune_bisenet.storage import Storage
 
 SECONDS_BETWEEN_PAGES: Final = 45.0
-"""With the seconds it takes to write one, never older than a minute."""
+"""With the seconds it takes to write one, never older than a minute, but for searches of many hundred trials."""
 
-MAX_SHARE: Final = 0.05
+MAX_SHARE: Final = 0.1
 """Of the driver's time: a page over thousands of trials takes seconds of the processor that reports wait for."""
 
 log = logging.getLogger(__name__)

@@ -69,8 +69,10 @@ def test_a_full_disk_is_told_as_such_and_not_said_to_answer_because_it_can_be_re
 
 def test_time_that_is_up_is_a_storage_error_that_nobody_tries_again() -> None:
     outer = Stumbling()
-    with pytest.raises(StorageError, match="could not be read for 1 seconds: AWS Error NETWORK_CONNECTION") as caught:
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"could not be read for \d+ seconds: AWS Error NETWORK_CONN") as caught:
         Patience("s3://up", seconds=1.0)(Stumbling(*[AWAY] * 99))
+    assert time.monotonic() - began >= 1, "it is tried until the time is up, whatever the pauses were"
     outer.errors = [caught.value]
     with pytest.raises(StorageError):
         Patience("s3://up")(outer)
@@ -78,13 +80,13 @@ def test_time_that_is_up_is_a_storage_error_that_nobody_tries_again() -> None:
 
 
 def test_one_outage_is_waited_for_once() -> None:
-    patience = Patience("s3://once", seconds=4.0)  # a busy machine may take one of them between two lines
+    patience = Patience("s3://once", seconds=1.0)
     with pytest.raises(StorageError):
         patience(Stumbling(*[AWAY] * 99))
-    second = Stumbling(*[AWAY] * 3)
+    second = Stumbling(*[AWAY] * 99)
     with pytest.raises(StorageError):
         patience(second)
-    assert second.calls <= 3, "nearly all the time was up"
+    assert second.calls <= 2, "the time was up, but for what lies between two lines"
     assert patience(Stumbling()) == "answer"
     assert patience(Stumbling(AWAY)) == "answer", "this is another one"
 

@@ -111,16 +111,17 @@ class Patience:
         raise AssertionError("unreachable")
 
     def _pause(self, error: Exception, number: int, began: float, *, writing: bool) -> None:
-        """Wait longer each time, and never two processes in step; in all no longer than since the outage began."""
-        pause = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(number, 16)) * random.uniform(0.5, 1)
+        """Wait longer each time, and never two processes in step; in all as long as `seconds` since it went away."""
         waited = time.monotonic() - min(began, _NEWS.away_since(self.place))
-        if waited + pause > self.seconds:
+        left = self.seconds - waited
+        if left <= 0:
             raise StorageError(
                 f"{self.place} could not be {'written' if writing else 'read'} for {_words(waited)}: "
                 f"{in_a_line(error)}{_full(error)}"
             ) from error
         _NEWS.failed(self, error, writing=writing)
-        time.sleep(pause)
+        pause = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(number, 16)) * random.uniform(0.5, 1)
+        time.sleep(min(pause, left))
 
 
 def is_transient(error: Exception) -> bool:

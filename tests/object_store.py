@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -123,6 +124,24 @@ def _heard(store: ObjectStore) -> Iterator[None]:
 # --- a search in the bucket -----------------------------------------------------------------------------------------
 
 
+def make_store(place: Path) -> Iterator[ObjectStore]:
+    """A server that has the frames of `place`."""
+    with object_store() as store:
+        store.upload(place / "frames", "data/cityscapes")
+        yield store
+
+
+def leaderboard_here(place: Path, *, num_epochs: int) -> list[dict[str, str]]:
+    """Of two rows, whose space is left in `place`, with frames and results on this disk and nothing disturbing them."""
+    driving.write_space(place / "space.py", {"a": 0.01, "b": 0.05}, num_epochs=num_epochs, baseline="a")
+    with driving.Driver(place, *driving.on_frames(place), "--scheduler", "fifo", "--name", "undisturbed") as driver:
+        assert driver.end() == 0
+    board = driving.results(place / "undisturbed")
+    assert [row["status"] for row in board] == ["finished"] * 2
+    shutil.rmtree(place / "undisturbed")
+    return board
+
+
 @dataclass(frozen=True)
 class StoredSearch:
     """What a search whose storage is `searches` in the bucket has left there so far."""
@@ -131,6 +150,13 @@ class StoredSearch:
     store: ObjectStore
     name: str
     trials: tuple[str, ...] = ("a", "b")
+
+    @property
+    def flags(self) -> list[str]:
+        """Of the run that begins it."""
+        what = ["--space", str(self.place / "space.py"), "--backbone", "none", "--scheduler", "fifo"]
+        where = ["--data", self.store.uri("data/cityscapes"), "--storage", self.store.uri("searches")]
+        return [*what, *where, "--name", self.name]
 
     def read(self, name: str) -> bytes:
         return self.store.read(f"searches/{self.name}/{name}") or b""

@@ -5,13 +5,12 @@ Real heads in sessions of their own, jobs that were submitted to them, storage a
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driving import Driver, make_place, on_frames, results, write_space
+from driving import make_place
 from heads import SUBMIT, Follower, Head, Tunnel, submit
-from object_store import ObjectStore, StoredSearch, assert_no_secret, assert_reported_from, object_store
+from object_store import ObjectStore, StoredSearch, assert_no_secret, assert_reported_from, leaderboard_here, make_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -21,27 +20,12 @@ place = pytest.fixture(scope="module")(make_place)
 elsewhere = pytest.fixture(scope="module")(make_place)
 
 
-@pytest.fixture(scope="module")
-def store(place: Path) -> Iterator[ObjectStore]:
-    with object_store() as store:
-        store.upload(place / "frames", "data/cityscapes")
-        yield store
+store = pytest.fixture(scope="module")(make_store)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> list[dict[str, str]]:
-    """The leaderboard of the same search on this machine alone."""
-    write_space(place / "space.py", {"a": 0.01, "b": 0.05}, num_epochs=NUM_EPOCHS, baseline="a")
-    with Driver(place, *on_frames(place), "--scheduler", "fifo", "--name", "undisturbed") as driver:
-        assert driver.end() == 0
-    return results(place / "undisturbed")
-
-
-def command(search: StoredSearch) -> list[str]:
-    """The run's flags, as they are submitted."""
-    what = ["--space", str(search.place / "space.py"), "--backbone", "none", "--scheduler", "fifo"]
-    where = ["--data", search.store.uri("data/cityscapes"), "--storage", search.store.uri("searches")]
-    return ["--", *what, *where, "--name", search.name]
+    return leaderboard_here(place, num_epochs=NUM_EPOCHS)
 
 
 def test_a_search_whose_head_died_goes_on_by_the_same_command_on_another_cluster(
@@ -50,7 +34,7 @@ def test_a_search_whose_head_died_goes_on_by_the_same_command_on_another_cluster
     search = StoredSearch(place, store, "moved")
     with Head(place) as first, Tunnel(first.port) as tunnel:
         first.until(first.answers)
-        with Follower(first, tunnel, *command(search), how=SUBMIT) as follower:
+        with Follower(first, tunnel, "--", *search.flags, how=SUBMIT) as follower:
             follower.until(search.has_done(4), seconds=120)
             first.vanish()
             tunnel.cut()
@@ -60,7 +44,7 @@ def test_a_search_whose_head_died_goes_on_by_the_same_command_on_another_cluster
             with Head(elsewhere, token=first.token.read_text()) as second:
                 second.until(second.answers)
                 assert_unknown(second)
-                again = submit(second, "--no-wait", *command(search), "--resume")
+                again = submit(second, "--no-wait", "--", *search.flags, "--resume")
                 assert again.returncode == 0, again.stderr
                 tunnel.mend(target=second.port)
                 resumed = submit(second, "logs", "moved")

@@ -7,11 +7,10 @@ on this machine's disk that nothing happened to.
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driving import PROJECT, Driver, end_process, make_place, on_frames, results, write_space
+from driving import PROJECT, Driver, end_process, make_place
 from object_store import (
     KEY_ID,
     SECRET,
@@ -19,7 +18,8 @@ from object_store import (
     StoredSearch,
     assert_no_secret,
     assert_reported_from,
-    object_store,
+    leaderboard_here,
+    make_store,
 )
 
 from tune_bisenet.ray_session import RESTARTABLE
@@ -32,32 +32,19 @@ OUTAGE_SECONDS = 15
 place = pytest.fixture(scope="module")(make_place)
 
 
-@pytest.fixture(scope="module")
-def store(place: Path) -> Iterator[ObjectStore]:
-    with object_store() as store:
-        store.upload(place / "frames", "data/cityscapes")
-        yield store
+store = pytest.fixture(scope="module")(make_store)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> list[dict[str, str]]:
-    """The leaderboard of the same search with frames and results on this disk."""
-    write_space(place / "space.py", {"a": 0.01, "b": 0.05}, num_epochs=NUM_EPOCHS, baseline="a")
-    with Driver(place, *on_frames(place), "--scheduler", "fifo", "--name", "local") as driver:
-        assert driver.end() == 0
-    board = results(place / "local")
-    assert [row["status"] for row in board] == ["finished"] * 2
-    shutil.rmtree(place / "local")
-    return board
+    return leaderboard_here(place, num_epochs=NUM_EPOCHS)
 
 
 class Search(StoredSearch):
     """One that is started from here."""
 
     def start(self, **variables: str) -> Driver:
-        what = ["--space", str(self.place / "space.py"), "--backbone", "none", "--scheduler", "fifo"]
-        where = ["--data", self.store.uri("data/cityscapes"), "--storage", self.store.uri("searches")]
-        return Driver(self.place, *what, *where, "--name", self.name, variables=variables)
+        return Driver(self.place, *self.flags, variables=variables)
 
     def resume(self, *, cwd: Path = PROJECT, **variables: str) -> Driver:
         """As on a machine whose environment names the server."""

@@ -25,7 +25,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Pool, event
 
-from tune_bisenet import ledger
+from tune_bisenet import endings, ledger
 from tune_bisenet.config import Run, Sampler
 from tune_bisenet.ledger import Ledger
 from tune_bisenet.rehearsal import read_suggested
@@ -109,10 +109,10 @@ class Search:
 
     def book(self, suggested: Mapping[str, Suggested]) -> Ledger:
         """What the last session has left of it, or a new one."""
-        kept = ledger.read_trials(self.folder)
+        earlier = endings.completed(self.folder, ledger.read_trials(self.folder).standings, suggested)
         return Ledger(
             self.folder,
-            [ledger.carried_over(name, one.run, kept.standings) for name, one in suggested.items()],
+            [ledger.carried_over(name, one.run, earlier) for name, one in suggested.items()],
             captions=[],
             baseline="a",
             scheduler_state=lambda: {"seen": [], "stops": {}},

@@ -156,7 +156,7 @@ def test_disk_is_told_for_nodes_and_storage(place: Path) -> None:
     """Of SGD's 13.4 million weights of four bytes, `last.pt` has two of each, `best.pt` one."""
     disk = plan_of(flight_of(place))["disk"]
     assert "of packed frames on every node" in disk
-    assert "161 MB a trial, 107 MB more while it runs or if it is stopped: 806 MB to 1.34 GB in all" in disk
+    assert "53.8 MB a trial, 215 MB more until it has ended: at most 699 MB in all" in disk
 
 
 def page(flight: Flight, *, width: int = 100) -> str:

@@ -84,12 +84,10 @@ def test_a_run_goes_on_from_the_last_epoch_saved(training: Training, folder: Sto
     assert mark_of(training) == 3.0
 
 
-def test_the_epoch_before_is_kept_until_the_run_ends(training: Training, folder: Storage) -> None:
+def test_the_epoch_before_is_kept(training: Training, folder: Storage) -> None:
     save_epochs(training, folder, 3)
     assert len(from_bytes(local(folder, PREVIOUS).read_bytes())["history"]) == 2
-    checkpoint.end(folder)
-    assert sorted(path.name for path in Path(folder.path).iterdir()) == [LAST]
-    checkpoint.end(folder)
+    assert sorted(path.name for path in Path(folder.path).iterdir()) == [LAST, PREVIOUS]
 
 
 def test_numbers_that_are_none_and_classes_without_a_score_come_back(training: Training, folder: Storage) -> None:

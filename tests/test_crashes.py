@@ -200,3 +200,9 @@ def test_what_asha_saw_and_decided_survives_the_driver(place: Path, folder: Path
     num_others = len(before["scheduler"]["seen"])
     assert any(f"of {count} others (ASHA)" in board["weak"]["stopped_by"] for count in (num_others, num_others + 1))
     assert board["good"]["status"] == "finished"
+    (folder / "trials.json").unlink()
+    epochs_before = {trial: epoch_numbers(folder / trial) for trial in rows}
+    with resume(folder) as driver:
+        assert driver.end() == 0
+    assert leaderboard(folder) == list(board.values()), "each trial's own folder knows how it ended"
+    assert {trial: epoch_numbers(folder / trial) for trial in rows} == epochs_before

@@ -34,6 +34,9 @@ def result(epoch: int, miou: float = 10.0) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Storage:
+    """Of a search whose trials have folders."""
+    for trial in ("a", "b"):
+        (tmp_path / trial).mkdir()
     return Storage.at(str(tmp_path))
 
 
@@ -107,12 +110,12 @@ def test_storage_is_not_drowned_by_short_epochs(book: Ledger, tmp_path: Path) ->
 
 
 class Slow(Storage):
-    """Takes its time, and remembers what was written."""
+    """Takes its time with what is about all trials, and remembers what was written."""
 
     written: ClassVar[list[str]] = []
 
     def write(self, name: str, content: bytes) -> None:
-        time.sleep(0.1)
+        time.sleep(0.1 if name in (TRIALS, ledger.LEADERBOARD_CSV, ledger.LEADERBOARD_MD) else 0.0)
         self.written.append(name)
         super().write(name, content)
 
@@ -129,6 +132,7 @@ def test_where_a_write_takes_long_trials_that_end_together_share_one(slow: Slow)
     names = [f"r{number:02}" for number in range(50)]
     book = Ledger(slow, [standing(name) for name in names], captions=[], baseline=None, scheduler_state=dict)
     for name in names:
+        (slow / name).make()
         book.heard(name, result(4))
         book.ended(name, diverged=False, stopped_by="")
     assert slow.written.count(TRIALS) < 25

@@ -188,7 +188,8 @@ def test_the_manifest_says_how_the_search_was_made(seen: Seen) -> None:
 def test_each_trial_keeps_weights_and_epochs_and_event_files(seen: Seen) -> None:
     for trial in ("good-s0", "mild-s1"):
         names = {path.name for path in (seen.folder / trial).iterdir()}
-        assert {"last.pt", "best.pt", "best.npz", "epochs.json"} <= names
+        assert {"ended.json", "best.pt", "best.npz", "epochs.json"} <= names
+        assert not {"last.pt", "previous.pt"} & names, "nothing goes on from there"
         assert any(".tfevents." in name for name in names)
         assert not any(name.endswith(".part") for name in names)
         assert epoch_numbers(seen.folder / trial) == [1, 2, 3]

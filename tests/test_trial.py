@@ -130,7 +130,7 @@ def test_a_trial_that_was_killed_ends_as_one_that_was_not(
     assert [epoch["epoch"] for epoch in numbers_of(Path(job.storage) / run.name)] == [1, 2, 3]
 
 
-def test_a_trial_that_has_ended_only_reports_its_end_again(run: Run, job: Job, expected: list[dict[str, Any]]) -> None:
+def test_a_trial_whose_end_nobody_heard_of_reports_it_again(run: Run, job: Job, expected: list[dict[str, Any]]) -> None:
     trained(run, job)
     before = (Path(job.storage) / run.name / "last.pt").stat().st_mtime_ns
     assert timeless(trained(run, job)) == timeless(expected[-1:])

@@ -1,8 +1,9 @@
 """Save and load a run's state: whole or not at all, versioned, checked, and with no code in it.
 
-A trial keeps three files: `last.pt` to go on from, `previous.pt` should that one be damaged, and `best.pt`, the
-weights of its best epoch. Each is an archive as torch writes it, followed by its SHA-256, which torch.load skips. The
-archive's own CRC-32 sums do not cover its directory, where one flipped bit makes torch load anything as weights.
+A trial that goes on keeps three files: `last.pt` to go on from, `previous.pt` should that one be damaged, and
+`best.pt`, the weights of its best epoch; that alone stays when the trial has ended (`endings`). Each is an archive
+as torch writes it, followed by its SHA-256, which torch.load skips. The archive's own CRC-32 sums do not cover its
+directory, where one flipped bit makes torch load anything as weights.
 """
 
 import hashlib
@@ -14,13 +15,10 @@ from typing import Any, Final
 import torch
 
 from tune_bisenet.engine import Training
-from tune_bisenet.results import Epoch
+from tune_bisenet.results import BEST, LAST, PREVIOUS, Epoch
 from tune_bisenet.storage import Storage
 
 FORMAT: Final = 1
-LAST: Final = "last.pt"
-PREVIOUS: Final = "previous.pt"
-BEST: Final = "best.pt"
 ASIDE: Final = ".damaged"
 
 log = logging.getLogger(__name__)
@@ -44,12 +42,6 @@ def save(training: Training, history: list[Epoch], folder: Storage, *, identity:
     if folder.exists(LAST):
         folder.move(LAST, PREVIOUS)
     folder.write(LAST, content)
-
-
-def end(folder: Storage) -> None:
-    """The run has ended: what was kept in case `last.pt` is damaged while it goes on can go."""
-    if folder.exists(PREVIOUS):
-        folder.delete(PREVIOUS)
 
 
 def save_best(training: Training, epoch: Epoch, folder: Storage, *, identity: str) -> None:

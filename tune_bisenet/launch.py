@@ -7,7 +7,7 @@ from typing import Any, Final, assert_never
 
 from rich.console import Console
 
-from tune_bisenet import briefing, ledger, manifest, plan, ray_session, rehearsal, rungs, search
+from tune_bisenet import briefing, endings, ledger, manifest, plan, ray_session, rehearsal, rungs, search
 from tune_bisenet.arguments import Limits
 from tune_bisenet.board import Board
 from tune_bisenet.config import Job, Resources, Run
@@ -18,7 +18,7 @@ from tune_bisenet.plan import DataFacts
 from tune_bisenet.progress import Progress
 from tune_bisenet.recorder import Outcome
 from tune_bisenet.report import keeper
-from tune_bisenet.results import Standing
+from tune_bisenet.results import BEST, Standing
 from tune_bisenet.rungs import Judge, Rungs
 from tune_bisenet.stopping import EarlyStopping
 from tune_bisenet.study import confirm
@@ -76,11 +76,12 @@ class _Session:
         job = flight.job(cpus_per_trial=resources.cpus_per_trial, use_gpu=use_gpu)
         kept = ledger.read_trials(survey.folder)
         runs = _runs(flight, job)
+        earlier = endings.completed(survey.folder, kept.standings, runs) if survey.earlier else []
         scheduler = EarlyStopping(_judge(flight, kept.scheduler))
         only = survey.arguments.rerun
         book = Ledger(
             survey.folder,
-            [ledger.carried_over(name, run, kept.standings, only=only) for name, run in runs.items()],
+            [ledger.carried_over(name, run, earlier, only=only) for name, run in runs.items()],
             captions=survey.captions,
             baseline=survey.space.baseline,
             only=only,
@@ -143,7 +144,7 @@ class _Session:
             survey.name,
             sampling.question,
             limit=survey.limits.trials,
-            checkpoint_of=lambda trial: f"{survey.folder.uri}/{trial}/best.pt",
+            checkpoint_of=lambda trial: f"{survey.folder.uri}/{trial}/{BEST}",
         )
         notes = {f"note {number}": caption for number, caption in enumerate(survey.captions, start=1)}
         study.describe(

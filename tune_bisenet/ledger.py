@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
+from tune_bisenet import endings
 from tune_bisenet.config import Run
 from tune_bisenet.report import leaderboard
 from tune_bisenet.results import ENDED_WELL, SEARCH, TRIALS, Standing, Status
@@ -139,6 +140,7 @@ class Ledger:
             self._set(trial, status="stopped", stopped_by=stopped_by)
         else:
             self._set(trial, status="finished")
+        endings.keep(self._folder / trial, self._standings[trial])
         self._write_unless_costly()
 
     def failed(self, trial: str, error: str) -> None:

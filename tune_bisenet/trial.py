@@ -77,7 +77,6 @@ def run_trial(run: Run, job: Job, *, report: Callable[[dict[str, Any]], None]) -
             if end.epoch.diverged:
                 return
             _die_if_hung(history)
-        checkpoint.end(folder)
         tracker.finish()
 
 

@@ -39,8 +39,13 @@ class Footprint:
 
     @property
     def last(self) -> int:
-        """Of `last.pt`, and of `previous.pt`: to go on from."""
+        """Of `last.pt`."""
         return self.weights + self.optimizer
+
+    @property
+    def going_on(self) -> int:
+        """Of `last.pt` and `previous.pt`, which go when the trial has ended."""
+        return 2 * self.last
 
     @property
     def best(self) -> int:

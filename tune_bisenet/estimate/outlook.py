@@ -248,11 +248,11 @@ def _disk(outlook: Outlook) -> str:
     prints = [_footprint(outlook, run) for run, _done in outlook.work.left]
     if not prints:
         return f"{_bytes(packs)} of packed frames on every node{free}"
-    ended = sum(one.last + one.best for one in prints)
-    more = sum(one.last for one in prints)
+    ended = sum(one.best for one in prints)
+    going_on = sum(sorted((one.going_on for one in prints), reverse=True)[: outlook.at_once])
     first = prints[0]
-    each = f"{_bytes(first.last + first.best)} a trial, {_bytes(first.last)} more while it runs or if it is stopped"
-    total = "" if outlook.work.endless else f": {_bytes(ended)} to {_bytes(ended + more)} in all"
+    each = f"{_bytes(first.best)} a trial, {_bytes(first.going_on)} more until it has ended"
+    total = "" if outlook.work.endless else f": at most {_bytes(ended + going_on)} in all"
     return f"{_bytes(packs)} of packed frames on every node{free}; in storage {each}{total}"
 
 

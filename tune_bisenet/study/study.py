@@ -24,7 +24,7 @@ from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_tria
 from sqlalchemy.exc import SQLAlchemyError
 
 from tune_bisenet.config import Objective, Run, Sampler
-from tune_bisenet.results import Epoch, Standing, Status
+from tune_bisenet.results import BEST, Epoch, Standing, Status
 from tune_bisenet.study.sampling import Draw, Point, build_sampler
 from tune_bisenet.suggested import Known, Suggested
 
@@ -269,7 +269,7 @@ class Study:
                 about = {
                     "status": one.standing.status,
                     "source": one.source,
-                    "checkpoint": f"{one.source}/best.pt",
+                    "checkpoint": f"{one.source}/{BEST}",
                 }
                 frozen = _frozen(one.suggested, one.standing, one.epochs, self._question.objectives, about=about)
                 self._create(frozen)

@@ -97,7 +97,8 @@ def test_a_sampled_search_is_planned_by_what_it_may_draw(place: Path, capsys: py
     assert "confirms nothing" in page["promises"]
 
 
-def test_a_plan_to_resume_counts_what_is_left(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def begun(place: Path) -> None:
+    """A search x of which r01 has ended."""
     kept = Standing(
         trial="r01", run="r01", seed=0, num_epochs=4, status="finished", epochs=4, seconds=40.0, best_miou=1.0
     )
@@ -108,9 +109,20 @@ def test_a_plan_to_resume_counts_what_is_left(place: Path, capsys: pytest.Captur
     record = {"choices": choices | more | {"scheduler": "fifo", "precision": "fp32"}, "trials": {}, "data": {}}
     (folder / "search.json").write_text(json.dumps(record))
     (folder / "trials.json").write_text(json.dumps({"standings": [kept.to_json()], "scheduler": None, "seconds": 40}))
+
+
+def test_a_plan_to_resume_counts_what_is_left(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(place)
     page = said(capsys, "--resume", "--name", "x", "--storage", str(place), "--max-concurrent", "1")
     assert page["speed"] == "10.0 s an epoch, as in earlier sessions of this search"
     assert page["time"] == "about 2 min 50 s for all to their end, 1 at once, after Ray's start"
+
+
+def test_a_plan_to_add_names_trials_as_the_search_will(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(place)
+    page = said(capsys, "--add", "--seeds", "1", "--name", "x", "--storage", str(place), "--images-per-second", "9")
+    assert "r01, " in page["trials"]
+    assert "r01-s1" in page["trials"]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 from driving import PROJECT, epoch_numbers, make_place, on_frames, statuses, write_space
 from heads import SUBMIT, Follower, Head, Tunnel, free_port, submit
 
+from tune_bisenet.outages import PATIENCE_VARIABLE
 from tune_bisenet.submit import main as run_submit
 
 NUM_EPOCHS = 40
@@ -26,6 +27,11 @@ from tune_bisenet import submit
 from tune_bisenet.jobs import api
 api.PATIENCE_SECONDS = 1.0
 sys.exit(submit.main(sys.argv[1:]))
+"""
+
+SAYING_WHERE = f"""
+import os, sys, tune_bisenet
+sys.stderr.write(f'sent: {{tune_bisenet.__file__}}, patience: {{os.environ.get("{PATIENCE_VARIABLE}")}}\\n')
 """
 
 place = pytest.fixture(scope="module")(make_place)
@@ -62,11 +68,13 @@ def on_a_cluster(test: Any) -> Any:
 def test_a_search_is_sent_with_its_space_and_followed_to_its_end(head: Head, place: Path) -> None:
     write_space(place / "mine.py", {"a": 0.01}, num_epochs=2)
     with (place / "mine.py").open("a") as file:
-        file.write("import sys, tune_bisenet\nsys.stderr.write(f'sent: {tune_bisenet.__file__}\\n')\n")
-    followed = submit(head, "--", *on_frames(place, "mine.py"), "--name", "whole", seconds=150)
+        file.write(SAYING_WHERE)
+    here = head.credentials | {PATIENCE_VARIABLE: "77"}
+    followed = submit(head, "--", *on_frames(place, "mine.py"), "--name", "whole", credentials=here, seconds=150)
     assert followed.returncode == 0, followed.stdout + followed.stderr
     assert statuses(place / "whole") == {"a": "finished"}
     assert f"sent: {place / 'ray'}" in followed.stdout, "the job runs what was sent, not what is installed"
+    assert "patience: 77" in followed.stdout, "as here, whatever the head was started with"
     assert "2/2" in followed.stdout
     assert "submitted as job whole; it goes on without this terminal" in followed.stderr
     assert "job whole: succeeded." in followed.stderr

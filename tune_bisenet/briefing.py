@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tune_bisenet import plan
 from tune_bisenet.arguments import NO_BACKBONE, Choices, Limits, duration_words
-from tune_bisenet.config import Precision, Resources, Run, size_words
+from tune_bisenet.config import Precision, Resources, Run, size_words, trial_name
 from tune_bisenet.estimate import forecast, promises
 from tune_bisenet.estimate.forecast import Work
 from tune_bisenet.estimate.outlook import Line, Outlook
@@ -20,6 +20,7 @@ from tune_bisenet.recorder import Outcome
 from tune_bisenet.report import leaderboard
 from tune_bisenet.results import Standing
 from tune_bisenet.suggested import Known, Suggested
+from tune_bisenet.words import counted
 
 TITLE_WIDTH: Final = 11
 COPIED: Final = frozenset({"search", "data", "results", "watch", "study", "resume"})
@@ -133,17 +134,13 @@ def plan_lines(flight: Flight, outlook: Outlook, runs: Mapping[str, Run]) -> lis
 
 def survey_lines(outlook: Outlook) -> list[Line]:
     """The same of a search that is not started."""
-    runs = {} if outlook.survey.draft else _named(outlook.survey.runs)
-    return [*_what(outlook, runs, None), *outlook_lines(outlook), *_notes(outlook.survey)]
+    survey = outlook.survey
+    runs = {} if survey.draft else {trial_name(run, plain_seed=survey.choices.plain_seed): run for run in survey.runs}
+    return [*_what(outlook, runs, None), *outlook_lines(outlook), *_notes(survey)]
 
 
 def _notes(survey: Survey) -> list[Line]:
     return [("note", caption) for caption in survey.captions]
-
-
-def _named(runs: Sequence[Run]) -> dict[str, Run]:
-    several = len({run.seed for run in runs}) > 1
-    return {f"{run.name}-s{run.seed}" if several else run.name: run for run in runs}
 
 
 def _what(outlook: Outlook, runs: Mapping[str, Run], sampling: Sampling | None) -> list[Line]:
@@ -164,8 +161,8 @@ def _what(outlook: Outlook, runs: Mapping[str, Run], sampling: Sampling | None) 
 def _grid_trials(survey: Survey, runs: Mapping[str, Run]) -> list[Line]:
     epochs = sum(run.num_epochs for run in runs.values())
     iterations = sum(run.num_epochs * plan.iterations_per_epoch(run, survey.facts) for run in runs.values())
-    words = f"{len(runs)} ({_shortened(list(runs))}), {epochs:,} epochs, {iterations:,} iterations in all"
-    return [("trials", words)]
+    amount = f"{counted(epochs, 'epoch')}, {counted(iterations, 'iteration')} in all"
+    return [("trials", f"{len(runs)} ({_shortened(list(runs))}), {amount}")]
 
 
 def _sampled_trials(survey: Survey, runs: Mapping[str, Run], sampling: Sampling | None) -> list[Line]:
@@ -175,7 +172,7 @@ def _sampled_trials(survey: Survey, runs: Mapping[str, Run], sampling: Sampling 
     number = "as many as time allows" if limits.trials is None else str(limits.trials)
     first = f", the rows {_shortened(rows)} first" if rows else ""
     iterations = plan.iterations_per_epoch(example, survey.facts)
-    words = f"{number}{first}, {example.num_epochs} epochs of {iterations} iterations each"
+    words = f"{number}{first}, {counted(example.num_epochs, 'epoch')} of {counted(iterations, 'iteration')} each"
     if limits.confirm is not None:
         words += f"; then up to {CONFIRMED_RUNS * limits.confirm} with fresh seeds"
     return [
@@ -269,9 +266,9 @@ def _print_line(console: Console, line: str | Text) -> None:
 
 def _device(resources: Resources, precision: Precision) -> str:
     each = f"{resources.gpus_per_trial:g} GPU, " if resources.gpus_per_trial else ""
-    cores = f"{resources.cpus_per_trial} CPU core{'s' if resources.cpus_per_trial > 1 else ''}"
+    cores = counted(resources.cpus_per_trial, "CPU core")
     more = ", more as the cluster starts nodes for those that wait" if resources.grows else ""
-    return f"{resources.concurrency} trials at once{more}, {each}{cores} each, {precision}"
+    return f"{counted(resources.concurrency, 'trial')} at once{more}, {each}{cores} each, {precision}"
 
 
 def _shortened(names: list[str]) -> str:

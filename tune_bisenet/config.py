@@ -247,8 +247,12 @@ class Job(Frozen):
         return fingerprint(parts)
 
     def trial_name(self, run: Run) -> str:
-        """`r01`, or `r01-s2` where the search has several seeds. Seeds added later rename nothing."""
-        return run.name if run.seed == self.plain_seed else f"{run.name}-s{run.seed}"
+        return trial_name(run, plain_seed=self.plain_seed)
+
+
+def trial_name(run: Run, *, plain_seed: int | None) -> str:
+    """`r01`, or `r01-s2` where the search has several seeds. Seeds added later rename nothing."""
+    return run.name if run.seed == plain_seed else f"{run.name}-s{run.seed}"
 
 
 class Resources(Frozen):

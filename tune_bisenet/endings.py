@@ -23,13 +23,14 @@ def completed(search: Storage, earlier: Sequence[Standing], trials: Iterable[str
     known = {standing.trial: standing for standing in earlier}
     for trial in trials:
         if trial not in known or known[trial].status not in ENDED_WELL:
-            ending = _read(search / trial)
+            ending = read(search / trial)
             known |= {trial: ending} if ending else {}
     return list(known.values())
 
 
-def _read(folder: Storage) -> Standing | None:
+def read(folder: Storage) -> Standing | None:
+    """How the trial in `folder` ended; None if it has not, or the file is damaged."""
     try:
         return Standing.from_json(json.loads(folder.read(ENDED) or b"null"))
-    except (ValueError, TypeError, AttributeError):  # nothing, no JSON, or JSON of another shape
+    except (ValueError, TypeError, AttributeError):  # no JSON, or JSON of another shape
         return None

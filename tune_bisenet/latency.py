@@ -17,6 +17,7 @@ from pydantic import PositiveFloat, PositiveInt, TypeAdapter
 from tune_bisenet import engine
 from tune_bisenet.config import Precision, Run
 from tune_bisenet.model import BiSeNet
+from tune_bisenet.words import counted
 
 NUM_WARMUPS: Final = 5
 """Predictions before the first that counts: caches fill, cuDNN chooses its algorithms, clocks rise."""
@@ -92,5 +93,4 @@ def _wait_for(device: torch.device) -> None:
 def _name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    num_threads = torch.get_num_threads()
-    return f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''}"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"

@@ -18,6 +18,7 @@ from itertools import count
 from typing import Final, TypeVar
 
 from tune_bisenet.secrets import in_a_line
+from tune_bisenet.words import counted
 
 PATIENCE_SECONDS: Final = 600.0
 """How long a search waits for its storage, unless $TUNE_BISENET_PATIENCE says another number of seconds."""
@@ -148,7 +149,7 @@ def _full(error: Exception) -> str:
 
 
 def _words(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    return counted(round(seconds / 60), "minute") if seconds >= 90 else counted(round(seconds), "second")
 
 
 class _News:

@@ -10,6 +10,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from tune_bisenet.config import Run
+from tune_bisenet.words import counted
 
 REFERENCE_ITERATIONS_PER_EPOCH: Final = 500
 """The table's own scale, "2500 iterations ≈ 5 epochs": what a proxy keeps the proportions of."""
@@ -74,7 +75,8 @@ def run_problems(run: Run, data: DataFacts) -> list[str]:
     if run.schedule.warmup_iterations >= total:
         return [
             f"{run.name}: a warm-up of {run.schedule.warmup_iterations} iterations does not fit into {total} "
-            f"({run.num_epochs} epochs of {per_epoch}). Train longer, or pass --proxy to keep the table's proportions."
+            f"({counted(run.num_epochs, 'epoch')} of {per_epoch}). "
+            "Train longer, or pass --proxy to keep the table's proportions."
         ]
     return []
 
@@ -83,8 +85,8 @@ def proxy_caption(run: Run, data: DataFacts) -> str:
     """The sentence that goes with every table, plot and page made from a proxy."""
     per_epoch = iterations_per_epoch(run, data)
     return (
-        f"Proxy: {run.num_epochs} epochs of {per_epoch} iterations stand for the table's own scale of "
-        f"{REFERENCE_ITERATIONS_PER_EPOCH} an epoch, warm-up and loss switch in proportion. "
+        f"Proxy: {counted(run.num_epochs, 'epoch')} of {counted(per_epoch, 'iteration')} stand for the table's own "
+        f"scale of {REFERENCE_ITERATIONS_PER_EPOCH} an epoch, warm-up and loss switch in proportion. "
         "Its mIoU is not that of the full runs."
     )
 

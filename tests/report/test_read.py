@@ -10,6 +10,7 @@ import pyarrow.fs
 import pytest
 from searches import MIOU, RUNS, best, cut, epochs, manifest, standing, write_json, write_search, write_trial
 
+from tune_bisenet import endings
 from tune_bisenet.evidence import BEST, best_to_bytes
 from tune_bisenet.report.read import read_best, read_search
 from tune_bisenet.results import EPOCHS, SEARCH, TRIALS
@@ -127,6 +128,14 @@ def test_lost_standings_are_made_from_the_epochs(folder: Storage, content: bytes
     assert [one.status for one in search.standings] == ["finished", "running", "finished", "diverged"]
     (note,) = search.notes
     assert note.startswith(TRIALS)
+
+
+def test_lost_standings_are_those_that_trials_ended_with(folder: Storage) -> None:
+    before = read_search(folder).standings
+    stopped = replace(before[1], status="stopped", stopped_by="below the median (ASHA)")
+    endings.keep(folder / stopped.trial, stopped)
+    folder.delete(TRIALS)
+    assert read_search(folder).standings[1] == stopped
 
 
 def test_a_search_that_has_only_begun_has_waiting_trials(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tune_bisenet.estimate.timing import Timings
 from tune_bisenet.flight import Survey
 from tune_bisenet.progress import format_duration
 from tune_bisenet.rungs import Forecast
+from tune_bisenet.words import counted
 
 Line = tuple[str, str]
 """Title and text."""
@@ -115,7 +116,7 @@ def _timed(timings: Timings, resources: Resources) -> str:
     words += [f"{1 / first[1].val:.3g} in validation"]
     words += [f"{timings.num_untimed} kinds of epochs go by those most alike"] if timings.num_untimed else []
     beside = f", {timings.side_by_side} trials side by side" if timings.side_by_side > 1 else ""
-    each = "" if resources.gpus_per_trial else f", {_count(resources.cpus_per_trial, 'thread')} each"
+    each = "" if resources.gpus_per_trial else f", {counted(resources.cpus_per_trial, 'thread')} each"
     return f"{', '.join(words)}; timed for {timings.seconds:.0f} s on {timings.device}{beside}{each}"
 
 
@@ -286,7 +287,3 @@ def _bytes(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number / 1e3:.3g} kB"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

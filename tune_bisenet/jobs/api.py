@@ -21,6 +21,7 @@ from ray.job_submission import JobSubmissionClient
 from tune_bisenet.jobs import submission
 from tune_bisenet.jobs.job import STOP_SECONDS, ClusterError, Job, LostError, UnreachableError, choose_id, is_local
 from tune_bisenet.jobs.submission import Submission
+from tune_bisenet.outages import PATIENCE_VARIABLE
 from tune_bisenet.provenance import COMMIT_VARIABLE, commit
 
 REQUEST_SECONDS: Final = (5.0, 60.0)
@@ -226,5 +227,6 @@ def _in_words(error: Exception, address: str, job_id: str) -> ClusterError:
 
 def _variables() -> dict[str, str]:
     """What a job is told besides its command. The cluster shows them to all who can reach it."""
-    known = commit()
-    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)} | ({COMMIT_VARIABLE: known} if known else {})
+    given = {COMMIT_VARIABLE: commit(), PATIENCE_VARIABLE: os.environ.get(PATIENCE_VARIABLE)}
+    known = {name: value for name, value in given.items() if value}
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)} | known

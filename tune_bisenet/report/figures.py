@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 from tune_bisenet.report.read import SearchRecord
 from tune_bisenet.report.samples import MAX_LINES, shown_rows, thinned
 from tune_bisenet.results import Epoch
+from tune_bisenet.words import counted
 
 BASELINE_COLOUR: Final = "#7d8590"
 COLOURS: Final = (
@@ -182,7 +183,7 @@ def _row_traces(name: str, values: Mapping[int, Sequence[float]], *, colour: str
         "x": epochs,
         "y": [short(sum(found) / len(found)) for found in values.values()],
         "customdata": [
-            [low, high, f"{len(found)} seed{'s' * (len(found) > 1)}"]
+            [low, high, counted(len(found), "seed")]
             for low, high, found in zip(lows, highs, values.values(), strict=True)
         ],
         "hovertemplate": f"<b>{name}</b> epoch %{{x}}: %{{y}}<br>%{{customdata[0]}} to %{{customdata[1]}}, "

@@ -7,6 +7,7 @@ from typing import Any, Final
 from tune_bisenet.report.figures import BASELINE_COLOUR, Figure, Trace
 from tune_bisenet.report.samples import Sample, best_sample, floor_of, param_words, round_numbers
 from tune_bisenet.results import Status
+from tune_bisenet.words import counted
 
 SAMPLED_COLOUR: Final = "#3b7dd8"
 DECLARED_COLOUR: Final = "#e8833a"
@@ -54,7 +55,7 @@ def history(of: Sequence[Sample]) -> Figure | None:
 
 def floor_words(below: int) -> str:
     """What the lower edge of a plot means, if `below` trials lie there."""
-    return f" On the lower edge: {below} trial{'s' * (below > 1)} below it, or without mIoU." if below else ""
+    return f" On the lower edge: {counted(below, 'trial')} below it, or without mIoU." if below else ""
 
 
 def _points(shown: Sequence[Sample], floor: float) -> list[Trace]:

@@ -11,6 +11,7 @@ from typing import Final
 from tune_bisenet.config import Run
 from tune_bisenet.report.power import Power
 from tune_bisenet.report.verdicts import Claim, Judgement, Kind, Verdict, differences
+from tune_bisenet.words import counted
 
 BAR_WIDTH: Final = 220.0
 BAR_MARGIN: Final = 6.0
@@ -111,7 +112,7 @@ def _interval_words(claim: Claim) -> str:
 
 
 def _evidence_words(claim: Claim) -> str:
-    seeds = f"{claim.n_pairs} seed{'' if claim.n_pairs == 1 else 's'}"
+    seeds = counted(claim.n_pairs, "seed")
     return seeds if claim.p_holm is None else f"{seeds}, p {_p(claim.p_holm)} after Holm"
 
 
@@ -121,7 +122,7 @@ def to_decide_words(claim: Claim, judgement: Judgement, price: float | None) -> 
         return ""
     if claim.seeds_capped:
         return f"more than {claim.seeds_needed} more seeds"
-    parts = [f"{claim.seeds_needed} more seed{'' if claim.seeds_needed == 1 else 's'}"]
+    parts = [counted(claim.seeds_needed, "more seed")]
     if claim.cost_hours is not None:
         parts.append(f"{claim.cost_hours:.3g} {judgement.unit}")
         parts += [] if price is None else [f"{claim.cost_hours * price:,.2f} to pay"]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
+from tune_bisenet import endings
 from tune_bisenet.config import Run
 from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.evidence import BEST, Best
@@ -210,7 +211,7 @@ def _read_trial(folder: Storage, run: Run, *, trial: str, standing: Standing | N
     return TrialRecord(
         folder=folder,
         run=run,
-        standing=standing or _standing(trial, run, epochs),
+        standing=standing or endings.read(folder) or _standing(trial, run, epochs),
         epochs=epochs,
         confusions=confusions,
         notes=tuple(notes),

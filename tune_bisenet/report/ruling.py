@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tune_bisenet.report.claims import Verdict
 from tune_bisenet.report.pairs import Evidence
 from tune_bisenet.report.statistics import ALPHA, NO_SPREAD
+from tune_bisenet.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,5 +84,4 @@ def obstacle(item: Evidence) -> str:
 
 def never_passed(item: Evidence) -> str:
     """At how many seeds the row never reached the reference's final mIoU; empty if at none."""
-    of = "1 seed" if len(item.pairs) == 1 else f"{len(item.pairs)} seeds"
-    return f"never passed at {item.num_never} of {of}" if item.num_never else ""
+    return f"never passed at {item.num_never} of {counted(len(item.pairs), 'seed')}" if item.num_never else ""

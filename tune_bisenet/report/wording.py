@@ -7,6 +7,7 @@ from tune_bisenet.report.cost import ASSUMED_SD, Plan
 from tune_bisenet.report.pairs import Evidence
 from tune_bisenet.report.ruling import Ruling, never_passed, obstacle
 from tune_bisenet.report.statistics import POWER
+from tune_bisenet.words import counted
 
 
 def flags_of(item: Evidence, plan: Plan | None) -> list[str]:
@@ -63,7 +64,7 @@ def _basis_words(item: Evidence) -> str:
     digits = 1 if item.kind == "sooner" else 2
     parts = [
         *([f"95 % interval {_range(item.test.interval, f'.{digits}f')}"] if item.test else []),
-        _count(len(item.pairs), "seed"),
+        counted(len(item.pairs), "seed"),
         *([f"compared at epoch {item.compared_at_epoch}"] if item.compared_at_epoch else []),
     ]
     return f" ({', '.join(parts)})"
@@ -84,7 +85,7 @@ def _image_words(item: Evidence) -> str:
 def _plan_words(plan: Plan | None, unit: Unit) -> str:
     if plan is None:
         return ""
-    number = f"more than {plan.seeds} more seeds" if plan.capped else _count(plan.seeds, "more seed")
+    number = f"more than {plan.seeds} more seeds" if plan.capped else counted(plan.seeds, "more seed")
     cost = f" ({plan.hours:.3g} {unit})" if plan.hours is not None and not plan.capped else ""
     assumed = f" if seeds spread by {plan.spread:g} points" if plan.assumed else ""
     return f"; {number}{cost} would decide it at {100 * POWER:g} % power{assumed}"
@@ -93,7 +94,3 @@ def _plan_words(plan: Plan | None, unit: Unit) -> str:
 def _range(bounds: tuple[float, float], form: str) -> str:
     low, high = bounds
     return f"{low:{form}}" if low == high else f"{low:{form}} to {high:{form}}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

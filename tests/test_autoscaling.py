@@ -52,7 +52,7 @@ def test_ten_rows_on_none_to_four_nodes_with_half_a_gpu_each(place: Path) -> Non
         place, *flags, "--address", "auto", "--gpus-per-trial", "0.5", "--device", "cpu", "--proxy"
     )
     assert seen["exit_code"] == 0, seen["log"]
-    assert "1 trials at once, more as the cluster starts nodes" in seen["log"]
+    assert "1 trial at once, more as the cluster starts nodes" in seen["log"]
     assert set(statuses(place / "search").values()) == {"finished"}
     assert len(statuses(place / "search")) == 10
     assert (seen["workers_before"], seen["most_workers"], seen["workers_after"]) == (0, 4, 0)

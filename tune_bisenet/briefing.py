@@ -194,7 +194,7 @@ def _known(sampling: Sampling) -> list[Line]:
         return []
     names = _shortened([known.suggested.trial for known in sampling.known])
     left_out = "; ".join(f"{name} is left out: {reason}" for name, reason in sampling.left_out.items())
-    return [("known", f"{len(sampling.known)} trials ({names})" + (f"; {left_out}" if left_out else ""))]
+    return [("known", f"{counted(len(sampling.known), 'trial')} ({names})" + (f"; {left_out}" if left_out else ""))]
 
 
 def _bounds(limits: Limits) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from tune_bisenet.report.figures import Figure, Trace
 from tune_bisenet.report.history import LEGEND_BELOW
 from tune_bisenet.report.samples import Parameter, Sample, param_words, parameters
 from tune_bisenet.report.views import Cell, View
+from tune_bisenet.words import counted
 
 if TYPE_CHECKING:
     from optuna.importance import BaseImportanceEvaluator
@@ -217,7 +218,7 @@ def _figure(name: str, one: Importance) -> Figure:
     }
     rest = " What is missing to 100 % is that of the parameters that all trials have." if one.given else ""
     some = f" fANOVA looks at {MAX_FANOVA_TRIALS} of them." if one.num_trials > MAX_FANOVA_TRIALS else ""
-    caption = f"{one.num_trials} trials.{some}{rest}"
+    caption = f"{counted(one.num_trials, 'trial')}.{some}{rest}"
     return Figure(name=name, title=one.title, caption=caption, data=data, layout=layout)
 
 

@@ -19,6 +19,7 @@ from tune_bisenet.report.verdicts import Unit
 from tune_bisenet.report.views import Cell, View, cost_basis
 from tune_bisenet.results import Epoch, best_of
 from tune_bisenet.rungs import FIRST_SHARE, REDUCTION_FACTOR, Judge, Rungs, no_rungs, rung_epochs, spared_rows
+from tune_bisenet.words import counted
 
 FIRST_SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 REDUCTION_FACTORS: Final = (2, 3, 4)
@@ -289,8 +290,8 @@ def _settings(policy: Policy) -> tuple[str, str, str]:
 
 def _sentences(replayed: Replay) -> list[str]:
     return [
-        f"What each rule would have done to this search, from its log alone: {replayed.num_trials} trials, "
-        f"{replayed.slots} at once, {replayed.num_epochs:,} epochs, {replayed.hours:,.2f} {replayed.unit}.",
+        f"What each rule would have done to this search, from its log alone: {counted(replayed.num_trials, 'trial')}, "
+        f"{replayed.slots} at once, {counted(replayed.num_epochs, 'epoch')}, {replayed.hours:,.2f} {replayed.unit}.",
         f"The winner is {replayed.winner} with {replayed.winner_miou:.2f} % mIoU; the loss is in points below that.",
         _advice(replayed.most_saving()),
         *([f"Marked: {replayed.used}, which it was run with."] if replayed.used else []),

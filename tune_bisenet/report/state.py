@@ -9,6 +9,7 @@ from tune_bisenet.report.read import Limits, SearchRecord, Session
 from tune_bisenet.report.samples import best_sample, samples
 from tune_bisenet.report.study import Study
 from tune_bisenet.report.views import Cell, View
+from tune_bisenet.words import counted
 
 PATIENCE: Final = timedelta(minutes=10)
 PATIENCE_EPOCHS: Final = 5
@@ -100,7 +101,7 @@ def _study(study: Study) -> list[tuple[str, str]]:
 
 def _limits(limits: Limits) -> list[tuple[str, str]]:
     bounds = {
-        "trials": limits.trials and f"{limits.trials} trials",
+        "trials": limits.trials and counted(limits.trials, "trial"),
         "time": limits.time_budget_seconds and f"{timedelta(seconds=round(limits.time_budget_seconds))} hours",
         "compute": limits.gpu_hours and f"{limits.gpu_hours:g} GPU-hours",
     }
@@ -111,12 +112,13 @@ def _limits(limits: Limits) -> list[tuple[str, str]]:
 def _session(number: int, session: Session) -> list[tuple[str, str]]:
     until = "open" if session.ended is None else when(session.ended)
     versions = ", ".join(f"{name} {version}" for name, version in session.packages.items())
-    resources = f"{session.gpus_per_trial:g} GPUs and {session.cpus_per_trial} CPU cores"
+    gpus = f"{session.gpus_per_trial:g} GPU and " if session.gpus_per_trial else ""
+    share = f"{gpus}{counted(session.cpus_per_trial, 'CPU core')}, {counted(session.trials_at_once, 'trial')} at once"
     return [
         (f"session {number}", f"{when(session.started)} to {until}"),
         *([("ended as", session.limit)] if session.limit else []),
         ("command", shlex.join(session.command)),
         ("commit", session.commit or "not from a checkout"),
         ("versions", f"Python {session.python}, {versions}"),
-        ("a trial's share", f"{resources}, {session.trials_at_once} trials at once"),
+        ("a trial's share", share),
     ]

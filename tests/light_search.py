@@ -32,7 +32,8 @@ from tune_bisenet.rehearsal import read_suggested
 from tune_bisenet.results import EPOCHS, Epoch, best_of
 from tune_bisenet.storage import Storage
 from tune_bisenet.study.place import StudyPlace, study_place
-from tune_bisenet.study.study import Study, name_of
+from tune_bisenet.study.study import Study
+from tune_bisenet.study.translation import name_of
 from tune_bisenet.suggested import Known, Suggested
 from tune_bisenet.supply import Asked, read_epochs
 

@@ -8,7 +8,8 @@ from light_space import curve_of, earlier_trials, ended, question
 from optuna.trial import FrozenTrial
 
 from tune_bisenet.results import Standing
-from tune_bisenet.study.study import Question, Record, Study, name_of, open_storage
+from tune_bisenet.study.study import Question, Record, Study, open_storage
+from tune_bisenet.study.translation import name_of
 from tune_bisenet.suggested import Suggested
 
 EARLIER = earlier_trials(11)

@@ -15,7 +15,8 @@ from studies import EARLIER, done, failed, opened, suggested, train, train_next,
 
 from tune_bisenet.config import Objective, Run, Sampler
 from tune_bisenet.spaces import Sampled
-from tune_bisenet.study.study import MAX_FAILED_DRAWS, Question, Record, exists, name_of, open_storage
+from tune_bisenet.study.study import MAX_FAILED_DRAWS, Question, Record, exists, open_storage
+from tune_bisenet.study.translation import name_of
 from tune_bisenet.suggested import Known, Suggested
 
 place = pytest.fixture(make_place)

@@ -11,7 +11,8 @@ from optuna.trial import FrozenTrial, TrialState
 from studies import EARLIER, done, failed, opened, suggested, train, train_next, trial_at, trials_at, url_in, waiting
 
 from tune_bisenet.spaces import Sampled
-from tune_bisenet.study.study import Record, name_of
+from tune_bisenet.study.study import Record
+from tune_bisenet.study.translation import name_of
 
 place = pytest.fixture(make_place)
 url = pytest.fixture(url_in)

@@ -19,7 +19,8 @@ from tune_bisenet.report.read import read_search
 from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Standing
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import sampling, warm
-from tune_bisenet.study.study import Study, name_of, open_storage
+from tune_bisenet.study.study import Study, open_storage
+from tune_bisenet.study.translation import name_of
 from tune_bisenet.suggested import RUN, Known, Suggested
 
 place = pytest.fixture(make_place)

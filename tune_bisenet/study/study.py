@@ -9,13 +9,12 @@ No Ray here: whoever trains calls `next`, `heard`, `ended` and `close`.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, assert_never
+from typing import Any, Final
 
 import numpy as np
 import optuna
-from optuna.distributions import json_to_distribution
 from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
@@ -26,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tune_bisenet.config import Objective, Run, Sampler
 from tune_bisenet.results import BEST, Epoch, Standing, Status
 from tune_bisenet.study.sampling import Draw, Point, build_sampler
+from tune_bisenet.study.translation import frozen_trial, name_of, state_of, told, values_of
 from tune_bisenet.suggested import Known, Suggested
 
 DIRECTIONS: Final[dict[Objective, StudyDirection]] = {
@@ -186,10 +186,10 @@ class Study:
             self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         for key, value in self._about(standing).items():
             self._storage.set_trial_user_attr(trial_id, key, value)
-        state = _state_of(standing, self._question.objectives)
+        state = state_of(standing, self._question.objectives)
         complete = state is TrialState.COMPLETE  # of a pruned trial Optuna itself takes the last mIoU
         self._study.tell(
-            frozen.number, _values_of(state, standing, self._question.objectives) if complete else None, state
+            frozen.number, values_of(state, standing, self._question.objectives) if complete else None, state
         )
 
     def close(self) -> None:
@@ -237,11 +237,11 @@ class Study:
         if trial is None:
             self._fill_up_to(record.suggested.number or 0)
             self._add(record, attributes={})
-        elif _told(trial) == "failed" and standing.status != "failed":
+        elif told(trial) == "failed" and standing.status != "failed":
             self._add(record, attributes={"retry_of": trial.number})
         elif trial.state.is_finished():
             self._ids[name] = trial._trial_id
-            return _told(trial) if standing.status in ("waiting", "running") else None
+            return told(trial) if standing.status in ("waiting", "running") else None
         else:
             self._ids[name] = trial._trial_id
             for epoch in record.epochs:
@@ -258,7 +258,7 @@ class Study:
 
     def _add(self, record: Record, *, attributes: Mapping[str, Any]) -> None:
         about = {**self._about(record.standing), **attributes}
-        frozen = _frozen(record.suggested, record.standing, record.epochs, self._question.objectives, about=about)
+        frozen = frozen_trial(record.suggested, record.standing, record.epochs, self._question.objectives, about=about)
         self._ids[record.suggested.trial] = self._create(frozen)
 
     def _add_known(self, known: Sequence[Known]) -> None:
@@ -271,7 +271,7 @@ class Study:
                     "source": one.source,
                     "checkpoint": f"{one.source}/{BEST}",
                 }
-                frozen = _frozen(one.suggested, one.standing, one.epochs, self._question.objectives, about=about)
+                frozen = frozen_trial(one.suggested, one.standing, one.epochs, self._question.objectives, about=about)
                 self._create(frozen)
 
     def _leave_waiting(self, live: Collection[str]) -> None:
@@ -301,64 +301,3 @@ class Study:
         checkpoint = {"checkpoint": self._checkpoint_of(standing.trial)} if standing.best_miou is not None else {}
         reason = standing.stopped_by or standing.error
         return {"status": standing.status, **({"reason": reason} if reason else {}), **checkpoint}
-
-
-def name_of(trial: FrozenTrial | Trial) -> str:
-    """A trial's name in the search: that of its row, or its number in the study."""
-    return str(trial.user_attrs.get("trial") or f"t{trial.number:04d}")
-
-
-def _told(trial: FrozenTrial) -> Status | None:
-    """How the study was told that a trial ended; None if it has not."""
-    if not trial.state.is_finished():
-        return None
-    told: Status = trial.user_attrs.get("status", "failed" if trial.state is TrialState.FAIL else "finished")
-    return told
-
-
-def _state_of(standing: Standing, objectives: Sequence[Objective]) -> TrialState:
-    """A trial stopped early is pruned: its mIoU then is no final one. Optuna prunes only where there is one goal."""
-    match standing.status:
-        case "finished":
-            return TrialState.COMPLETE
-        case "stopped" | "diverged":
-            return TrialState.PRUNED if len(objectives) == 1 else TrialState.FAIL
-        case "failed":
-            return TrialState.FAIL
-        case "waiting" | "running":
-            return TrialState.WAITING
-        case _:
-            assert_never(standing.status)
-
-
-def _values_of(state: TrialState, standing: Standing, objectives: Sequence[Objective]) -> list[float] | None:
-    """Of a complete trial its best mIoU, and latency if asked; of a pruned one its last mIoU, as Optuna gives it."""
-    if state is TrialState.PRUNED:
-        return None if standing.last_miou is None else [standing.last_miou]
-    if state is not TrialState.COMPLETE:
-        return None
-    measured: dict[Objective, float | None] = {"miou": standing.best_miou, "latency": standing.latency_ms}
-    values = [value for objective in objectives if (value := measured[objective]) is not None]
-    assert len(values) == len(objectives), f"{standing.trial} finished without {' and '.join(objectives)}"
-    return values
-
-
-def _frozen(
-    suggested: Suggested,
-    standing: Standing,
-    epochs: Iterable[Epoch],
-    objectives: Sequence[Objective],
-    *,
-    about: Mapping[str, Any],
-) -> FrozenTrial:
-    """A trial as it stands, here or in an earlier search; `about` is what a person is told beside what it trains."""
-    state = _state_of(standing, objectives)
-    row = {"row": suggested.run.name} if suggested.origin == "row" else {}
-    return create_trial(
-        state=state,
-        values=_values_of(state, standing, objectives),
-        params=dict(suggested.params),
-        distributions={name: json_to_distribution(text) for name, text in suggested.distributions.items()},
-        intermediate_values={epoch.epoch: epoch.miou for epoch in epochs},
-        user_attrs={"trial": suggested.trial, "seed": suggested.run.seed, **row, **about},
-    )

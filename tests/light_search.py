@@ -234,7 +234,7 @@ def killed(search: Search, *, seed: int, mean_seconds: float, max_kills: int) ->
         "max_kills": max_kills,
     }
     command = [sys.executable, "-W", "error", __file__, json.dumps(wanted)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr
     return int(ran.stdout)
 

@@ -20,6 +20,8 @@ from sqlalchemy import Engine, event
 from tune_bisenet.config import Sampler
 from tune_bisenet.storage import Storage
 
+pytestmark = pytest.mark.timeout(1200)
+
 place = pytest.fixture(make_place)
 _closed = pytest.fixture(autouse=True)(close_connections)
 

@@ -29,7 +29,7 @@ PROGRAMS = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/b
 
 pytestmark = [
     pytest.mark.skipif(not PROGRAMS, reason="there is no PostgreSQL server here: make test-postgres installs one"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(1200),
 ]
 
 PASSWORD = "s3cr@t:w/rd?%#& +ü"
@@ -79,7 +79,7 @@ class Server:
         as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
         command = [*as_postgres, str(PROGRAMS[-1] / program), *words, f"--pgdata={self.folder / 'data'}"]
         ran = subprocess.run(  # into files: a server that goes on would keep a pipe open
-            command, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60
+            command, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=250
         )
         assert ran.returncode == 0, f"{program} failed: {self.log}"
 

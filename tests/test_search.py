@@ -76,7 +76,7 @@ def seen(place: Path) -> Seen:
     return seen
 
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_trials_are_named_by_row_and_seed_and_stand_in_declared_order(seen: Seen) -> None:

@@ -79,7 +79,12 @@ class Server:
         as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
         command = [*as_postgres, str(PROGRAMS[-1] / program), *words, f"--pgdata={self.folder / 'data'}"]
         ran = subprocess.run(  # into files: a server that goes on would keep a pipe open
-            command, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=250
+            command,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=250,
         )
         assert ran.returncode == 0, f"{program} failed: {self.log}"
 

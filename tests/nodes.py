@@ -52,7 +52,7 @@ class Nodes:
         assert self._process.stdout is not None
         self._process.stdin.close()
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=120)
         finally:
             for one in self._processes():
                 end_process(one.pid, signal.SIGKILL)

@@ -6,7 +6,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from urllib.parse import quote
 import optuna
 import psycopg
 import pytest
+from heads import free_port
 from light_search import Search, assert_whole, close_connections, killed, make_place, results, trials_in
 from light_space import curve_of, earlier_trials
 
@@ -92,13 +92,6 @@ class Server:
     def log(self) -> str:
         log = self.folder / "log"
         return log.read_text(errors="replace") if log.exists() else "it has no log"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,8 @@ class Search:
     url: str | None = None
     between: Callable[[], None] = lambda: None
     """Called after each epoch."""
+    clock: Callable[[], float] = time.monotonic
+    """The ledger's, by which it saves storage some writes."""
 
     @property
     def place(self) -> StudyPlace:
@@ -116,6 +118,7 @@ class Search:
             captions=[],
             baseline="a",
             scheduler_state=lambda: {"seen": [], "stops": {}},
+            clock=self.clock,
         )
 
     def supply(self, book: Ledger, suggested: Mapping[str, Suggested]) -> Asked:

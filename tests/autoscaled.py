@@ -23,7 +23,7 @@ WORKER = {"CPU": 3, "GPU": 2}
 
 MAX_WORKERS = 4
 IDLE_SECONDS = 10
-SECONDS = 240
+SECONDS = 900
 """After which the search is given up."""
 
 
@@ -84,7 +84,7 @@ def main(place: Path, flags: list[str]) -> Seen:
                 look(seen, place)
                 time.sleep(0.3)
             seen.exit_code, seen.log = driver.process.returncode, driver.log
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 250
         while (left := count_workers()) and time.monotonic() < deadline:
             time.sleep(0.5)
         seen.workers_after = left

@@ -22,6 +22,9 @@ from tune_bisenet.data.streets import Streets
 
 PROJECT = Path(__file__).parent.parent
 
+PATIENCE_SECONDS = 400.0
+"""How long a test waits for what must happen: a busy machine takes its time, and nothing is timed here."""
+
 SPACE = """
 from tune_bisenet.config import SGD, Augment, CrossEntropy, Expect, Run, WarmupPoly
 from tune_bisenet.spaces import Grid
@@ -115,11 +118,14 @@ def make_place() -> Iterator[Path]:
 
 
 def move_into(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the test itself is the driver: work there, keep there whatever is packed or fetched, be told of no data."""
+    """Where the test itself is the driver: work and keep whatever is packed there, know of no data and no network."""
     monkeypatch.chdir(place)
     monkeypatch.delenv("CITYSCAPES_DATASET", raising=False)
     monkeypatch.setenv("TUNE_BISENET_CACHE", str(place / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(place / "torch"))
+    for name in ("http_proxy", "https_proxy"):  # nothing is fetched from anywhere: nobody hears at this port
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,0.0.0.0,localhost")
 
 
 def environment(place: Path) -> dict[str, str]:
@@ -158,10 +164,10 @@ class Driver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self.kill() and time.monotonic() < deadline:
             time.sleep(0.1)
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=120)
         if error is not None:
             print(self.log)  # noqa: T201 - pytest shows it with the failure
 
@@ -169,7 +175,7 @@ class Driver:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def until(self, condition: Callable[[], bool], *, seconds: float = 90) -> None:
+    def until(self, condition: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS) -> None:
         """Wait for `condition` while the driver runs."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -177,16 +183,24 @@ class Driver:
             assert time.monotonic() < deadline, f"nothing happened for {seconds} s"
             time.sleep(0.02)
 
-    def end(self, *, seconds: float = 120) -> int:
+    def end(self, *, seconds: float = PATIENCE_SECONDS) -> int:
         """Wait for the driver's own end; its exit code."""
         return self.process.wait(timeout=seconds)
+
+    def assert_nothing_lives_on(self) -> None:
+        """After the driver's end: what it has ended may take a moment to be gone."""
+        deadline = time.monotonic() + 60
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"still there: {left}"
+            time.sleep(0.1)
 
     def processes(self) -> dict[int, str]:
         """The title of every process of the session, by id; the driver is among them. Zombies are not."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                state, _parent, _group, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                stat = (folder / "stat").read_text(errors="replace")  # a name of 15 bytes may end within a letter
+                state, _parent, _group, session = stat.rpartition(")")[2].split()[:4]
                 title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             except (FileNotFoundError, ProcessLookupError):
                 continue

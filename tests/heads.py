@@ -1,6 +1,7 @@
 """A real head of a Ray cluster that asks for its token, a tunnel to it that can be cut, and a command behind that."""
 
 import os
+import random
 import secrets
 import signal
 import socket
@@ -14,15 +15,18 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from driving import PROJECT, Driver, end_process, environment
+from driving import PATIENCE_SECONDS, PROJECT, Driver, end_process, environment
 from nodes import Process, processes
 
 SUBMIT = ["-m", "tune_bisenet.submit"]
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """None of those that the system gives out: nobody, Ray least of all, is given it before it is used."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no port is free")
 
 
 class Head(Driver):
@@ -84,7 +88,7 @@ def _family(pid: int) -> list[Process]:
 
 
 def submit(
-    head: Head, *words: str, credentials: dict[str, str] | None = None, seconds: float = 120
+    head: Head, *words: str, credentials: dict[str, str] | None = None, seconds: float = PATIENCE_SECONDS
 ) -> subprocess.CompletedProcess[str]:
     """The command line to the head, run to its end."""
     return subprocess.run(

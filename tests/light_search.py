@@ -89,6 +89,8 @@ class Search:
     url: str | None = None
     between: Callable[[], None] = lambda: None
     """Called after each epoch."""
+    clock: Callable[[], float] = time.monotonic
+    """The ledger's, by which it saves storage some writes."""
 
     @property
     def place(self) -> StudyPlace:
@@ -117,6 +119,7 @@ class Search:
             captions=[],
             baseline="a",
             scheduler_state=lambda: {"seen": [], "stops": {}},
+            clock=self.clock,
         )
 
     def supply(self, book: Ledger, suggested: Mapping[str, Suggested]) -> Asked:
@@ -235,7 +238,7 @@ def killed(search: Search, *, seed: int, mean_seconds: float, max_kills: int) ->
         "max_kills": max_kills,
     }
     command = [sys.executable, "-W", "error", __file__, json.dumps(wanted)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr
     return int(ran.stdout)
 

@@ -52,7 +52,7 @@ class Nodes:
         assert self._process.stdout is not None
         self._process.stdin.close()
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=120)
         finally:
             for one in self._processes():
                 end_process(one.pid, signal.SIGKILL)
@@ -151,7 +151,8 @@ def processes() -> list[Process]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, parent, _group, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            stat = (folder / "stat").read_text(errors="replace")  # a name of 15 bytes may end within a letter
+            state, parent, _group, session = stat.rpartition(")")[2].split()[:4]
             title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue

@@ -32,10 +32,14 @@ class ObjectStore:
     """A server with one bucket. What is in it outlives its going away."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        # Bound and not heard at: nobody is given the port while the server is away, and who calls there is refused.
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(("127.0.0.1", 0))
+        self.port: int = self._held.getsockname()[1]
         self.requests: list[str] = []
+        self.before_answer: Callable[[str], None] = lambda _request: None
+        """Called with each request's line before it is answered, by the thread that answers it."""
         self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
         self._server.start()
         urlopen(f"{self.endpoint}/moto-api/reset", data=b"").close()  # moto keeps one content for all its servers
@@ -55,6 +59,10 @@ class ObjectStore:
     def come_back(self) -> None:
         self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
         self._server.start()
+
+    def close(self) -> None:
+        self.go_away()
+        self._held.close()
 
     def read(self, key: str) -> bytes | None:
         client = self._client()
@@ -98,27 +106,27 @@ def object_store() -> Iterator[ObjectStore]:
         store = ObjectStore()
         with _heard(store):
             yield store
-        store.go_away()
+        store.close()
 
 
 @contextmanager
 def _heard(store: ObjectStore) -> Iterator[None]:
     """Have the server's log lines, instead of on the screen."""
 
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            store.requests.append(record.getMessage())
+    def hear(record: logging.LogRecord) -> bool:
+        store.requests.append(record.getMessage())
+        store.before_answer(record.getMessage())
+        return False
 
-    logger, listener = logging.getLogger("werkzeug"), Listener()
-    before = logger.propagate, logger.level
-    logger.addHandler(listener)
-    logger.propagate = False
+    logger = logging.getLogger("werkzeug")
+    level = logger.level
+    logger.addFilter(hear)  # no handler: those hold a lock, and one request may wait for another
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(listener)
-        logger.propagate, logger.level = before
+        logger.removeFilter(hear)
+        logger.setLevel(level)
 
 
 # --- a search in the bucket -----------------------------------------------------------------------------------------

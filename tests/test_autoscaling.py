@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.cluster,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(REASON), reason=REASON),
 ]
 
@@ -38,7 +38,7 @@ def search_in_a_namespace(place: Path, *flags: str) -> dict[str, Any]:
         env=environment(place) | {"PATH": path},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=1700,
         check=False,
     )
     assert done.returncode == 0, done.stderr

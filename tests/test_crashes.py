@@ -6,6 +6,7 @@ Every search here has the same three rows. `undisturbed` is what they give; CPU 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -26,7 +27,7 @@ from driving import (
     write_space,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NUM_EPOCHS = 12
 TRIALS = ("a", "b", "c")
@@ -73,7 +74,7 @@ def has_done(folder: Path, count: int) -> Callable[[], bool]:
 
 def is_midway(folder: Path) -> Callable[[], bool]:
     """Whether a trial has an older state to fall back on, and far enough to go not to end in the next second."""
-    return lambda: any(3 <= len(epochs(folder / trial)) <= 5 for trial in TRIALS)
+    return lambda: any(3 <= len(epochs(folder / trial)) <= NUM_EPOCHS - 4 for trial in TRIALS)
 
 
 def assert_as_if_nothing_had_happened(folder: Path, undisturbed: list[dict[str, str]]) -> None:
@@ -107,7 +108,7 @@ def test_killed_workers_and_killed_drivers_change_no_result(
 
 def assert_gone_soon(driver: Driver) -> None:
     """Without their driver the trainers end by themselves: nobody goes on writing to the search."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while driver.trainers():
         assert time.monotonic() < deadline, f"still there: {driver.processes()}"
         time.sleep(0.1)
@@ -116,15 +117,15 @@ def assert_gone_soon(driver: Driver) -> None:
 def damage_last_weights(folder: Path) -> None:
     """Flip a byte in the state of a trial that has an older one to fall back on.
 
-    A driver killed between the two files has left the older one alone: then there is nothing to flip.
+    A driver killed between the two files has left the older one alone, and on a busy machine a trial may have come to
+    its end in the meantime: then there is nothing to flip.
     """
-    unfinished = [trial for trial in TRIALS if (folder / trial / "previous.pt").exists()]
-    last = folder / unfinished[0] / "last.pt"
-    if not last.exists():
-        return
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 1
-    last.write_bytes(content)
+    for last in (folder / trial / "last.pt" for trial in TRIALS if (folder / trial / "previous.pt").exists()):
+        if last.exists():
+            content = bytearray(last.read_bytes())
+            content[len(content) // 2] ^= 1
+            last.write_bytes(content)
+            return
 
 
 def test_signals_end_a_search_within_seconds_and_it_goes_on_over_damaged_files(
@@ -133,8 +134,8 @@ def test_signals_end_a_search_within_seconds_and_it_goes_on_over_damaged_files(
     with start(place, folder.name) as driver:
         driver.until(has_done(folder, 3))
         end_process(driver.process.pid, signal.SIGTERM)  # a spot notice, a cluster's job that is stopped
-        assert driver.end(seconds=25) == 128 + signal.SIGTERM
-        assert not driver.processes()
+        assert driver.end(seconds=120) == 128 + signal.SIGTERM
+        driver.assert_nothing_lives_on()
         assert f"--resume --name {folder.name}" in driver.log
     assert set(statuses(folder).values()) <= {"waiting", "finished"}
     assert "waiting" in statuses(folder).values()
@@ -142,7 +143,7 @@ def test_signals_end_a_search_within_seconds_and_it_goes_on_over_damaged_files(
     with resume(folder) as driver:
         driver.until(has_done(folder, epochs_done(folder) + 3))
         os.killpg(driver.process.pid, signal.SIGINT)  # as a terminal does at Ctrl-C: all hear it
-        assert driver.end(seconds=25) == 128 + signal.SIGINT
+        assert driver.end(seconds=120) == 128 + signal.SIGINT
         assert "Traceback" not in driver.log
     standings = json.loads((folder / "trials.json").read_text())["standings"]
     assert {standing["status"] for standing in standings} <= {"waiting", "finished"}
@@ -169,17 +170,19 @@ def test_when_ray_dies_the_driver_ends_and_says_that_it_can_be_resumed(
     with start(place, folder.name) as driver:
         driver.until(has_done(folder, 4))
         end_process(driver.raylet(), signal.SIGKILL)
-        assert driver.end(seconds=75) in (75, 1)  # 1 if Ray's own code was faster to end the process
+        assert driver.end(seconds=180) in (75, 1)  # 1 if Ray's own code was faster to end the process
     with resume(folder) as driver:
         assert driver.end() == 0
     assert_as_if_nothing_had_happened(folder, undisturbed)
 
 
 def test_what_asha_saw_and_decided_survives_the_driver(place: Path, folder: Path) -> None:
-    # Two at a time: poor is judged when at least three others have been, weak only after poor was.
-    rows = {"good": 0.01, "fair": 0.02, "well": 0.05, "fine": 0.04, "poor": 1e-6, "last": 0.03, "weak": 2e-6}
+    # Two at a time: poor is judged when at least three others have been, weak long after poor was.
+    rows = {"good": 0.01, "fair": 0.02, "well": 0.05, "fine": 0.04, "poor": 1e-6}
+    rows |= {"next": 0.03, "more": 0.035, "last": 0.045, "weak": 2e-6}
     write_space(place / "judged.py", rows, num_epochs=3)  # judged after epoch 2
     flags = [*on_frames(place, "judged.py"), "--scheduler", "asha", "--name", folder.name]
+    flags += ["--max-concurrent", "2", "--cpus-per-trial", "1"]
     with Driver(place, *flags) as driver:
         driver.until(lambda: statuses(folder).get("poor") == "stopped")
         end_process(driver.process.pid, signal.SIGKILL)
@@ -197,8 +200,9 @@ def test_what_asha_saw_and_decided_survives_the_driver(place: Path, folder: Path
     assert {rung["trial"] for rung in after["scheduler"]["seen"]} == set(rows)
     board = {row["trial"]: row for row in leaderboard(folder)}
     assert board["weak"]["status"] == "stopped", "judged against those that the first driver had seen"
-    num_others = len(before["scheduler"]["seen"])
-    assert any(f"of {count} others (ASHA)" in board["weak"]["stopped_by"] for count in (num_others, num_others + 1))
+    others = re.search(r"of (\d+) others \(ASHA\)", board["weak"]["stopped_by"])
+    assert others
+    assert len(before["scheduler"]["seen"]) <= int(others[1]) < len(rows)
     assert board["good"]["status"] == "finished"
     (folder / "trials.json").unlink()
     epochs_before = {trial: epoch_numbers(folder / trial) for trial in rows}

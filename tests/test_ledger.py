@@ -4,7 +4,7 @@ import csv
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +30,20 @@ def result(epoch: int, miou: float = 10.0) -> dict[str, Any]:
         "total_seconds": 2.0 * epoch,
         "latency_ms": None,
     } | best
+
+
+class Clock:
+    """A clock that a test turns by hand."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
@@ -100,53 +114,69 @@ def test_its_copies_on_storage_agree(book: Ledger, folder: Storage, tmp_path: Pa
     assert (tmp_path / "leaderboard.md").read_text().startswith("A proxy.")
 
 
-def test_storage_is_not_drowned_by_short_epochs(book: Ledger, tmp_path: Path) -> None:
-    book.write()
-    before = (tmp_path / "trials.json").stat().st_mtime_ns
-    for epoch in range(1, 4):
-        book.heard("a", result(epoch))
-        book.write_if_due()
-    assert (tmp_path / "trials.json").stat().st_mtime_ns == before
+WRITE_SECONDS = 0.3
 
 
-class Slow(Storage):
-    """Takes its time with what is about all trials, and remembers what was written."""
+class Watched(Storage):
+    """Takes its time over a ledger's three files, by a test's clock, and remembers what was written."""
 
     written: ClassVar[list[str]] = []
+    clock: ClassVar[Clock]
+    seconds: ClassVar[float]
 
     def write(self, name: str, content: bytes) -> None:
-        time.sleep(0.1 if name in (TRIALS, ledger.LEADERBOARD_CSV, ledger.LEADERBOARD_MD) else 0.0)
+        if name in (TRIALS, ledger.LEADERBOARD_CSV, ledger.LEADERBOARD_MD):
+            self.clock.seconds += self.seconds / 3
         self.written.append(name)
         super().write(name, content)
 
 
-@pytest.fixture
-def slow(tmp_path: Path) -> Slow:
-    Slow.written.clear()
-    folder = Slow.at(str(tmp_path / "search"))
-    folder.make()
-    return folder
+def watched(tmp_path: Path, clock: Clock, trials: Sequence[str], *, write_seconds: float) -> tuple[Watched, Ledger]:
+    Watched.written.clear()
+    Watched.clock, Watched.seconds = clock, write_seconds
+    folder = Watched.at(str(tmp_path))
+    standings = [standing(name) for name in trials]
+    return folder, Ledger(folder, standings, captions=[], baseline=None, scheduler_state=dict, clock=clock)
 
 
-def test_where_a_write_takes_long_trials_that_end_together_share_one(slow: Slow) -> None:
+def test_storage_is_not_drowned_by_short_epochs(tmp_path: Path, clock: Clock) -> None:
+    folder, book = watched(tmp_path, clock, ["a"], write_seconds=0.0)
+    book.write()
+    for epoch in range(1, 4):
+        clock.seconds += 0.3 * ledger.SECONDS_BETWEEN_WRITES
+        book.heard("a", result(epoch))
+        book.write_if_due()
+    assert folder.written.count(TRIALS) == 1
+    clock.seconds += 0.3 * ledger.SECONDS_BETWEEN_WRITES
+    book.write_if_due()
+    assert folder.written.count(TRIALS) == 2
+    assert ledger.read_trials(folder).standings[0].epochs == 3
+
+
+def test_where_a_write_takes_long_trials_that_end_together_share_one(tmp_path: Path, clock: Clock) -> None:
     names = [f"r{number:02}" for number in range(50)]
-    book = Ledger(slow, [standing(name) for name in names], captions=[], baseline=None, scheduler_state=dict)
+    folder, book = watched(tmp_path, clock, names, write_seconds=WRITE_SECONDS)
     for name in names:
-        (slow / name).make()
+        (folder / name).make()
+        clock.seconds += WRITE_SECONDS
         book.heard(name, result(4))
         book.ended(name, diverged=False, stopped_by="")
-    assert slow.written.count(TRIALS) < 25
+    writing = WRITE_SECONDS * (folder.written.count(TRIALS) - 1)  # but for the first, of which nothing was known
+    assert 0 < writing <= ledger.MAX_SHARE_OF_WRITING * clock.seconds
     book.close()
-    assert [one.status for one in ledger.read_trials(slow).standings] == ["finished"] * 50
+    assert [one.status for one in ledger.read_trials(folder).standings] == ["finished"] * 50
 
 
-def test_where_a_write_takes_long_epochs_share_one_too(slow: Slow) -> None:
-    book = Ledger(slow, [standing("a")], captions=[], baseline=None, scheduler_state=dict)
+def test_where_a_write_takes_long_epochs_share_one_too(tmp_path: Path, clock: Clock) -> None:
+    folder, book = watched(tmp_path, clock, ["a"], write_seconds=WRITE_SECONDS)
     book.write()
-    time.sleep(ledger.SECONDS_BETWEEN_WRITES + 0.1)
+    clock.seconds += ledger.SECONDS_BETWEEN_WRITES + 0.1
     book.heard("a", result(1))
     book.write_if_due()
-    assert slow.written.count(TRIALS) == 1
+    assert folder.written.count(TRIALS) == 1
+    clock.seconds += WRITE_SECONDS / ledger.MAX_SHARE_OF_WRITING
+    book.write_if_due()
+    assert folder.written.count(TRIALS) == 2
 
 
 def test_a_missing_file_of_standings_is_no_error(folder: Storage) -> None:

@@ -267,5 +267,5 @@ Path(sys.argv[2]).write_text("went to its end")
         assert process.stdout is not None
         process.stdout.close()
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=250) == 0
     assert mark.read_text() == "went to its end"

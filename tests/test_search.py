@@ -6,6 +6,7 @@ The frames are eleven, of 32 x 64 pixels: an epoch takes a fifth of a second, so
 import csv
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from driving import (
     Driver,
+    end_process,
     epoch_numbers,
     epochs,
     leaderboard,
@@ -60,13 +62,17 @@ def seen(place: Path) -> Seen:
     with Driver(place, *flags) as driver:
         driver.until(lambda: "running" in statuses(seen.folder).values())
         with Driver(place, "--storage", str(place), "--resume", "--name", "seen") as intruder:
-            while driver.process.poll() is None:
-                board = leaderboard(seen.folder)
-                seen.most_at_once = max(seen.most_at_once, [row["status"] for row in board].count("running"))
-                if any(row["epochs"] != "0" for row in board) and any(row["status"] == "waiting" for row in board):
-                    seen.while_it_ran = seen.while_it_ran or board
-                time.sleep(0.02)
+            halted: set[int] = set()
+            while intruder.process.poll() is None:  # until then the first must not come to its end
+                for pid in {*driver.trainers()} - halted:
+                    end_process(pid, signal.SIGSTOP)
+                    halted.add(pid)
+                look(seen)
+            for pid in halted:
+                end_process(pid, signal.SIGCONT)
             seen.intruder_code, seen.intruder_log = intruder.end(), intruder.log
+        while driver.process.poll() is None:
+            look(seen)
         seen.code, seen.log, seen.board = driver.end(), driver.log, leaderboard(seen.folder)
     foreign.unlink()
     with Driver(place, "--storage", str(place), "--name", "seen", "--rerun", "mild") as driver:
@@ -76,7 +82,16 @@ def seen(place: Path) -> Seen:
     return seen
 
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+def look(seen: Seen) -> None:
+    """At the leaderboard, while the search runs."""
+    board = leaderboard(seen.folder)
+    seen.most_at_once = max(seen.most_at_once, [row["status"] for row in board].count("running"))
+    if any(row["epochs"] != "0" for row in board) and any(row["status"] == "waiting" for row in board):
+        seen.while_it_ran = seen.while_it_ran or board
+    time.sleep(0.02)
+
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_trials_are_named_by_row_and_seed_and_stand_in_declared_order(seen: Seen) -> None:

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import time
 
 import clouds
 import pytest
@@ -16,15 +17,23 @@ cloud = pytest.fixture(clouds.serve)
 GOOGLE = "/computeMetadata/v1/instance/"
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This cloud is a thread of the test's own process: on a busy machine it may take seconds to answer."""
+    monkeypatch.setattr(spot, "ANSWER_SECONDS", 120.0)
+
+
 # --- what is a notice -----------------------------------------------------------------------------------------------
 
 
 def test_aws_gives_notice_with_a_time(cloud: Cloud) -> None:
     assert aws_notice(Metadata(cloud.url)) is None
+    began = time.time()
     cloud.takes_away(seconds=120)
     notice = aws_notice(Metadata(cloud.url))
     assert notice is not None
-    assert notice.seconds_left == pytest.approx(120, abs=3)
+    # A notice tells whole seconds, and some of them may have gone by.
+    assert 119 - (time.time() - began) <= notice.seconds_left <= 120
     assert "AWS will terminate this machine" in notice.words
     assert cloud.asked == ["PUT /latest/api/token", "/latest/meta-data/spot/instance-action"] * 2
 

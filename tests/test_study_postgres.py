@@ -6,7 +6,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from urllib.parse import quote
 import optuna
 import psycopg
 import pytest
+from heads import free_port
 from light_search import Search, assert_whole, close_connections, killed, make_place, results, trials_in
 from light_space import curve_of, earlier_trials
 
@@ -29,7 +29,7 @@ PROGRAMS = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/b
 
 pytestmark = [
     pytest.mark.skipif(not PROGRAMS, reason="there is no PostgreSQL server here: make test-postgres installs one"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(1200),
 ]
 
 PASSWORD = "s3cr@t:w/rd?%#& +ü"
@@ -79,7 +79,12 @@ class Server:
         as_postgres = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
         command = [*as_postgres, str(PROGRAMS[-1] / program), *words, f"--pgdata={self.folder / 'data'}"]
         ran = subprocess.run(  # into files: a server that goes on would keep a pipe open
-            command, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60
+            command,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=250,
         )
         assert ran.returncode == 0, f"{program} failed: {self.log}"
 
@@ -87,13 +92,6 @@ class Server:
     def log(self) -> str:
         log = self.folder / "log"
         return log.read_text(errors="replace") if log.exists() else "it has no log"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,16 @@ from rows import plain_epoch
 from tune_bisenet.config import SGD, AdamW, CrossEntropy, Run, WarmupPoly, WeightedCrossEntropy
 from tune_bisenet.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
 from tune_bisenet.results import Epoch
-from tune_bisenet.tracking import GAP, TRIPTYCH_HEIGHT, Tracker, column_kinds, hparams, triptych, write_experiment
+from tune_bisenet.tracking import (
+    GAP,
+    METRICS,
+    TRIPTYCH_HEIGHT,
+    Tracker,
+    column_kinds,
+    hparams,
+    triptych,
+    write_experiment,
+)
 
 R01 = Run(
     name="r01",
@@ -112,7 +121,7 @@ class Board:
         request = urllib.request.Request(
             f"{self.url}/data/plugin/{path}", data=data, headers={"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             content: bytes = answer.read()
             return content
 
@@ -129,13 +138,19 @@ class Board:
         return {name: group["sessions"][0]["status"] for name, group in self.session_groups().items()}
 
     def wait_until_loaded(self) -> None:
-        """Until all trials have ended, as a session's end is the last record of its file."""
-        for _ in range(100):
-            statuses = self.statuses()
-            if set(statuses) == set(TRIALS) and "STATUS_UNKNOWN" not in statuses.values():
-                return
+        """Until the table's schema is there, and the end of each trial: that is the last record of its file."""
+        deadline = time.monotonic() + 250
+        while not self._is_loaded():
+            if time.monotonic() > deadline:
+                raise TimeoutError("TensorBoard did not show all trials ended")
             time.sleep(0.2)
-        raise TimeoutError("TensorBoard did not show all trials ended within 20 s")
+
+    def _is_loaded(self) -> bool:
+        statuses = self.statuses()
+        if set(statuses) != set(TRIALS) or "STATUS_UNKNOWN" in statuses.values():
+            return False
+        # Without the search's own file TensorBoard takes all scalars of its trials for metrics.
+        return len(self.ask("hparams/experiment", {"experimentName": ""}).get("metricInfos", [])) == len(METRICS)
 
 
 @pytest.fixture(scope="module", params=["--load_fast=false", "--load_fast=true"])

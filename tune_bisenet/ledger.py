@@ -75,6 +75,7 @@ class Ledger:
         only: Collection[str] | None = None,
         scheduler_state: Callable[[], dict[str, Any]],
         seconds_before: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = folder
         self._standings = {standing.trial: standing for standing in standings}
@@ -82,7 +83,8 @@ class Ledger:
         self._baseline = baseline
         self._only = only
         self._scheduler_state = scheduler_state
-        self._began_at = time.monotonic() - seconds_before
+        self._clock = clock
+        self._began_at = clock() - seconds_before
         self._written_at = -SECONDS_BETWEEN_WRITES
         self._write_seconds = 0.0
 
@@ -96,7 +98,7 @@ class Ledger:
     @property
     def seconds(self) -> float:
         """How long the search has run, in all its sessions."""
-        return time.monotonic() - self._began_at
+        return self._clock() - self._began_at
 
     def add(self, standing: Standing) -> None:
         """Take in a trial that was not known before; one that is stands as it stood."""
@@ -155,7 +157,7 @@ class Ledger:
 
     def write(self) -> None:
         """Bring the copies on storage up to date."""
-        began_at = time.monotonic()
+        began_at = self._clock()
         record = {
             "standings": [standing.to_json() for standing in self.standings],
             "scheduler": self._scheduler_state(),
@@ -165,17 +167,17 @@ class Ledger:
         self._folder.write(LEADERBOARD_CSV, leaderboard.to_csv(self.standings, baseline=self._baseline).encode())
         markdown = leaderboard.to_markdown(self.standings, captions=self._captions, baseline=self._baseline)
         self._folder.write(LEADERBOARD_MD, markdown.encode())
-        self._written_at = time.monotonic()
+        self._written_at = self._clock()
         self._write_seconds = self._written_at - began_at
 
     def write_if_due(self) -> None:
         """The same, at most once a second: a search of many short epochs must not drown its storage."""
-        if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
+        if self._clock() - self._written_at >= SECONDS_BETWEEN_WRITES:
             self._write_unless_costly()
 
     def _write_unless_costly(self) -> None:
         """The same, as long as that takes a small share of the time; else with what comes next."""
-        if time.monotonic() - self._written_at >= self._write_seconds / MAX_SHARE_OF_WRITING:
+        if self._clock() - self._written_at >= self._write_seconds / MAX_SHARE_OF_WRITING:
             self.write()
 
     def _set(self, trial: str, **changes: Any) -> None:

@@ -57,7 +57,7 @@ class Laptop:
                 start_new_session=True,
             )
 
-    def run(self, name: str, beginning: str, flags: str = "", *, seconds: float = 240) -> str:
+    def run(self, name: str, beginning: str, flags: str = "", *, seconds: float = 900) -> str:
         """To its end, which has to be a good one; what it said."""
         process = self.start(name, beginning, flags)
         process.communicate(timeout=seconds)
@@ -71,7 +71,7 @@ class Laptop:
         """A command that leads a port of this laptop to the head."""
         process = self.start(name, beginning)
         try:
-            wait(lambda: process.poll() is not None or answers("127.0.0.1", port), 60, f"{beginning}: no tunnel")
+            wait(lambda: process.poll() is not None or answers("127.0.0.1", port), 250, f"{beginning}: no tunnel")
             yield process
         finally:
             with suppress(ProcessLookupError):

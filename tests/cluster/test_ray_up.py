@@ -54,7 +54,7 @@ def up_to_the_launched_head(aws: MockAws, home: Path, cluster_file: Path) -> str
     return "".join(said)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_ray_up_asks_for_a_closed_head_and_nothing_else_and_ray_down_takes_it_away(
     aws: MockAws, home: Path, cluster_file: Path
 ) -> None:
@@ -91,7 +91,7 @@ def test_ray_up_asks_for_a_closed_head_and_nothing_else_and_ray_down_takes_it_aw
     assert sum(call["Action"] in forbidden for call in aws.calls) == made_by_us, "Ray made groups or roles of its own"
 
     process = ray(aws, home, "down", "--yes", str(cluster_file))
-    said, _ = process.communicate(timeout=90)
+    said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said
     assert states_of_instances(aws) == ["terminated"]
     assert aws.client("ec2").describe_volumes()["Volumes"] == []
@@ -100,7 +100,7 @@ def test_ray_up_asks_for_a_closed_head_and_nothing_else_and_ray_down_takes_it_aw
     assert {call["Action"] for call in ours} <= allowed("laptop.json")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_workers_are_asked_for_as_the_file_says_and_the_head_may_do_no_more_than_it_does(
     aws: MockAws, home: Path, cluster_file: Path
 ) -> None:

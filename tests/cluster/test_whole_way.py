@@ -31,7 +31,7 @@ def missing() -> str:
     return f"no namespaces with a bridge can be made here: {tried.stderr}" if tried.returncode else ""
 
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def seen() -> dict[str, Any]:
             env=kept | {"PATH": PATH, "PYTHONPATH": f"{ROOT}:{here.parent}:{here}"},
             capture_output=True,
             text=True,
-            timeout=580,
+            timeout=1700,
             check=False,
         )
     assert done.returncode == 0, done.stdout + done.stderr

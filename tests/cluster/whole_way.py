@@ -32,7 +32,7 @@ from machines import GATEWAY, METADATA, Machine, Machines, become_laptop, networ
 from mock_aws import MockAws, account, mock_aws_server
 from nodes import processes
 
-SECONDS = 540
+SECONDS = 1600
 """After which all is given up, also where whoever started this is gone."""
 
 BUCKET = "mine"
@@ -107,14 +107,14 @@ class Way:
         self._ended("up")
         with laptop.tunnel("dashboard", "ray dashboard", DASHBOARD):
             self._search()
-        wait(lambda: len(self.machines.alive) == 1, 180, "the workers did not leave")
+        wait(lambda: len(self.machines.alive) == 1, 600, "the workers did not leave")
         self._ended("idle")
         with laptop.tunnel("attach", "ray attach", TENSORBOARD) as attached:
             assert attached.stdin is not None
             attached.stdin.write("ray status\n")
             attached.stdin.flush()
             self._look_at_pages(head)
-            wait(lambda: "Pending Demands" in laptop.log("attach"), 60, "`ray status` on the head says nothing")
+            wait(lambda: "Pending Demands" in laptop.log("attach"), 250, "`ray status` on the head says nothing")
         self._ended("pages")
         laptop.run("down", "ray down", "--yes")
         self._ended("down")
@@ -169,7 +169,7 @@ class Way:
                 self.seen.runs = json.load(answer)
             return wanted <= set(self.seen.runs)
 
-        wait(shows_all, 90, "TensorBoard does not show the trials")
+        wait(shows_all, 400, "TensorBoard does not show the trials")
         ports = (DASHBOARD, TENSORBOARD, OPTUNA)
         self.seen.heard_on_head = sorted(end for end in self.machines.listening(head) if end[1] in ports)
         self.seen.open_to_all = [port for port in ports if answers(head.public, port)]

@@ -331,7 +331,7 @@ def test_a_disk_too_small_is_refused_before_the_first_frame(tmp_path: Path) -> N
 
 def prepare_and_log(cache_dir: Path, log: Path, start: threading.Barrier) -> None:
     logging.basicConfig(filename=log, level=logging.INFO)
-    start.wait(60)
+    start.wait(200)
     pack(cache_dir)
 
 
@@ -347,7 +347,7 @@ def test_of_three_processes_at_once_one_packs_and_all_open_the_same(tmp_path: Pa
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(250)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert sum(log.read_text().count("packing noise") for log in logs) == 1
     assert [path.name for path in arrow_files(tmp_path / "cache")] == ["train.arrow", "val.arrow"]
@@ -356,7 +356,7 @@ def test_of_three_processes_at_once_one_packs_and_all_open_the_same(tmp_path: Pa
 def test_a_process_killed_while_packing_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=prepare_and_be_killed, args=(tmp_path,))
     process.start()
-    process.join(60)
+    process.join(250)
     assert process.exitcode == -signal.SIGKILL
     (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert left.suffix == ".part"

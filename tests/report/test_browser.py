@@ -158,7 +158,7 @@ def test_a_line_that_is_pointed_at_comes_out_of_the_crowd(browser: Any, study_pa
     before = browser.execute_script(width)
     for place, is_wide in [((x, y), True), ((1, 1), False)]:
         browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": place[0], "y": place[1]})
-        WebDriverWait(browser, 5).until(lambda page, wide=is_wide: (page.execute_script(width) > before) is wide)
+        WebDriverWait(browser, 120).until(lambda page, wide=is_wide: (page.execute_script(width) > before) is wide)
 
 
 def test_the_best_row_can_be_copied(browser: Any, study_page: str) -> None:

@@ -12,7 +12,7 @@ from tune_bisenet.report.keeper import SECONDS_BETWEEN_PAGES, kept_current, writ
 from tune_bisenet.storage import Storage
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], *, seconds: float = 250) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -126,6 +127,7 @@ def move_into(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy"):  # nothing is fetched from anywhere: nobody hears at this port
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1,0.0.0.0,localhost")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # which Python makes once, with the proxies of the moment
 
 
 def environment(place: Path) -> dict[str, str]:

@@ -21,9 +21,12 @@ from nodes import Process, processes
 SUBMIT = ["-m", "tune_bisenet.submit"]
 
 
+_PORTS = iter(random.sample(range(20_000, 32_000), 12_000))
+
+
 def free_port() -> int:
     """None of those that the system gives out: nobody, Ray least of all, is given it before it is used."""
-    for port in random.sample(range(20_000, 32_000), 100):
+    for port in _PORTS:
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise OSError("no port is free")

@@ -27,7 +27,7 @@ from ray.cluster_utils import Cluster
 from ray.tune.execution.tune_controller import TuneController
 from rich.console import Console
 
-from tune_bisenet import preflight, trial
+from tune_bisenet import endings, preflight, trial
 from tune_bisenet.arguments import parse
 from tune_bisenet.board import Board
 from tune_bisenet.config import Job, Run
@@ -120,6 +120,7 @@ def measures() -> dict[str, list[float]]:
     return {
         "Tune's snapshot": timed(TuneController, "save_to_dir"),
         "ledger": timed(Ledger, "write"),
+        "each trial's own ending": timed(endings, "keep"),
         "TensorBoard's table": timed(Board, "_write"),
         "page and files of the report (thread)": timed(keeper, "write_safely"),
         "the study's next trial": timed(Study, "next"),

@@ -247,6 +247,7 @@ class Job(Frozen):
         return fingerprint(parts)
 
     def trial_name(self, run: Run) -> str:
+        """Of `run` in this search."""
         return trial_name(run, plain_seed=self.plain_seed)
 
 

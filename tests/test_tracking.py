@@ -165,7 +165,7 @@ def board(request: pytest.FixtureRequest, search_dir: Path) -> Iterator[Board]:
             client.wait_until_loaded()
             yield client
         finally:
-            server.kill()  # asked kindly, TensorBoard once did not end in five minutes
+            server.kill()  # SIGTERM is lost on TensorBoard if it comes while a request is handled
 
 
 def test_runs_are_shown_by_name_with_all_scalars(board: Board) -> None:

@@ -31,6 +31,7 @@ HOST: Final = "127.0.0.1"
 TENSORBOARD_PORT: Final = 6006
 OPTUNA_PORT: Final = 8080
 EVERY_SECONDS: Final = 30.0
+END_SECONDS: Final = 10.0
 TABLE: Final = ".experiment"
 """The end of the name of the event file that holds the table of hyper-parameters."""
 
@@ -169,8 +170,13 @@ def _serve(script: str, *words: object) -> subprocess.Popen[bytes]:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
+    """Kindly first. TensorBoard may be deaf to that: the signal is lost if it comes while a request is handled."""
     server.terminate()
-    server.wait()
+    try:
+        server.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 if __name__ == "__main__":

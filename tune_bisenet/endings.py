@@ -22,9 +22,9 @@ def completed(search: Storage, earlier: Sequence[Standing], trials: Iterable[str
     """`earlier`, and in its place what the folders of `trials` say of ends that it has not heard of."""
     known = {standing.trial: standing for standing in earlier}
     for trial in trials:
-        if trial not in known or known[trial].status not in ENDED_WELL:
-            ending = read(search / trial)
-            known |= {trial: ending} if ending else {}
+        is_open = trial not in known or known[trial].status not in ENDED_WELL
+        if is_open and (ending := read(search / trial)):
+            known[trial] = ending
     return list(known.values())
 
 

@@ -21,6 +21,12 @@ from nodes import Process, processes
 SUBMIT = ["-m", "tune_bisenet.submit"]
 
 
+def submit_that_waits(seconds: float) -> list[str]:
+    """The same command line, which waits so long for a cluster that does not answer, instead of five minutes."""
+    patience = f"from tune_bisenet.jobs import api; api.PATIENCE_SECONDS = {seconds}"
+    return ["-c", f"import sys; from tune_bisenet import submit; {patience}; sys.exit(submit.main(sys.argv[1:]))"]
+
+
 _PORTS = iter(random.sample(range(20_000, 32_000), 12_000))
 
 

@@ -9,21 +9,12 @@ from pathlib import Path
 
 import pytest
 from driving import make_place
-from heads import Follower, Head, Tunnel, submit
+from heads import Follower, Head, Tunnel, submit, submit_that_waits
 from object_store import ObjectStore, StoredSearch, assert_no_secret, assert_reported_from, leaderboard_here, make_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 NUM_EPOCHS = 8
-
-PATIENT = """
-import sys
-from tune_bisenet import submit
-from tune_bisenet.jobs import api
-api.PATIENCE_SECONDS = 1200.0
-sys.exit(submit.main(sys.argv[1:]))
-"""
-"""The command line, for a busy machine on which another head does not come up within its five minutes."""
 
 place = pytest.fixture(scope="module")(make_place)
 elsewhere = pytest.fixture(scope="module")(make_place)
@@ -43,7 +34,8 @@ def test_a_search_whose_head_died_goes_on_by_the_same_command_on_another_cluster
     search = StoredSearch(place, store, "moved")
     with Head(place) as first, Tunnel(first.port) as tunnel:
         first.until(first.answers)
-        with Follower(first, tunnel, "--", *search.flags, how=["-c", PATIENT]) as follower:
+        patient = submit_that_waits(1200)  # on a busy machine another head may not come up within five minutes
+        with Follower(first, tunnel, "--", *search.flags, how=patient) as follower:
             follower.until(search.has_done(4))
             first.vanish()
             tunnel.cut()

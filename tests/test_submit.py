@@ -14,20 +14,12 @@ from typing import Any
 
 import pytest
 from driving import PROJECT, epoch_numbers, make_place, on_frames, statuses, write_space
-from heads import SUBMIT, Follower, Head, Tunnel, submit
+from heads import SUBMIT, Follower, Head, Tunnel, submit, submit_that_waits
 
 from tune_bisenet.outages import PATIENCE_VARIABLE
 from tune_bisenet.submit import main as run_submit
 
 NUM_EPOCHS = 40
-
-IMPATIENT = """
-import sys
-from tune_bisenet import submit
-from tune_bisenet.jobs import api
-api.PATIENCE_SECONDS = 1.0
-sys.exit(submit.main(sys.argv[1:]))
-"""
 
 SAYING_WHERE = f"""
 import os, sys, tune_bisenet
@@ -120,7 +112,7 @@ def test_a_detached_search_is_followed_over_a_cut_connection_stopped_and_resumed
 
 def follow_over_a_cut(head: Head) -> str:
     """Follow the job `long`; what was printed until Ctrl-C, which the job does not hear."""
-    impatient = ["-c", IMPATIENT]
+    impatient = submit_that_waits(1)
     with (
         Tunnel(head.port) as tunnel,
         Follower(head, tunnel, "logs", "long", how=SUBMIT) as follower,

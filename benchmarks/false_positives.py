@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from search_spaces.runs10 import SPACE
+from tune_bisenet.records import Epoch
 from tune_bisenet.report.verdicts import Judgement, Measured, judge
-from tune_bisenet.results import Epoch
 
 NUM_EPOCHS = 10
 SHARED_SD, OWN_SD, WIGGLE_SD = 0.7, 0.4, 0.2

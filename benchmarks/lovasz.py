@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tune_bisenet.data.classes import NUM_CLASSES, VOID
-from tune_bisenet.losses import lovasz_softmax
+from tune_bisenet.training.losses import lovasz_softmax
 
 
 def by_sorting(scores: Tensor, targets: Tensor) -> Tensor:

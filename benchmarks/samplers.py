@@ -25,16 +25,15 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from sklearn.model_selection import KFold, cross_val_predict
 
 from tune_bisenet import spaces
-from tune_bisenet.plan import DataFacts, Settings, plan_runs
-from tune_bisenet.results import Standing
+from tune_bisenet.records import Param, TrialState
+from tune_bisenet.spaces import DataFacts, RowOverrides, resolve_runs
 from tune_bisenet.study import sampling
 from tune_bisenet.study.study import Question, Study, open_storage
-from tune_bisenet.suggested import Param
 
 CHECKPOINTS = (10, 20, 40)
 """After how many trials the best value is noted."""
 FACTS = DataFacts(num_train=96, num_val=24, suggested_image_size=(96, 192))
-SETTINGS = Settings(num_epochs=8, proxy=True)
+SETTINGS = RowOverrides(num_epochs=8, proxy=True)
 
 Params = Mapping[str, Param]
 Surrogate = Callable[[Params], float]
@@ -124,10 +123,10 @@ def _r2(values: NDArray[np.float64], guesses: NDArray[np.float64]) -> float:
 
 def search(sampler: str, seed: int, surrogate: Surrogate, *, rows_first: bool, place: Path) -> list[float]:
     """The best value after each trial of a study that is asked as a search asks it."""
-    space = spaces.load("around10")
+    space = spaces.load_space("around10")
     assert isinstance(space, spaces.Sampled)
     draw = sampling.draw_with(space, SETTINGS, FACTS, ("miou",))
-    runs = plan_runs(space.rows, SETTINGS, FACTS) if rows_first else ()
+    runs = resolve_runs(space.rows, SETTINGS, FACTS) if rows_first else ()
     rows = {
         run.name: (run, sampling.point_of(row, space, draw, ("miou",)))
         for run, row in zip(runs, space.rows, strict=False)
@@ -141,7 +140,7 @@ def search(sampler: str, seed: int, surrogate: Surrogate, *, rows_first: bool, p
         value = surrogate(suggested.params)
         best.append(max([value, *best[-1:]]))
         study.ended(
-            Standing(
+            TrialState(
                 trial=suggested.trial,
                 run=suggested.run.name,
                 seed=seed,
@@ -159,7 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--samplers", default="tpe,random")
     given = parser.parse_args()
-    space = spaces.load("around10")
+    space = spaces.load_space("around10")
     assert isinstance(space, spaces.Sampled)
     points = sampling.rehearse(sampling.draw_with(space, SETTINGS, FACTS, ("miou",)), seed=0, draws=2000)
     distributions = {name: one for point in points for name, one in point.distributions.items()}

@@ -27,17 +27,18 @@ from ray.cluster_utils import Cluster
 from ray.tune.execution.tune_controller import TuneController
 from rich.console import Console
 
-from tune_bisenet import endings, preflight, trial
-from tune_bisenet.arguments import parse
-from tune_bisenet.board import Board
-from tune_bisenet.config import Job, Run
-from tune_bisenet.launch import launch
-from tune_bisenet.ledger import Ledger
+from tune_bisenet import records
+from tune_bisenet.config import Run, TrialContext
+from tune_bisenet.options import parse_options
+from tune_bisenet.records import EPOCHS, Epoch
 from tune_bisenet.report import keeper
-from tune_bisenet.results import EPOCHS, Epoch
+from tune_bisenet.search import prepare, trainable
+from tune_bisenet.search.driver import run_search
+from tune_bisenet.search.state import SearchState
 from tune_bisenet.storage import Storage
 from tune_bisenet.study.place import StudyPlace
 from tune_bisenet.study.study import Study
+from tune_bisenet.training.tensorboard import HParamsTable
 
 NUM_GPUS = 64
 TIMED = "timed.json"
@@ -52,7 +53,7 @@ LONGEST_START = 900.0
 
 def train(config: dict[str, Any], *, job: dict[str, Any], seconds: float) -> None:
     """In place of `trial.train`: the same files and reports, without a network."""
-    run, asked = Run.model_validate(config["run"]), Job.model_validate(job)
+    run, asked = Run.model_validate(config["run"]), TrialContext.model_validate(job)
     if seconds:
         wait_for_all_workers(Path(asked.storage).parent / WORKERS)
     began = time.time()
@@ -119,9 +120,9 @@ def measures() -> dict[str, list[float]]:
     """What a driver does beside Tune's own loop, by name."""
     return {
         "Tune's snapshot": timed(TuneController, "save_to_dir"),
-        "ledger": timed(Ledger, "write"),
-        "each trial's own ending": timed(endings, "keep"),
-        "TensorBoard's table": timed(Board, "_write"),
+        "ledger": timed(SearchState, "write"),
+        "each trial's own ending": timed(records, "keep"),
+        "TensorBoard's table": timed(HParamsTable, "_write"),
         "page and files of the report (thread)": timed(keeper, "write_safely"),
         "the study's next trial": timed(Study, "next"),
         "the study's snapshot": timed(StudyPlace, "snapshot"),
@@ -164,16 +165,18 @@ def size_mib(paths: Sequence[Path]) -> float:
 
 
 def run(num_trials: int, *, num_epochs: int, seconds: float, sampled: bool) -> None:
-    trial.train = partial(train, seconds=seconds)  # type: ignore[assignment]
+    trainable.train_trial = partial(train, seconds=seconds)  # type: ignore[assignment]
     taken = measures()
     head = Cluster(initialize_head=True, head_node_args={"num_cpus": NUM_GPUS, "num_gpus": NUM_GPUS})
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / WORKERS).mkdir()
-        asked, mistyped = parse(flags_of(place, head.address, num_trials, num_epochs=num_epochs, sampled=sampled))
-        flight = preflight.check(asked, mistyped, default_name="scale", progress=lambda _done, _total: None)
+        asked, mistyped = parse_options(
+            flags_of(place, head.address, num_trials, num_epochs=num_epochs, sampled=sampled)
+        )
+        flight = prepare.prepare_search(asked, mistyped, default_name="scale", progress=lambda _done, _total: None)
         before = memory_mib()
         with (Path(place) / "said").open("w") as said:
-            code = launch(flight, Console(file=said), ["benchmark"])
+            code = run_search(flight, Console(file=said), ["benchmark"])
         kind = "drawn by a study" if sampled else "declared"
         what = f"{num_trials} trials of {num_epochs} epochs in {seconds:g} s, {kind}"
         print(f"{what}, {NUM_GPUS} pretended GPUs, exit code {code}")

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_bisenet import upsampled
 from tune_bisenet.data.classes import NUM_CLASSES, VOID
+from tune_bisenet.training import losses
 
 Timed = Callable[[Tensor, Tensor], Tensor]
 
 
 def loss_in_bands(logits: Tensor, targets: Tensor) -> Tensor:
-    upsampled.cross_entropy(logits, targets).backward()
+    losses.cross_entropy(logits, targets).backward()
     return gradient_of(logits)
 
 
@@ -36,7 +36,7 @@ def gradient_of(logits: Tensor) -> Tensor:
 
 
 def argmax_in_bands(logits: Tensor, targets: Tensor) -> Tensor:
-    return upsampled.argmax(logits.detach(), (targets.shape[1], targets.shape[2]))
+    return losses.argmax(logits.detach(), (targets.shape[1], targets.shape[2]))
 
 
 def argmax_of_all(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from optuna.trial import BaseTrial as Trial
 from search_spaces.runs10 import SPACE as RUNS10
 from tune_bisenet.config import OHEM, SGD, AdamW, Augment, CrossEntropy, Loss, Optimizer, Run, WarmupPoly
 from tune_bisenet.config import WeightedCrossEntropy as WeightedCE
+from tune_bisenet.records import Param
 from tune_bisenet.spaces import Sampled
-from tune_bisenet.suggested import Param
 
 
 def sample(trial: Trial) -> Run:

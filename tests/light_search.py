@@ -22,20 +22,21 @@ from typing import Any
 import optuna
 from light_space import NUM_EPOCHS, curve_of, earlier_trials, end_of, ended, question
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
 from sqlalchemy import Pool, event
 
-from tune_bisenet import endings, ledger
+from tune_bisenet import records
 from tune_bisenet.config import Run, Sampler
-from tune_bisenet.ledger import Ledger
-from tune_bisenet.rehearsal import read_suggested
-from tune_bisenet.results import EPOCHS, Epoch, best_of
+from tune_bisenet.records import EPOCHS, Epoch, Known, TrialSpec, best_of
+from tune_bisenet.search import state
+from tune_bisenet.search.prepare import read_suggested
+from tune_bisenet.search.searcher import Asked, read_epochs
+from tune_bisenet.search.state import SearchState
 from tune_bisenet.storage import Storage
 from tune_bisenet.study.place import StudyPlace, study_place
 from tune_bisenet.study.study import Study
 from tune_bisenet.study.translation import name_of
-from tune_bisenet.suggested import Known, Suggested
-from tune_bisenet.supply import Asked, read_epochs
 
 # --- a place --------------------------------------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class Search:
     def run(self) -> str:
         """As `launch` and `search` do it. Returns what trouble ended it, if any did."""
         self.folder.make()
-        with ledger.exclusive(self.folder):
+        with state.exclusive(self.folder):
             suggested = read_suggested(self.folder)
             book = self.book(suggested)
             book.write()
@@ -110,19 +111,19 @@ class Search:
             supply.close()
             return supply.trouble
 
-    def book(self, suggested: Mapping[str, Suggested]) -> Ledger:
+    def book(self, suggested: Mapping[str, TrialSpec]) -> SearchState:
         """What the last session has left of it, or a new one."""
-        earlier = endings.completed(self.folder, ledger.read_trials(self.folder).standings, suggested)
-        return Ledger(
+        earlier = records.complete_states(self.folder, state.read_trials(self.folder).standings, suggested)
+        return SearchState(
             self.folder,
-            [ledger.carried_over(name, one.run, earlier) for name, one in suggested.items()],
+            [state.restore(name, one.run, earlier) for name, one in suggested.items()],
             captions=[],
             baseline="a",
             scheduler_state=lambda: {"seen": [], "stops": {}},
             clock=self.clock,
         )
 
-    def supply(self, book: Ledger, suggested: Mapping[str, Suggested]) -> Asked:
+    def supply(self, book: SearchState, suggested: Mapping[str, TrialSpec]) -> Asked:
         study = Study(
             self.place.open(),
             "light",
@@ -142,7 +143,7 @@ class Search:
             snapshot=self.place.snapshot,
         )
 
-    def _train_all(self, book: Ledger, supply: Asked) -> None:
+    def _train_all(self, book: SearchState, supply: Asked) -> None:
         """As many as are handed out at once, an epoch of each in turn."""
         running: dict[str, Run] = {}
         while True:
@@ -155,7 +156,7 @@ class Search:
                 if self._train_epoch(name, run, book, supply):
                     del running[name]
 
-    def _train_epoch(self, name: str, run: Run, book: Ledger, supply: Asked) -> bool:
+    def _train_epoch(self, name: str, run: Run, book: SearchState, supply: Asked) -> bool:
         """Whether it was the last one."""
         folder = self.folder / name
         history, whole = read_epochs(folder), curve_of(run)
@@ -188,20 +189,20 @@ def results(trials: Sequence[FrozenTrial]) -> dict[str, tuple[Any, ...]]:
     return {
         name_of(trial): (trial.state.name, trial.number, trial.params, trial.values, trial.intermediate_values)
         for trial in trials
-        if trial.state is not TrialState.FAIL
+        if trial.state is not OptunaState.FAIL
     }
 
 
 def assert_whole(search: Search, trials: Sequence[FrozenTrial]) -> None:
     """Nothing lost, nothing twice, nothing left over; study, ledger and folders agree."""
-    own = [trial for trial in trials if "source" not in trial.user_attrs and trial.state is not TrialState.FAIL]
+    own = [trial for trial in trials if "source" not in trial.user_attrs and trial.state is not OptunaState.FAIL]
     names = [name_of(trial) for trial in own]
     assert len(trials) - len({trial.number for trial in trials}) == 0
     assert len(set(names)) == len(names) == search.limit
     assert [trial.user_attrs["source"] for trial in trials if "source" in trial.user_attrs] == [
         one.source for one in search.known
     ]
-    standings = {one.trial: one for one in ledger.read_trials(search.folder).standings}
+    standings = {one.trial: one for one in state.read_trials(search.folder).standings}
     suggested = read_suggested(search.folder)
     assert set(standings) == set(suggested) == set(names)
     for trial in own:
@@ -216,7 +217,7 @@ def assert_whole(search: Search, trials: Sequence[FrozenTrial]) -> None:
         assert trial.intermediate_values == {epoch.epoch: epoch.miou for epoch in whole}
         assert [epoch.epoch for epoch in read_epochs(search.folder / one.trial)] == [epoch.epoch for epoch in whole]
         finished = standing.status == "finished"
-        assert trial.state is (TrialState.COMPLETE if finished else TrialState.PRUNED)
+        assert trial.state is (OptunaState.COMPLETE if finished else OptunaState.PRUNED)
         assert trial.value == (standing.best_miou if finished else standing.last_miou)
         assert trial.user_attrs["status"] == standing.status
 

@@ -7,12 +7,10 @@ from optuna.trial import BaseTrial
 from rows import plain_epoch, plain_row
 
 from tune_bisenet.config import SGD, AdamW, CrossEntropy, Expect, Objective, Run, Sampler
-from tune_bisenet.plan import DataFacts, Settings, plan_runs
-from tune_bisenet.results import Epoch, Standing, Status, best_of
-from tune_bisenet.spaces import Grid, Sampled
+from tune_bisenet.records import Epoch, Known, Param, Status, TrialSpec, TrialState, best_of
+from tune_bisenet.spaces import DataFacts, Grid, RowOverrides, Sampled, resolve_runs
 from tune_bisenet.study import sampling
 from tune_bisenet.study.study import Question
-from tune_bisenet.suggested import Known, Param, Suggested
 
 NUM_EPOCHS = 3
 FACTS = DataFacts(num_train=8, num_val=3, suggested_image_size=(32, 64))
@@ -65,8 +63,8 @@ def question(
     seed: int = 0,
     objectives: tuple[Objective, ...] = ("miou",),
 ) -> Question:
-    draw = sampling.draw_with(space, Settings(), FACTS, objectives)
-    rows = plan_runs(space.rows, Settings(seeds=(seed,)), FACTS) if space.rows else ()
+    draw = sampling.draw_with(space, RowOverrides(), FACTS, objectives)
+    rows = resolve_runs(space.rows, RowOverrides(seeds=(seed,)), FACTS) if space.rows else ()
     declared = {one.name: one for one in space.rows}
     points = {run.name: sampling.point_of(declared[run.name], space, draw, objectives) for run in rows}
     return Question(
@@ -111,12 +109,12 @@ def curve_of(run: Run) -> list[Epoch]:
     ]
 
 
-def ended(one: Suggested) -> Standing:
+def ended(one: TrialSpec) -> TrialState:
     """How the trial stands at its end."""
     last, status = end_of(one.run)
     history = curve_of(one.run)
     best = best_of(history)
-    return Standing(
+    return TrialState(
         trial=one.trial,
         run=one.run.name,
         seed=one.run.seed,
@@ -143,7 +141,7 @@ def earlier_trials(count: int) -> tuple[Known, ...]:
         except ValueError:
             continue
         drawn = sampling.Point(run=run, params=trial.params, distributions=trial.distributions)
-        one = Suggested(
+        one = TrialSpec(
             trial=run.name,
             run=run,
             origin="sampled",

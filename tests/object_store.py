@@ -21,7 +21,7 @@ import pytest
 from driving import PROJECT, environment
 from moto.server import ThreadedMotoServer
 
-from tune_bisenet.ledger import LEADERBOARD_CSV
+from tune_bisenet.search.state import LEADERBOARD_CSV
 
 KEY_ID = "AKIAOFATEST000000000"
 SECRET = "theSecretOfATest/+0123456789abcdefghijkl"

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tune_bisenet.config import SGD, CrossEntropy, Run, WarmupPoly
-from tune_bisenet.results import Epoch
+from tune_bisenet.records import Epoch
 
 
 def plain_row(

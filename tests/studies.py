@@ -7,10 +7,9 @@ import optuna
 from light_space import curve_of, earlier_trials, ended, question
 from optuna.trial import FrozenTrial
 
-from tune_bisenet.results import Standing
+from tune_bisenet.records import TrialSpec, TrialState
 from tune_bisenet.study.study import Question, Record, Study, open_storage
 from tune_bisenet.study.translation import name_of
-from tune_bisenet.suggested import Suggested
 
 EARLIER = earlier_trials(11)
 
@@ -39,13 +38,13 @@ def trial_at(url: str, name: str) -> FrozenTrial:
     return [trial for trial in trials_at(url) if name_of(trial) == name][-1]
 
 
-def train(study: Study, one: Suggested) -> None:
+def train(study: Study, one: TrialSpec) -> None:
     for epoch in curve_of(one.run):
         study.heard(one.trial, epoch.epoch, epoch.miou)
     study.ended(ended(one))
 
 
-def train_next(study: Study, count: int) -> list[Suggested]:
+def train_next(study: Study, count: int) -> list[TrialSpec]:
     trained = []
     for _ in range(count):
         one = study.next()
@@ -55,20 +54,20 @@ def train_next(study: Study, count: int) -> list[Suggested]:
     return trained
 
 
-def waiting(one: Suggested, epochs: int = 0) -> Record:
-    standing = Standing(trial=one.trial, run=one.run.name, seed=one.run.seed, num_epochs=one.run.num_epochs)
+def waiting(one: TrialSpec, epochs: int = 0) -> Record:
+    standing = TrialState(trial=one.trial, run=one.run.name, seed=one.run.seed, num_epochs=one.run.num_epochs)
     return Record(suggested=one, standing=standing, epochs=curve_of(one.run)[:epochs])
 
 
-def done(one: Suggested) -> Record:
+def done(one: TrialSpec) -> Record:
     return Record(suggested=one, standing=ended(one), epochs=curve_of(one.run))
 
 
-def failed(one: Suggested) -> Standing:
+def failed(one: TrialSpec) -> TrialState:
     return replace(waiting(one).standing, status="failed", error="no memory")
 
 
-def suggested(study: Study) -> Suggested:
+def suggested(study: Study) -> TrialSpec:
     one = study.next()
     assert one is not None
     return one

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tune_bisenet.arguments import Arguments
 from tune_bisenet.config import Resources
-from tune_bisenet.ray_session import Cluster, ClusterError, Node, allot
+from tune_bisenet.options import Options
+from tune_bisenet.search.resources import Cluster, ClusterError, Node, allocate
 
 
 def cluster(*nodes: tuple[float, float], grows: bool = False) -> Cluster:
@@ -12,8 +12,8 @@ def cluster(*nodes: tuple[float, float], grows: bool = False) -> Cluster:
     return Cluster(tuple(Node(id=f"n{i}", cpus=cpus, gpus=gpus) for i, (cpus, gpus) in enumerate(nodes)), grows=grows)
 
 
-def asked(**flags: object) -> Arguments:
-    return Arguments.model_validate(flags)
+def asked(**flags: object) -> Options:
+    return Options.model_validate(flags)
 
 
 # nodes as (CPUs, GPUs), flags, trials -> CPUs a trial, GPUs a trial, trials at once
@@ -41,42 +41,42 @@ def test_resources_fit_the_machines(
     num_trials: int,
     expected: tuple[int, float, int],
 ) -> None:
-    found = allot(cluster(*nodes), asked(**flags), num_trials=num_trials)
+    found = allocate(cluster(*nodes), asked(**flags), num_trials=num_trials)
     assert (found.cpus_per_trial, found.gpus_per_trial, found.concurrency) == expected
 
 
 @pytest.mark.parametrize("flags", [{"cpus_per_trial": 3}, {"gpus_per_trial": 1}, {"device": "cuda"}])
 def test_more_than_there_is_is_refused(flags: dict[str, object]) -> None:
     with pytest.raises(ClusterError, match="Lower --cpus-per-trial or --gpus-per-trial"):
-        allot(cluster((2, 0)), asked(**flags), num_trials=10)
+        allocate(cluster((2, 0)), asked(**flags), num_trials=10)
 
 
 def test_what_no_single_node_holds_is_refused() -> None:
     with pytest.raises(ClusterError, match="the largest of Ray's 2 nodes has 4 and 0"):
-        allot(cluster((4, 0), (2, 0)), asked(cpus_per_trial=6), num_trials=10)
+        allocate(cluster((4, 0), (2, 0)), asked(cpus_per_trial=6), num_trials=10)
 
 
 def test_a_gpu_that_must_be_used_but_not_taken_is_refused() -> None:
     with pytest.raises(ClusterError, match="exclude each other"):
-        allot(cluster((2, 1)), asked(device="cuda", gpus_per_trial=0), num_trials=10)
+        allocate(cluster((2, 1)), asked(device="cuda", gpus_per_trial=0), num_trials=10)
 
 
 # --- a cluster that starts nodes when they are asked for --------------------------------------------------------------
 
 
 def test_an_empty_cluster_that_grows_is_asked_for_a_gpu_and_a_core_a_trial() -> None:
-    found = allot(cluster(grows=True), asked(), num_trials=10)
+    found = allocate(cluster(grows=True), asked(), num_trials=10)
     assert (found.cpus_per_trial, found.gpus_per_trial, found.concurrency, found.grows) == (1, 1, 1, True)
 
 
 def test_a_cluster_that_grows_is_asked_for_what_was_said_even_if_no_node_has_it_yet() -> None:
-    found = allot(cluster((4, 1), grows=True), asked(gpus_per_trial=4, cpus_per_trial=16), num_trials=10)
+    found = allocate(cluster((4, 1), grows=True), asked(gpus_per_trial=4, cpus_per_trial=16), num_trials=10)
     assert (found.cpus_per_trial, found.gpus_per_trial) == (16, 4)
 
 
 def test_an_empty_cluster_that_does_not_grow_is_refused() -> None:
     with pytest.raises(ClusterError, match="Ray has no node with a CPU"):
-        allot(cluster(), asked(), num_trials=10)
+        allocate(cluster(), asked(), num_trials=10)
 
 
 def test_a_study_asks_for_one_trial_more_than_fits_as_the_cluster_grows() -> None:

@@ -8,7 +8,7 @@ import pytest
 from search_spaces.around10 import SPACE, augment
 from search_spaces.runs10 import SPACE as RUNS10
 from tune_bisenet.config import OHEM, SGD, AdamW, Augment, CrossEntropy, Run, WeightedCrossEntropy
-from tune_bisenet.plan import DataFacts, Settings, plan_runs
+from tune_bisenet.spaces import DataFacts, RowOverrides, resolve_runs
 from tune_bisenet.study import sampling
 from tune_bisenet.study.sampling import Point
 
@@ -16,16 +16,16 @@ FULL = DataFacts(num_train=2975, num_val=500, suggested_image_size=(512, 1024))
 STREETS = DataFacts(num_train=120, num_val=24, suggested_image_size=(96, 192))
 
 SCALES = {
-    "the table's own": (Settings(), FULL),
-    "a proxy of 8 epochs": (Settings(max_epochs=8, proxy=True), STREETS),
-    "a proxy of 2 epochs": (Settings(num_epochs=2, proxy=True), STREETS),
-    "another size and seed": (Settings(seeds=(3,), image_size=(256, 512)), FULL),
+    "the table's own": (RowOverrides(), FULL),
+    "a proxy of 8 epochs": (RowOverrides(max_epochs=8, proxy=True), STREETS),
+    "a proxy of 2 epochs": (RowOverrides(num_epochs=2, proxy=True), STREETS),
+    "another size and seed": (RowOverrides(seeds=(3,), image_size=(256, 512)), FULL),
 }
 
 ROWS = {row.name: row for row in RUNS10.runs}
 
 
-def point_of(row: Run, settings: Settings = SCALES["the table's own"][0], facts: DataFacts = FULL) -> Point:
+def point_of(row: Run, settings: RowOverrides = SCALES["the table's own"][0], facts: DataFacts = FULL) -> Point:
     draw = sampling.draw_with(SPACE, settings, facts, ("miou",))
     return sampling.point_of(row, SPACE, draw, ("miou",))
 
@@ -40,7 +40,7 @@ def test_it_begins_with_the_ten_rows_and_no_others() -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_the_point_of_a_row_draws_the_run_that_the_row_is(name: str, scale: str) -> None:
     settings, facts = SCALES[scale]
-    (planned,) = plan_runs([ROWS[name]], settings, facts)
+    (planned,) = resolve_runs([ROWS[name]], settings, facts)
     drawn = point_of(ROWS[name], settings, facts).run
     assert drawn.fingerprint() == planned.fingerprint()
 
@@ -55,7 +55,7 @@ def test_no_two_rows_are_the_same_point() -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_is_no_other_point(name: str) -> None:
     point = point_of(ROWS[name])
-    draw = sampling.draw_with(SPACE, Settings(), FULL, ("miou",))
+    draw = sampling.draw_with(SPACE, RowOverrides(), FULL, ("miou",))
     for param, value in neighbours(point):
         try:
             other = sampling.point_at(point.params | {param: value}, draw)
@@ -77,7 +77,7 @@ def test_the_plain_and_the_class_weighted_row_are_the_ends_of_one_axis() -> None
     assert plain.params["class_weight_exponent"] == 0.0
     assert isinstance(plain.run.loss, CrossEntropy)
     assert isinstance(weighted.run.loss, WeightedCrossEntropy)
-    draw = sampling.draw_with(SPACE, Settings(), FULL, ("miou",))
+    draw = sampling.draw_with(SPACE, RowOverrides(), FULL, ("miou",))
     between = sampling.point_at(plain.params | {"class_weight_exponent": 0.25}, draw).run.loss
     assert isinstance(between, WeightedCrossEntropy)
     assert between.exponent == 0.25
@@ -96,7 +96,7 @@ def test_whatever_is_drawn_can_be_trained(scale: str) -> None:
 
 
 def test_its_draws_reach_every_branch() -> None:
-    draw = sampling.draw_with(SPACE, Settings(), FULL, ("miou",))
+    draw = sampling.draw_with(SPACE, RowOverrides(), FULL, ("miou",))
     runs = [point.run for point in sampling.rehearse(draw, seed=2, draws=300)]
     assert {type(run.optimizer) for run in runs} == {SGD, AdamW}
     assert {type(run.loss) for run in runs} == {WeightedCrossEntropy, OHEM}  # exactly 0 is not drawn by chance

@@ -12,7 +12,7 @@ import optuna
 import pytest
 from driving import PROJECT, environment, make_place, on_frames, statuses
 from nodes import reason_not_to_unshare
-from optuna.trial import TrialState
+from optuna.trial import TrialState as OptunaState
 
 NAMESPACE = ["unshare", "--pid", "--net", "--mount", "--fork", "--kill-child", "--mount-proc"]
 
@@ -71,7 +71,7 @@ def test_a_study_hands_out_more_trials_as_nodes_come(place: Path) -> None:
     assert seen["most_trials_on_a_node"] == 3
     assert seen["most_trials"] > 3
     study = optuna.load_study(study_name="study", storage=f"sqlite:///{place / 'study' / 'study.db'}")
-    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    assert {trial.state for trial in study.trials} == {OptunaState.COMPLETE}
     names = [trial.user_attrs["trial"] for trial in study.trials]
     assert len(names) == len(set(names)) == num_trials
     assert statuses(place / "study") == dict.fromkeys(names, "finished")

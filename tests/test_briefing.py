@@ -8,18 +8,18 @@ import pytest
 from driving import write_frames, write_sampled_space, write_space
 from rich.console import Console
 
-from tune_bisenet import arguments, briefing, preflight
+from tune_bisenet import briefing, options
 from tune_bisenet.config import Resources, Run
-from tune_bisenet.flight import Flight
-from tune_bisenet.frames import CACHE_VARIABLE
-from tune_bisenet.recorder import Outcome
-from tune_bisenet.results import Standing
+from tune_bisenet.records import TrialState
+from tune_bisenet.search import prepare
+from tune_bisenet.search.prepare import CACHE_VARIABLE, PreparedSearch
+from tune_bisenet.search.tuner import SessionOutcome
 
 TWO_CORES = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
 
 
-def flight_of(place: Path, **flags: object) -> Flight:
-    asked, mistyped = arguments.parse(
+def flight_of(place: Path, **flags: object) -> PreparedSearch:
+    asked, mistyped = options.parse_options(
         {
             "space": str(place / "space.py"),
             "data": str(place / "frames"),
@@ -29,7 +29,7 @@ def flight_of(place: Path, **flags: object) -> Flight:
             **flags,
         }
     )
-    return preflight.check(asked, mistyped, default_name="default", progress=lambda _done, _total: None)
+    return prepare.prepare_search(asked, mistyped, default_name="default", progress=lambda _done, _total: None)
 
 
 @pytest.fixture
@@ -40,11 +40,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def runs_of(flight: Flight) -> dict[str, Run]:
+def runs_of(flight: PreparedSearch) -> dict[str, Run]:
     return {f"{run.name}-s{run.seed}": run for run in flight.survey.runs}
 
 
-def plan_of(flight: Flight, resources: Resources = TWO_CORES, standings: Sequence[Standing] = ()) -> dict[str, str]:
+def plan_of(
+    flight: PreparedSearch, resources: Resources = TWO_CORES, standings: Sequence[TrialState] = ()
+) -> dict[str, str]:
     """The page by its titles."""
     runs = {} if flight.sampling else runs_of(flight)
     outlook = briefing.flight_outlook(flight, resources, standings)
@@ -159,7 +161,7 @@ def test_disk_is_told_for_nodes_and_storage(place: Path) -> None:
     assert "53.8 MB a trial, 215 MB more until it has ended: at most 699 MB in all" in disk
 
 
-def page(flight: Flight, *, width: int = 100) -> str:
+def page(flight: PreparedSearch, *, width: int = 100) -> str:
     screen = io.StringIO()
     runs = {} if flight.sampling else runs_of(flight)
     briefing.print_plan(Console(file=screen, width=width), flight, TWO_CORES, runs, [])
@@ -195,8 +197,8 @@ def test_in_a_terminal_prose_is_broken_under_itself_and_paths_are_not(place: Pat
     assert lines[start + 1].startswith(" " * 11)
 
 
-def standing(trial: str, **known: object) -> Standing:
-    return Standing.from_json({"trial": trial, "run": trial, "seed": 0, "num_epochs": 4, **known})
+def standing(trial: str, **known: object) -> TrialState:
+    return TrialState.from_json({"trial": trial, "run": trial, "seed": 0, "num_epochs": 4, **known})
 
 
 def test_at_the_end_it_says_what_failed_and_how_to_go_on(place: Path) -> None:
@@ -205,7 +207,7 @@ def test_at_the_end_it_says_what_failed_and_how_to_go_on(place: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=100)
     failed = standing("r02", status="failed", error="[no] memory")
-    briefing.print_results(console, flight, [*standings, failed], page="there/report.html", outcome=Outcome())
+    briefing.print_results(console, flight, [*standings, failed], page="there/report.html", outcome=SessionOutcome())
     assert "report:  there/report.html" in screen.getvalue()
     said = screen.getvalue()
     assert "12.30" in said
@@ -218,7 +220,9 @@ def test_at_the_end_it_says_what_failed_and_how_to_go_on(place: Path) -> None:
 def test_after_a_signal_it_says_how_to_go_on(place: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=40)
-    briefing.print_results(console, flight_of(place), [standing("r01")], page=None, outcome=Outcome(signal_number=15))
+    briefing.print_results(
+        console, flight_of(place), [standing("r01")], page=None, outcome=SessionOutcome(signal_number=15)
+    )
     assert "interrupted. Go on with --resume --name mine --storage " in screen.getvalue()
     assert "failed" not in screen.getvalue()
 
@@ -226,12 +230,12 @@ def test_after_a_signal_it_says_how_to_go_on(place: Path) -> None:
 # --- a sampled search -----------------------------------------------------------------------------------------------
 
 
-def sampled_flight(place: Path, **flags: object) -> Flight:
+def sampled_flight(place: Path, **flags: object) -> PreparedSearch:
     write_sampled_space(place / "sampled.py", num_epochs=4)
     return flight_of(place, space=str(place / "sampled.py"), **flags)
 
 
-def endings(flight: Flight, outcome: Outcome, *standings: Standing) -> str:
+def endings(flight: PreparedSearch, outcome: SessionOutcome, *standings: TrialState) -> str:
     screen = io.StringIO()
     console = Console(file=screen, width=100)
     briefing.print_results(console, flight, standings, page=None, best=["t0003 is the best."], outcome=outcome)
@@ -268,14 +272,16 @@ def test_a_search_that_only_time_ends_says_how_many_trials_fit(place: Path) -> N
 
 def test_at_its_end_a_sampled_search_says_why_it_ended_and_what_may_follow(place: Path) -> None:
     flight = sampled_flight(place, trials="7")
-    said = endings(flight, Outcome(), standing("a"))
+    said = endings(flight, SessionOutcome(), standing("a"))
     assert "t0003 is the best." in said
     assert "ended: --trials 7 have been run." in said
     assert "--resume --name mine" in said
     assert "--confirm 3" in said
-    assert "ended: --time-budget 1h was used up." in endings(flight, Outcome(limit="--time-budget 1h was used up"))
+    assert "ended: --time-budget 1h was used up." in endings(
+        flight, SessionOutcome(limit="--time-budget 1h was used up")
+    )
 
 
 def test_with_nothing_to_confirm_it_says_so(place: Path) -> None:
     flight = sampled_flight(place, trials="2", confirm="3")
-    assert "there is nothing to confirm" in endings(flight, Outcome(), standing("a"), standing("b"))
+    assert "there is nothing to confirm" in endings(flight, SessionOutcome(), standing("a"), standing("b"))

@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tune_bisenet.config import SGD, AdamW, Augment, Expect, Job, Run, check_image_size, fingerprint, size_words
+from tune_bisenet.config import (
+    SGD,
+    AdamW,
+    Augment,
+    Expect,
+    Run,
+    TrialContext,
+    check_image_size,
+    fingerprint,
+    format_size,
+)
 
 ROW: dict[str, Any] = {
     "name": "r01",
@@ -21,7 +31,7 @@ def row(**changes: object) -> Run:
     return Run.model_validate(ROW | changes)
 
 
-def job(**changes: object) -> Job:
+def job(**changes: object) -> TrialContext:
     fields: dict[str, Any] = {
         "data": "streets",
         "packs": {"512x1024": "/cache/pack"},
@@ -33,9 +43,9 @@ def job(**changes: object) -> Job:
         "storage": "/results/search",
         "cpus_per_trial": 1,
         "use_gpu": False,
-        "plain_seed": 2,
+        "default_seed": 2,
     }
-    return Job.model_validate(fields | changes)
+    return TrialContext.model_validate(fields | changes)
 
 
 # --- a row ------------------------------------------------------------------------------------------------------
@@ -172,7 +182,7 @@ def test_an_expectation_is_a_range_or_a_gain_over_a_row() -> None:
 def test_multiples_of_32_are_taken_as_they_are() -> None:
     for size in ((32, 32), (512, 1024), (96, 2048)):
         assert check_image_size(size) == size
-    assert size_words((512, 1024)) == "512x1024"
+    assert format_size((512, 1024)) == "512x1024"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +269,7 @@ def test_the_identity_follows_everything_that_decides_the_weights_and_nothing_el
         job(precision="bf16").identity(row()),
     ]
     assert len({same, *others}) == 5
-    elsewhere = job(cache_dir="/tmp", storage="s3://bucket", cpus_per_trial=8, use_gpu=True, plain_seed=None)
+    elsewhere = job(cache_dir="/tmp", storage="s3://bucket", cpus_per_trial=8, use_gpu=True, default_seed=None)
     assert elsewhere.identity(row(name="other")) == same
 
 
@@ -270,11 +280,11 @@ def test_the_identity_looks_at_the_data_of_the_runs_own_size() -> None:
 
 def test_a_trial_is_named_by_its_row_and_by_its_seed_where_there_are_several() -> None:
     assert job().trial_name(row(seed=2)) == "r01"
-    assert job(plain_seed=None).trial_name(row(seed=2)) == "r01-s2"
+    assert job(default_seed=None).trial_name(row(seed=2)) == "r01-s2"
 
 
 def test_seeds_added_later_rename_no_trial() -> None:
-    assert [job(plain_seed=2).trial_name(row(seed=seed)) for seed in (2, 3)] == ["r01", "r01-s3"]
+    assert [job(default_seed=2).trial_name(row(seed=seed)) for seed in (2, 3)] == ["r01", "r01-s3"]
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"cpus_per_trial": 0}, {"gpu": True}])

@@ -6,19 +6,18 @@ from dataclasses import replace
 from light_space import row
 
 from tune_bisenet.config import Run
-from tune_bisenet.results import Standing, Status
+from tune_bisenet.records import Known, Origin, Status, TrialSpec, TrialState
 from tune_bisenet.study.confirm import fresh_runs
-from tune_bisenet.suggested import Known, Origin, Suggested
 
-Trial = tuple[Suggested, Standing]
+Trial = tuple[TrialSpec, TrialState]
 
 
 def trial(
     name: str, miou: float | None, *, origin: Origin = "sampled", status: Status = "finished", seed: int = 0
 ) -> Trial:
     run = row(name, 0.01).model_copy(update={"seed": seed})
-    one = Suggested(trial=name, run=run, origin=origin, number=None, params={}, distributions={})
-    return one, Standing(trial=name, run=name, seed=seed, num_epochs=3, status=status, best_miou=miou)
+    one = TrialSpec(trial=name, run=run, origin=origin, number=None, params={}, distributions={})
+    return one, TrialState(trial=name, run=name, seed=seed, num_epochs=3, status=status, best_miou=miou)
 
 
 def known(one: Trial) -> Known:

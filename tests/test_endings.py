@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tune_bisenet import endings
-from tune_bisenet.ledger import Ledger
-from tune_bisenet.results import BEST, ENDED, EPOCHS, LAST, PREVIOUS, Standing, Status
+from tune_bisenet import records
+from tune_bisenet.records import BEST_WEIGHTS, ENDED, EPOCHS, LAST, PREVIOUS, Status, TrialState
+from tune_bisenet.search.state import SearchState
 from tune_bisenet.storage import Storage
 
 
-def standing(trial: str, status: Status = "waiting", *, epochs: int = 0, stopped_by: str = "") -> Standing:
-    return Standing(
+def standing(trial: str, status: Status = "waiting", *, epochs: int = 0, stopped_by: str = "") -> TrialState:
+    return TrialState(
         trial=trial,
         run=trial,
         seed=0,
@@ -32,7 +32,7 @@ def search(tmp_path: Path) -> Storage:
     folder = Storage.at(str(tmp_path))
     for trial in ("a", "b"):
         (folder / trial).make()
-        for name in (LAST, PREVIOUS, BEST, EPOCHS):
+        for name in (LAST, PREVIOUS, BEST_WEIGHTS, EPOCHS):
             (folder / trial).write(name, b"[]")
     return folder
 
@@ -42,11 +42,11 @@ def files(search: Storage, trial: str) -> set[str]:
 
 
 def test_a_trial_that_has_ended_keeps_its_best_weights_and_nothing_to_go_on_from(search: Storage) -> None:
-    endings.keep(search / "a", STOPPED)
-    assert files(search, "a") == {BEST, EPOCHS, ENDED}
-    assert files(search, "b") == {LAST, PREVIOUS, BEST, EPOCHS}
-    endings.keep(search / "a", STOPPED)  # a driver killed in between does it again
-    assert files(search, "a") == {BEST, EPOCHS, ENDED}
+    records.keep_ending(search / "a", STOPPED)
+    assert files(search, "a") == {BEST_WEIGHTS, EPOCHS, ENDED}
+    assert files(search, "b") == {LAST, PREVIOUS, BEST_WEIGHTS, EPOCHS}
+    records.keep_ending(search / "a", STOPPED)  # a driver killed in between does it again
+    assert files(search, "a") == {BEST_WEIGHTS, EPOCHS, ENDED}
 
 
 def test_it_says_how_before_it_lets_go(search: Storage) -> None:
@@ -57,27 +57,27 @@ def test_it_says_how_before_it_lets_go(search: Storage) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        endings.keep(Killed.at(search.path) / "a", STOPPED)
-    assert endings.completed(search, [], ["a", "b"]) == [STOPPED]
+        records.keep_ending(Killed.at(search.path) / "a", STOPPED)
+    assert records.complete_states(search, [], ["a", "b"]) == [STOPPED]
 
 
 def test_what_trials_json_has_lost_the_folders_know(search: Storage) -> None:
-    endings.keep(search / "a", STOPPED)
-    assert endings.completed(search, [], ["a", "b"]) == [STOPPED]
+    records.keep_ending(search / "a", STOPPED)
+    assert records.complete_states(search, [], ["a", "b"]) == [STOPPED]
     late = [standing("a", "running", epochs=1), standing("b", "running", epochs=3)]
-    assert endings.completed(search, late, ["a", "b"]) == [STOPPED, late[1]]
+    assert records.complete_states(search, late, ["a", "b"]) == [STOPPED, late[1]]
 
 
 def test_an_end_that_trials_json_knows_is_not_read_again(search: Storage) -> None:
-    endings.keep(search / "a", STOPPED)
+    records.keep_ending(search / "a", STOPPED)
     known = standing("a", "finished", epochs=4)
-    assert endings.completed(search, [known], ["a"]) == [known]
+    assert records.complete_states(search, [known], ["a"]) == [known]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b'"stopped"'])
 def test_a_damaged_file_says_nothing(search: Storage, content: bytes) -> None:
     (search / "a").write(ENDED, content)
-    assert endings.completed(search, [], ["a"]) == []
+    assert records.complete_states(search, [], ["a"]) == []
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def test_a_damaged_file_says_nothing(search: Storage, content: bytes) -> None:
 def test_the_ledger_sees_to_it_when_a_trial_ends_well(
     search: Storage, epochs: int, diverged: bool, status: Status
 ) -> None:
-    book = Ledger(search, [standing("a", epochs=epochs)], captions=[], baseline=None, scheduler_state=dict)
+    book = SearchState(search, [standing("a", epochs=epochs)], captions=[], baseline=None, scheduler_state=dict)
     book.ended("a", diverged=diverged, stopped_by="")
-    assert files(search, "a") == {BEST, EPOCHS, ENDED}
-    assert [found.status for found in endings.completed(search, [], ["a"])] == [status]
+    assert files(search, "a") == {BEST_WEIGHTS, EPOCHS, ENDED}
+    assert [found.status for found in records.complete_states(search, [], ["a"])] == [status]
 
 
 def test_one_that_failed_keeps_all_for_another_try(search: Storage) -> None:
-    book = Ledger(search, [standing("a", epochs=2)], captions=[], baseline=None, scheduler_state=dict)
+    book = SearchState(search, [standing("a", epochs=2)], captions=[], baseline=None, scheduler_state=dict)
     book.failed("a", "no memory")
-    assert files(search, "a") == {LAST, PREVIOUS, BEST, EPOCHS}
-    assert endings.completed(search, [], ["a"]) == []
+    assert files(search, "a") == {LAST, PREVIOUS, BEST_WEIGHTS, EPOCHS}
+    assert records.complete_states(search, [], ["a"]) == []

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tune_bisenet import checkpoint, engine
 from tune_bisenet.config import SGD, AdamW, Optimizer, Run
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.estimate import footprint
-from tune_bisenet.model import BiSeNet
 from tune_bisenet.storage import Storage
+from tune_bisenet.training import checkpoint, engine
+from tune_bisenet.training.model import BiSeNet
 
 
 @pytest.mark.parametrize(

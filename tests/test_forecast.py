@@ -29,8 +29,8 @@ from tune_bisenet.estimate.forecast import (
     sampled_work,
     trial_seconds,
 )
-from tune_bisenet.plan import DataFacts
-from tune_bisenet.results import Standing
+from tune_bisenet.records import TrialState
+from tune_bisenet.spaces import DataFacts
 
 FACTS = DataFacts(num_train=10, num_val=3, suggested_image_size=(32, 64))
 
@@ -51,8 +51,8 @@ def row(name: str = "a", *, num_epochs: int = 10, **fields: Any) -> Run:
     )
 
 
-def standing(run: str, **known: Any) -> Standing:
-    return Standing.from_json({"trial": run, "run": run, "seed": 0, "num_epochs": 10, **known})
+def standing(run: str, **known: Any) -> TrialState:
+    return TrialState.from_json({"trial": run, "run": run, "seed": 0, "num_epochs": 10, **known})
 
 
 SWITCHING = row("b", loss=CrossEntropy(aux_weight=1.0, lovasz_after=7))

@@ -12,8 +12,7 @@ import pytest
 from rows import plain_row
 
 from tune_bisenet.config import Run
-from tune_bisenet.median import MedianRule, first_judged_epoch
-from tune_bisenet.rungs import Judge, Verdict
+from tune_bisenet.rungs import Judge, MedianRule, Verdict, first_judged_epoch
 
 JUDGED_FROM = partial(first_judged_epoch, iterations_per_epoch=100)
 

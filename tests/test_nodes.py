@@ -26,7 +26,7 @@ from driving import (
 )
 from nodes import UNSHARED, Joined, Nodes, reason_not_to_unshare
 
-from tune_bisenet.recorder import MAX_FAILURES
+from tune_bisenet.search.tuner import MAX_FAILURES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1200)]
 
@@ -197,10 +197,10 @@ def test_a_node_that_does_not_see_the_storage_is_told_of_before_any_trial(place:
 
 
 def test_a_trial_on_a_machine_that_does_not_see_the_search_says_so(tmp_path: Path) -> None:
-    from tune_bisenet import trial
+    from tune_bisenet.search import trainable
 
     with pytest.raises(ValueError, match="--storage must be a URI"):
-        trial.train({}, job={"storage": str(tmp_path / "on another machine")})
+        trainable.train_trial({}, job={"storage": str(tmp_path / "on another machine")})
     assert not list(tmp_path.iterdir())
 
 

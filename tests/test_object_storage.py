@@ -22,7 +22,7 @@ from object_store import (
     make_store,
 )
 
-from tune_bisenet.ray_session import RESTARTABLE
+from tune_bisenet.search.resources import RESTARTABLE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1200)]
 

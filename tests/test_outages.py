@@ -13,9 +13,7 @@ import pytest
 import requests
 from object_store import KEY_ID, SECRET, ObjectStore, object_store
 
-from tune_bisenet.outages import PATIENCE_VARIABLE, Patience, StorageError
-from tune_bisenet.patient import Patient
-from tune_bisenet.storage import Storage
+from tune_bisenet.storage import RETRY_VARIABLE, RetryingFileSystem, RetryPolicy, Storage, StorageError
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ AWAY = OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCod
 
 def test_what_fails_for_a_moment_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     stumbling = Stumbling(AWAY, FULL, ConnectionResetError(errno.ECONNRESET, "reset"))
-    assert Patience("s3://moment")(stumbling) == "answer"
+    assert RetryPolicy("s3://moment")(stumbling) == "answer"
     assert stumbling.calls == 4
     told, back = caplog.messages
     assert told.startswith("s3://moment cannot be read (AWS Error NETWORK_CONNECTION")
@@ -58,7 +56,7 @@ def test_what_fails_for_a_moment_is_tried_again(caplog: pytest.LogCaptureFixture
 def test_a_full_disk_is_told_as_such_and_not_said_to_answer_because_it_can_be_read(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    patience = Patience("/full", seconds=0.6)
+    patience = RetryPolicy("/full", seconds=0.6)
     with pytest.raises(StorageError, match=r"/full could not be written .*No space left on device.*make room there"):
         patience(Stumbling(*[FULL] * 9), writing=True)
     assert patience(Stumbling()) == "answer"
@@ -71,16 +69,16 @@ def test_time_that_is_up_is_a_storage_error_that_nobody_tries_again() -> None:
     outer = Stumbling()
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"could not be read for \d+ seconds?: AWS Error NETWORK_CONN") as caught:
-        Patience("s3://up", seconds=1.0)(Stumbling(*[AWAY] * 99))
+        RetryPolicy("s3://up", seconds=1.0)(Stumbling(*[AWAY] * 99))
     assert time.monotonic() - began >= 1, "it is tried until the time is up, whatever the pauses were"
     outer.errors = [caught.value]
     with pytest.raises(StorageError):
-        Patience("s3://up")(outer)
+        RetryPolicy("s3://up")(outer)
     assert outer.calls == 1
 
 
 def test_one_outage_is_waited_for_once() -> None:
-    patience = Patience("s3://once", seconds=1.0)
+    patience = RetryPolicy("s3://once", seconds=1.0)
     with pytest.raises(StorageError):
         patience(Stumbling(*[AWAY] * 99))
     second = Stumbling(*[AWAY] * 99)
@@ -105,7 +103,7 @@ def test_one_outage_is_waited_for_once() -> None:
 def test_what_waiting_does_not_help_fails_at_once_as_it_is(error: Exception) -> None:
     stumbling = Stumbling(error)
     with pytest.raises(type(error)) as caught:
-        Patience()(stumbling)
+        RetryPolicy()(stumbling)
     assert caught.value is error
     assert stumbling.calls == 1
 
@@ -124,7 +122,7 @@ def test_what_waiting_does_not_help_fails_at_once_as_it_is(error: Exception) -> 
 def test_a_refusal_fails_at_once_with_what_to_do(text: str, words: str) -> None:
     stumbling = Stumbling(OSError(text))
     with pytest.raises(StorageError, match=words) as caught:
-        Patience("s3://x")(stumbling)
+        RetryPolicy("s3://x")(stumbling)
     assert text[:20] in str(caught.value)
     assert stumbling.calls == 1
 
@@ -133,7 +131,7 @@ def test_errors_of_the_libraries_under_fsspec_are_tried_again() -> None:
     class EndpointConnectionError(Exception):
         """Such as botocore's, which is no OSError."""
 
-    assert Patience("b2://x")(Stumbling(EndpointConnectionError("no route"))) == "answer"
+    assert RetryPolicy("b2://x")(Stumbling(EndpointConnectionError("no route"))) == "answer"
 
 
 def test_many_who_wait_tell_it_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -147,7 +145,7 @@ def test_many_who_wait_tell_it_once(caplog: pytest.LogCaptureFixture) -> None:
                 all_have_failed_twice.wait(250)
             return stumbling()
 
-        Patience("s3://many")(attempt)
+        RetryPolicy("s3://many")(attempt)
 
     threads = [threading.Thread(target=wait) for _ in range(8)]
     for thread in threads:
@@ -207,10 +205,10 @@ def test_preflight_gives_up_on_a_server_that_is_away_within_seconds() -> None:
 
 def test_how_long_is_waited_is_the_users_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Storage.at(str(tmp_path)).patience.seconds == 600
-    monkeypatch.setenv(PATIENCE_VARIABLE, "5")
+    monkeypatch.setenv(RETRY_VARIABLE, "5")
     assert Storage.at(str(tmp_path)).patience.seconds == 5
     assert Storage.at(tmp_path.as_uri()).patience.seconds == 5
-    monkeypatch.setenv(PATIENCE_VARIABLE, "long")
+    monkeypatch.setenv(RETRY_VARIABLE, "long")
     with pytest.raises(ValueError, match="'long': give a number of seconds"):
         Storage.at(str(tmp_path))
 
@@ -258,8 +256,8 @@ class Forgetful:
         return do
 
 
-def forgetful(place: Path) -> Patient:
-    return Patient(Forgetful(place), Patience("forgetful"))
+def forgetful(place: Path) -> RetryingFileSystem:
+    return RetryingFileSystem(Forgetful(place), RetryPolicy("forgetful"))
 
 
 def test_a_move_or_a_removal_whose_answer_was_lost_is_done_once(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from rows import plain_row
 
 from tune_bisenet.config import Run
-from tune_bisenet.plan import DataFacts, PlanError, Settings, iterations_per_epoch, plan_runs, proxy_caption
+from tune_bisenet.spaces import DataFacts, PlanError, RowOverrides, iterations_per_epoch, proxy_caption, resolve_runs
 
 CITYSCAPES = DataFacts(num_train=2975, num_val=500, suggested_image_size=(512, 1024))
 STREETS = DataFacts(num_train=96, num_val=24, suggested_image_size=(96, 192))  # 24 iterations an epoch
@@ -17,7 +17,7 @@ def row(name: str = "a", **fields: Any) -> Run:
 
 
 def planned(run: Run, data: DataFacts = CITYSCAPES, **settings: Any) -> Run:
-    (found,) = plan_runs([run], Settings(**settings), data)
+    (found,) = resolve_runs([run], RowOverrides(**settings), data)
     return found
 
 
@@ -35,7 +35,7 @@ def test_iterations_are_full_batches() -> None:
 
 
 def test_every_row_is_planned_with_every_seed_seed_by_seed() -> None:
-    runs = plan_runs([row("a"), row("b")], Settings(seeds=(3, 5)), CITYSCAPES)
+    runs = resolve_runs([row("a"), row("b")], RowOverrides(seeds=(3, 5)), CITYSCAPES)
     assert [(run.name, run.seed) for run in runs] == [("a", 3), ("b", 3), ("a", 5), ("b", 5)]
 
 
@@ -93,7 +93,7 @@ def test_a_size_off_the_grid_is_an_error_that_names_its_neighbours() -> None:
 def test_all_problems_of_all_rows_come_together() -> None:
     rows = [row("long"), row("fine", warmup=10), row("late", warmup=10, lovasz_after=35), row("longer", warmup=2500)]
     with pytest.raises(PlanError) as refusal:
-        plan_runs(rows, Settings(num_epochs=8), STREETS)
+        resolve_runs(rows, RowOverrides(num_epochs=8), STREETS)
     assert [problem.split(":")[0] for problem in refusal.value.problems] == ["long", "late", "longer"]
     assert str(refusal.value) == "\n".join(refusal.value.problems)
 
@@ -143,7 +143,7 @@ def test_a_proxy_changes_nothing_but_what_is_counted_in_iterations_or_epochs() -
 
 
 def test_a_proxy_is_never_guessed() -> None:
-    assert not Settings().proxy
+    assert not RowOverrides().proxy
 
 
 def test_a_proxy_says_so_with_its_scale() -> None:

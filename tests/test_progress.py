@@ -9,12 +9,12 @@ from rich.console import Console
 from rows import plain_epoch
 
 from tune_bisenet.progress import Progress, ending_in_words, format_duration, search_in_words, seconds_left, tally_of
-from tune_bisenet.results import Epoch, Standing, Status
+from tune_bisenet.records import Epoch, Status, TrialState
 
 
-def standing(trial: str, status: Status, epochs: int = 0, num_epochs: int = 8, **more: object) -> Standing:
+def standing(trial: str, status: Status, epochs: int = 0, num_epochs: int = 8, **more: object) -> TrialState:
     record = {"trial": trial, "run": trial, "seed": 0, "status": status, "epochs": epochs, "num_epochs": num_epochs}
-    return Standing.from_json(record | more)
+    return TrialState.from_json(record | more)
 
 
 def epoch(number: int) -> Epoch:

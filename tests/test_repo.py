@@ -24,7 +24,7 @@ def tracked_files() -> list[Path]:
 
 
 def test_the_readme_shows_the_ten_runs_as_show_prints_them() -> None:
-    assert spaces.to_markdown(spaces.load("runs10").runs) in README
+    assert spaces.space_to_markdown(spaces.load_space("runs10").runs) in README
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

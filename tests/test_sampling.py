@@ -15,15 +15,14 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import BaseTrial, FrozenTrial
 
 from tune_bisenet.config import Objective, Run, Sampler, WarmupPoly
-from tune_bisenet.plan import Settings
-from tune_bisenet.spaces import Grid, Latency, Sampled, SpaceError
+from tune_bisenet.records import Param
+from tune_bisenet.spaces import Grid, LatencyRanges, RowOverrides, Sampled, SpaceError
 from tune_bisenet.study import sampling
 from tune_bisenet.study.sampling import Draw
-from tune_bisenet.suggested import Param
 
 
 def draw_of(space: Sampled, *, objectives: Sequence[Objective] = ("miou",), **settings: Any) -> Draw:
-    return sampling.draw_with(space, Settings(**settings), FACTS, objectives)
+    return sampling.draw_with(space, RowOverrides(**settings), FACTS, objectives)
 
 
 def kind_sample(trial: BaseTrial) -> Run:
@@ -92,7 +91,7 @@ def test_where_latency_is_a_goal_width_and_size_vary_too_and_rows_have_theirs() 
 
 
 def test_a_space_says_what_latency_varies() -> None:
-    space = replace(SPACE, latency=Latency(head_widths=(32,), input_scales=(1.0,)))
+    space = replace(SPACE, latency=LatencyRanges(head_widths=(32,), input_scales=(1.0,)))
     points = sampling.rehearse(draw_of(replace(space, sample=lucky), objectives=("miou", "latency")), seed=0, draws=5)
     assert {(one.run.head_width, one.run.image_size) for one in points} == {(32, (32, 64))}
 

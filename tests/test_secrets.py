@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import make_url
 
-from tune_bisenet.secrets import has_secret, hidden, in_a_line, is_ambiguous
+from tune_bisenet.storage import has_secret, is_ambiguous, one_line, redact
 
 ADDRESSES = {
     "postgresql://me:pw@host/studies": "postgresql://me:***@host/studies",
@@ -26,7 +26,7 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_of_an_address_all_but_the_password_is_shown(address: str) -> None:
-    assert hidden(address) == ADDRESSES[address]
+    assert redact(address) == ADDRESSES[address]
     assert has_secret(address)
 
 
@@ -34,12 +34,12 @@ def test_of_an_address_all_but_the_password_is_shown(address: str) -> None:
 def test_an_address_is_found_in_a_text(address: str) -> None:
     text = f"cannot use --study {address} (see '{address}'), nor {address}"
     shown = ADDRESSES[address]
-    assert hidden(text) == f"cannot use --study {shown} (see '{shown}'), nor {shown}"
+    assert redact(text) == f"cannot use --study {shown} (see '{shown}'), nor {shown}"
 
 
 def test_what_is_hidden_stays_as_it_is() -> None:
     for shown in ADDRESSES.values():
-        assert hidden(shown) == shown
+        assert redact(shown) == shown
         assert not has_secret(shown)
 
 
@@ -61,7 +61,7 @@ def test_what_is_hidden_stays_as_it_is() -> None:
     ],
 )
 def test_ordinary_text_is_left_alone(text: str) -> None:
-    assert hidden(text) == text
+    assert redact(text) == text
     assert not has_secret(text)
 
 
@@ -90,8 +90,8 @@ def test_other_addresses_can_be_read_in_one_way_only(address: str) -> None:
 
 
 def test_an_error_is_told_in_its_first_line_or_by_its_name() -> None:
-    assert in_a_line(OSError("no postgresql://me:pw@host\n(and more)")) == "no postgresql://me:***@host"
-    assert in_a_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert one_line(OSError("no postgresql://me:pw@host\n(and more)")) == "no postgresql://me:***@host"
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
     error = RuntimeError("invalid data, perhaps")
     error.__cause__ = OSError("connection refused")
-    assert in_a_line(error) == "connection refused"
+    assert one_line(error) == "connection refused"

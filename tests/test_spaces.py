@@ -65,40 +65,40 @@ def test_the_ten_runs_are_those_of_the_table() -> None:
             run.accumulation,
             run.max_grad_norm,
         )
-        for run in spaces.load("runs10").runs
+        for run in spaces.load_space("runs10").runs
     ]
     assert found == TABLE
 
 
 def test_the_ten_runs_share_what_the_table_says_of_all() -> None:
-    for run in spaces.load("runs10").runs:
+    for run in spaces.load_space("runs10").runs:
         assert (run.schedule.power, run.schedule.start_lr) == (0.9, 1e-6)
         assert (run.num_epochs, run.batch_size, run.seed) == (50, 4, 0)
         assert run.decay_norms_and_biases
-        assert run.augment == spaces.load("runs10").runs[0].augment
+        assert run.augment == spaces.load_space("runs10").runs[0].augment
 
 
 def test_the_ten_runs_are_expected_to_do_what_the_table_says() -> None:
     found = [
         (run.name, run.expect.miou, run.expect.gain, run.expect.over, run.expect.sooner_than)
-        for run in spaces.load("runs10").runs
+        for run in spaces.load_space("runs10").runs
         if run.expect is not None
     ]
     assert found == EXPECTED
 
 
 def test_the_verdict_on_accumulation_says_what_it_cannot_do() -> None:
-    notes = {run.name: run.expect.note for run in spaces.load("runs10").runs if run.expect and run.expect.note}
+    notes = {run.name: run.expect.note for run in spaces.load_space("runs10").runs if run.expect and run.expect.note}
     assert list(notes) == ["r06"]
     assert "BatchNorm" in notes["r06"]
 
 
 def test_no_two_of_the_ten_runs_train_the_same() -> None:
-    assert len({run.fingerprint() for run in spaces.load("runs10").runs}) == 10
+    assert len({run.fingerprint() for run in spaces.load_space("runs10").runs}) == 10
 
 
 def test_the_baseline_is_the_row_most_others_are_measured_against() -> None:
-    assert spaces.load("runs10").baseline == "r01"
+    assert spaces.load_space("runs10").baseline == "r01"
     assert Grid("no promise", (row("a"), row("b"))).baseline is None
 
 
@@ -131,14 +131,14 @@ def test_all_that_is_wrong_with_a_grid_is_said_at_once() -> None:
 
 def test_rows_are_selected_by_name_and_stay_in_declared_order() -> None:
     grid = Grid("three", (row("a"), row("b"), row("c")))
-    assert [run.name for run in spaces.select(grid, ["c", "a"])] == ["a", "c"]
-    assert spaces.select(grid, None) == grid.runs
+    assert [run.name for run in spaces.select_rows(grid, ["c", "a"])] == ["a", "c"]
+    assert spaces.select_rows(grid, None) == grid.runs
 
 
 def test_unknown_rows_are_named_with_those_there_are() -> None:
     grid = Grid("two", (row("a"), row("b")))
     with pytest.raises(ValueError, match="no row x, y in this space: it has a, b"):
-        spaces.select(grid, ["a", "x", "y"])
+        spaces.select_rows(grid, ["a", "x", "y"])
 
 
 # --- finding a space --------------------------------------------------------------------------------------------
@@ -161,36 +161,36 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", spaces.names())
+@pytest.mark.parametrize("name", spaces.space_names())
 def test_every_space_that_comes_with_the_package_can_be_loaded(name: str) -> None:
-    assert isinstance(spaces.load(name), Grid | Sampled)
+    assert isinstance(spaces.load_space(name), Grid | Sampled)
 
 
 def test_the_ten_runs_come_with_the_package() -> None:
-    assert "runs10" in spaces.names()
+    assert "runs10" in spaces.space_names()
 
 
 def test_a_space_of_ones_own_is_given_by_its_path(tmp_path: Path) -> None:
-    space = spaces.load(written(tmp_path, A_SPACE.format(lr=0.5)))
+    space = spaces.load_space(written(tmp_path, A_SPACE.format(lr=0.5)))
     assert space.title == "Mine"
     assert [(run.name, run.optimizer.lr) for run in space.runs] == [("mine", 0.5)]
 
 
 def test_a_space_that_was_changed_is_read_again(tmp_path: Path) -> None:
-    spaces.load(written(tmp_path, A_SPACE.format(lr=0.5)))
-    assert spaces.load(written(tmp_path, A_SPACE.format(lr=0.25))).runs[0].optimizer.lr == 0.25
+    spaces.load_space(written(tmp_path, A_SPACE.format(lr=0.5)))
+    assert spaces.load_space(written(tmp_path, A_SPACE.format(lr=0.25))).runs[0].optimizer.lr == 0.25
 
 
 def test_an_unknown_space_is_answered_with_those_there_are() -> None:
     with pytest.raises(
         SpaceError, match=r"the space runs11 cannot be used: there is none of that name.*runs10.*by its path"
     ):
-        spaces.load("runs11")
+        spaces.load_space("runs11")
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match=r"there is no file .*nowhere\.py"):
-        spaces.load(str(tmp_path / "nowhere.py"))
+        spaces.load_space(str(tmp_path / "nowhere.py"))
 
 
 @pytest.mark.parametrize("text", ["x = 1", "SPACE = 3", ""])
@@ -198,37 +198,37 @@ def test_a_file_without_a_space_is_refused_saying_what_to_write(tmp_path: Path, 
     with pytest.raises(
         SpaceError, match=r"defines no SPACE of type Grid or Sampled: end the file with SPACE = Grid\(title, runs\)"
     ):
-        spaces.load(written(tmp_path, text))
+        spaces.load_space(written(tmp_path, text))
 
 
 def test_a_file_that_is_no_python_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match=r"my_space\.py cannot be used"):
-        spaces.load(written(tmp_path, "SPACE = Grid("))
+        spaces.load_space(written(tmp_path, "SPACE = Grid("))
 
 
 def test_a_text_that_is_no_python_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "space.txt"
     path.write_text("hello")
     with pytest.raises(SpaceError, match=r"space.txt is not a Python file"):
-        spaces.load(str(path))
+        spaces.load_space(str(path))
 
 
 def test_a_wrong_value_in_a_space_is_named_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match=r"lr: Input should be greater than 0 \(given -1\)"):
-        spaces.load(written(tmp_path, A_SPACE.format(lr=-1)))
+        spaces.load_space(written(tmp_path, A_SPACE.format(lr=-1)))
 
 
 def test_a_wrong_grid_in_a_file_is_refused_with_its_reason(tmp_path: Path) -> None:
     text = A_SPACE.format(lr=1) + "SPACE = Grid('Twice', SPACE.runs * 2)\n"
     with pytest.raises(SpaceError, match="the row mine is declared 2 times"):
-        spaces.load(written(tmp_path, text))
+        spaces.load_space(written(tmp_path, text))
 
 
 # --- the table --------------------------------------------------------------------------------------------------
 
 
 def test_the_table_of_the_ten_runs_says_all_that_tells_them_apart() -> None:
-    lines = spaces.to_markdown(spaces.load("runs10").runs).splitlines()
+    lines = spaces.space_to_markdown(spaces.load_space("runs10").runs).splitlines()
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
     assert cells["r01"] == [
         "SGD lr 0.01, momentum 0.9, wd 0.0001",
@@ -248,7 +248,7 @@ def test_the_table_of_the_ten_runs_says_all_that_tells_them_apart() -> None:
 
 
 def test_the_table_is_markdown_with_aligned_columns() -> None:
-    text = spaces.to_markdown(spaces.load("runs10").runs)
+    text = spaces.space_to_markdown(spaces.load_space("runs10").runs)
     lines = text.splitlines()
     assert text.endswith("|\n")
     assert len(lines) == 12

@@ -14,9 +14,8 @@ from ray.tune.experiment import Trial
 from rows import plain_row
 
 from tune_bisenet.config import Expect, Run
-from tune_bisenet.median import MedianRule, first_judged_epoch
-from tune_bisenet.rungs import Rungs, no_rungs, rung_epochs, spared_rows
-from tune_bisenet.stopping import EarlyStopping, trial_name
+from tune_bisenet.rungs import MedianRule, Rungs, first_judged_epoch, no_rungs, rung_epochs, spared_rows
+from tune_bisenet.search.tuner import StoppingScheduler, tune_trial_name
 
 NUM_EPOCHS = 6  # one rung, after epoch 3
 RUNGS_OF = partial(rung_epochs, iterations_per_epoch=100)
@@ -52,7 +51,7 @@ def row_name(trial: Trial) -> str:
 
 
 def last_epochs(
-    scheduler: EarlyStopping, runs: list[Run], curves: dict[str, Curve], storage: Path, **tune_config: Any
+    scheduler: StoppingScheduler, runs: list[Run], curves: dict[str, Curve], storage: Path, **tune_config: Any
 ) -> dict[str, int]:
     """Search, one trial after the other in this order; the last epoch that each reported, 0 for none."""
     tuner = tune.Tuner(
@@ -92,7 +91,7 @@ def test_bad_rows_stop_at_the_rung_diverged_ones_at_once_and_the_baseline_goes_t
         "r04": {"miou": 60.0, "nan_from": 2},
         "r05": {"miou": 40.0},
     }
-    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1, spared=spared_rows(runs)))
+    scheduler = StoppingScheduler(Rungs(rungs_of=RUNGS_OF, min_others=1, spared=spared_rows(runs)))
     ended = last_epochs(scheduler, runs, curves, tmp_path)
     assert ended == {"r02": 6, "r01": 6, "r03": 3, "r04": 2, "r05": 6}
     assert scheduler.stops == {
@@ -104,13 +103,13 @@ def test_bad_rows_stop_at_the_rung_diverged_ones_at_once_and_the_baseline_goes_t
 @pytest.mark.ray
 @pytest.mark.usefixtures("one_ray")
 def test_a_second_search_judges_by_what_the_first_has_seen(tmp_path: Path) -> None:
-    first = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1))
+    first = StoppingScheduler(Rungs(rungs_of=RUNGS_OF, min_others=1))
     curves: dict[str, Curve] = {"r01": {"miou": 50.0}, "r02": {"miou": 40.0}}
     assert last_epochs(first, [row("r01"), row("r02")], curves, tmp_path) == {"r01": 6, "r02": 3}
 
     state = json.loads(json.dumps(first.state()))
     rungs = Rungs.from_json(state, rungs_of=RUNGS_OF, min_others=1)
-    second = EarlyStopping(rungs)
+    second = StoppingScheduler(rungs)
     runs = [row("r01"), row("r02"), row("r03"), row("r04"), row("r05")]
     curves = {
         "r01": {"miou": 30.0, "first_epoch": 3},  # repeats the rung, where it went on
@@ -129,14 +128,14 @@ def test_a_second_search_judges_by_what_the_first_has_seen(tmp_path: Path) -> No
 def test_a_trial_that_resumes_at_its_end_and_reports_nothing_harms_nobody(tmp_path: Path) -> None:
     curves: dict[str, Curve] = {"r01": {"first_epoch": NUM_EPOCHS + 1}, "r02": {"miou": 40.0}}
     rungs = Rungs(rungs_of=RUNGS_OF, min_others=1)
-    assert last_epochs(EarlyStopping(rungs), [row("r01"), row("r02")], curves, tmp_path) == {"r01": 0, "r02": 6}
+    assert last_epochs(StoppingScheduler(rungs), [row("r01"), row("r02")], curves, tmp_path) == {"r01": 0, "r02": 6}
     assert rungs.seen == {(6, 3): {"r02": 40.0}}
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("one_ray")
 def test_without_rungs_every_row_goes_to_its_end_but_a_diverged_one(tmp_path: Path) -> None:
-    scheduler = EarlyStopping(Rungs(rungs_of=no_rungs))
+    scheduler = StoppingScheduler(Rungs(rungs_of=no_rungs))
     curves: dict[str, Curve] = {"r01": {"miou": 50.0}, "r02": {"miou": 1.0}, "r03": {"miou": 60.0, "nan_from": 4}}
     runs = [row("r01"), row("r02"), row("r03")]
     ended = last_epochs(scheduler, runs, curves, tmp_path, metric="miou", mode="max")
@@ -148,7 +147,7 @@ def test_without_rungs_every_row_goes_to_its_end_but_a_diverged_one(tmp_path: Pa
 def test_another_judge_is_obeyed_as_well_and_hands_out_its_own_state(tmp_path: Path) -> None:
     judge = MedianRule(judged_from=partial(first_judged_epoch, iterations_per_epoch=100), min_others=1)
     curves: dict[str, Curve] = {"r01": {"miou": 50.0}, "r02": {"miou": 40.0}, "r03": {"miou": 60.0, "nan_from": 2}}
-    scheduler = EarlyStopping(judge)
+    scheduler = StoppingScheduler(judge)
     assert last_epochs(scheduler, [row("r01"), row("r02"), row("r03")], curves, tmp_path) == {
         "r01": 6,
         "r02": 3,
@@ -162,7 +161,7 @@ def test_another_judge_is_obeyed_as_well_and_hands_out_its_own_state(tmp_path: P
 
 
 def test_a_result_without_its_keys_is_a_broken_promise() -> None:
-    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1))
+    scheduler = StoppingScheduler(Rungs(rungs_of=RUNGS_OF, min_others=1))
     trial = Trial("stub", config={"run": row("r01").model_dump()}, trial_name_creator=row_name, stub=True)
     with pytest.raises(AssertionError, match="trial r01 reported no diverged, miou"):
         scheduler.on_trial_result(None, trial, {"epoch": 3, "done": False})
@@ -170,9 +169,9 @@ def test_a_result_without_its_keys_is_a_broken_promise() -> None:
 
 def test_a_trial_goes_by_the_name_it_was_given_and_needs_one() -> None:
     named = Trial("stub", config={"run": {"name": "r01-s1"}}, trial_name_creator=row_name, stub=True)
-    assert trial_name(named) == str(named) == "r01-s1"
+    assert tune_trial_name(named) == str(named) == "r01-s1"
     with pytest.raises(AssertionError, match="trial_name_creator"):
-        trial_name(Trial("stub", stub=True))
+        tune_trial_name(Trial("stub", stub=True))
 
 
 @pytest.mark.parametrize(
@@ -182,12 +181,12 @@ def test_a_trial_goes_by_the_name_it_was_given_and_needs_one() -> None:
 def test_tune_may_name_the_same_metric_and_mode_but_no_other(
     metric: str | None, mode: str | None, accepted: bool
 ) -> None:
-    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1))
+    scheduler = StoppingScheduler(Rungs(rungs_of=RUNGS_OF, min_others=1))
     assert scheduler.set_search_properties(metric, mode, anything="else") is accepted
 
 
 def test_a_scheduler_can_be_pickled_as_tune_does_when_it_starts() -> None:
-    scheduler = EarlyStopping(Rungs(rungs_of=RUNGS_OF, min_others=1, stops={"r03": "slow"}))
+    scheduler = StoppingScheduler(Rungs(rungs_of=RUNGS_OF, min_others=1, stops={"r03": "slow"}))
     copied = pickle.loads(pickle.dumps(scheduler))
     assert copied.state() == scheduler.state()
     assert copied.debug_string() == "stopped early: 1"

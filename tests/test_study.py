@@ -10,14 +10,15 @@ import pytest
 from light_search import close_connections, make_place
 from light_space import ROWS, SPACE, curve_of, ended, question, sample
 from optuna.study import StudyDirection
-from optuna.trial import BaseTrial, TrialState
+from optuna.trial import BaseTrial
+from optuna.trial import TrialState as OptunaState
 from studies import EARLIER, done, failed, opened, suggested, train, train_next, trial_at, trials_at, url_in, waiting
 
 from tune_bisenet.config import Objective, Run, Sampler
+from tune_bisenet.records import Known, TrialSpec
 from tune_bisenet.spaces import Sampled
 from tune_bisenet.study.study import MAX_FAILED_DRAWS, Question, Record, exists, open_storage
 from tune_bisenet.study.translation import name_of
-from tune_bisenet.suggested import Known, Suggested
 
 place = pytest.fixture(make_place)
 url = pytest.fixture(url_in)
@@ -43,14 +44,14 @@ def test_the_rows_come_first_in_their_order_then_what_the_sampler_draws(url: str
         drawn = sample(optuna.trial.FixedTrial(one.params))
         assert one.run.fingerprint() == drawn.fingerprint()
     assert study.next() is None
-    assert [trial.state for trial in trials_at(url)].count(TrialState.WAITING) == 0
+    assert [trial.state for trial in trials_at(url)].count(OptunaState.WAITING) == 0
 
 
 def test_every_trial_has_the_seed_of_the_search(url: str) -> None:
     study = opened(url, question(seed=5))
     study.reconcile([], [])
     assert {one.run.seed for one in train_next(study, 4)} == {5}
-    assert {trial.user_attrs["seed"] for trial in trials_at(url) if trial.state is not TrialState.FAIL} == {5}
+    assert {trial.user_attrs["seed"] for trial in trials_at(url) if trial.state is not OptunaState.FAIL} == {5}
 
 
 def test_without_a_limit_there_is_no_end(url: str) -> None:
@@ -70,7 +71,7 @@ def test_a_draw_that_makes_no_run_is_told_as_failed_and_passed_over(url: str) ->
     study = opened(url, question(sampler="random", seed=1))
     study.reconcile([], [])
     trained = train_next(study, 12)
-    failures = [trial for trial in trials_at(url) if trial.state is TrialState.FAIL]
+    failures = [trial for trial in trials_at(url) if trial.state is OptunaState.FAIL]
     assert failures
     assert all("out of luck" in trial.user_attrs["error"] for trial in failures)
     assert not {one.number for one in trained} & {trial.number for trial in failures}
@@ -92,7 +93,7 @@ def test_one_seed_gives_one_search_however_often_it_is_resumed(place: Path, samp
     once = opened(f"sqlite:///{place / 'once.db'}", asked)
     once.reconcile([], [])
     trained = train_next(once, 16)
-    again: list[Suggested] = []
+    again: list[TrialSpec] = []
     for number in range(16):
         study = opened(f"sqlite:///{place / 'often.db'}", asked)
         study.reconcile([done(one) for one in again], [])
@@ -150,7 +151,7 @@ def test_a_finished_trial_is_complete_with_its_best_miou_and_its_curve(url: str)
         study.heard(one.trial, epoch, miou)
     study.ended(worse_at_last)
     trial = trial_at(url, "a")
-    assert (trial.state, trial.value) == (TrialState.COMPLETE, 49.0)
+    assert (trial.state, trial.value) == (OptunaState.COMPLETE, 49.0)
     assert trial.intermediate_values == {1: 30.0, 2: 49.0, 3: 40.0}
     assert trial.user_attrs == {
         "trial": "a",
@@ -170,7 +171,7 @@ def test_a_trial_that_ended_early_is_pruned_with_its_last_miou_and_its_curve(url
     study.heard(one.trial, 2, 20.0)
     study.ended(replace(ended(one), status=status, stopped_by="so it is", epochs=2, best_miou=30.0, last_miou=20.0))  # type: ignore[arg-type]
     trial = trial_at(url, "a")
-    assert (trial.state, trial.value, trial.intermediate_values) == (TrialState.PRUNED, 20.0, {1: 30.0, 2: 20.0})
+    assert (trial.state, trial.value, trial.intermediate_values) == (OptunaState.PRUNED, 20.0, {1: 30.0, 2: 20.0})
     assert (trial.user_attrs["status"], trial.user_attrs["reason"]) == (status, "so it is")
     assert trial.user_attrs["checkpoint"] == "/search/a/best.pt"
 
@@ -181,7 +182,7 @@ def test_a_failed_trial_failed_and_says_why(url: str) -> None:
     one = suggested(study)
     study.ended(failed(one))
     trial = trial_at(url, "a")
-    assert (trial.state, trial.values) == (TrialState.FAIL, None)
+    assert (trial.state, trial.values) == (OptunaState.FAIL, None)
     assert (trial.user_attrs["status"], trial.user_attrs["reason"]) == ("failed", "no memory")
     assert "checkpoint" not in trial.user_attrs
 
@@ -235,7 +236,7 @@ def test_of_two_goals_a_trial_that_ended_early_reaches_neither_and_is_not_tried_
     assert resumed.reconcile([record], []) == {}
     assert resumed.next() is None
     states = [(name_of(trial), trial.state) for trial in trials_at(url)]
-    assert states == [("a", TrialState.FAIL), ("b", TrialState.WAITING)]
+    assert states == [("a", OptunaState.FAIL), ("b", OptunaState.WAITING)]
     assert opened(url, question(objectives=BOTH)).reconcile([replace_standing(record)], []) == {"a": status}
 
 
@@ -252,7 +253,7 @@ def test_trials_of_an_earlier_search_are_there_as_they_ended_and_are_not_tried_a
     study.reconcile([], EARLIER)
     for one, trial in zip(EARLIER, trials_at(url), strict=False):
         finished = one.standing.status == "finished"
-        assert trial.state is (TrialState.COMPLETE if finished else TrialState.PRUNED)
+        assert trial.state is (OptunaState.COMPLETE if finished else OptunaState.PRUNED)
         assert trial.value == (one.standing.best_miou if finished else one.standing.last_miou)
         assert trial.intermediate_values == {epoch.epoch: epoch.miou for epoch in one.epochs}
         assert trial.params == one.suggested.params
@@ -288,7 +289,7 @@ def test_a_row_that_is_known_is_not_trained_again(url: str) -> None:
 
 def known_row() -> Known:
     run, point = question().rows["a"]
-    one = Suggested(
+    one = TrialSpec(
         trial="a-s1",
         run=run.model_copy(update={"seed": 1}),
         origin="row",

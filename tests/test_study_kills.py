@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 from light_search import Search, assert_whole, close_connections, killed, make_place, results, trials_in
 from light_space import earlier_trials
-from optuna.trial import TrialState
+from optuna.trial import TrialState as OptunaState
 from sqlalchemy import Engine, event
 
 from tune_bisenet.config import Sampler
@@ -108,7 +108,7 @@ def test_a_driver_killed_before_any_change_on_disk_changes_no_result(
     undisturbed = results(trials)
     assert_whole(search, trials)
     assert len(states) > 100
-    assert (TrialState.FAIL in {trial.state for trial in trials}) == (sampler == "random")
+    assert (OptunaState.FAIL in {trial.state for trial in trials}) == (sampler == "random")
     for state in states:
         resumed = replace(search, folder=Storage.at(str(state)))
         resumed.run()

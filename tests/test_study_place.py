@@ -10,7 +10,7 @@ import pytest
 from light_search import close_connections
 from object_store import object_store
 
-from tune_bisenet.results import STUDY
+from tune_bisenet.records import STUDY
 from tune_bisenet.storage import Storage
 from tune_bisenet.study.place import StudyError, StudyPlace, study_place
 from tune_bisenet.study.study import exists

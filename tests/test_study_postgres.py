@@ -19,8 +19,8 @@ from heads import free_port
 from light_search import Search, assert_whole, close_connections, killed, make_place, results, trials_in
 from light_space import curve_of, earlier_trials
 
-from tune_bisenet import supply
-from tune_bisenet.results import EPOCHS
+from tune_bisenet.records import EPOCHS
+from tune_bisenet.search import searcher
 from tune_bisenet.storage import Storage
 from tune_bisenet.study.place import StudyError, study_place
 from tune_bisenet.study.study import exists
@@ -138,7 +138,7 @@ def test_trials_go_on_while_the_server_is_away_and_nothing_is_lost(
     server: Server, place: Path, monkeypatch: pytest.MonkeyPatch, stops_at: int, starts_at: int
 ) -> None:
     """The server stops and starts at that epoch of all trials together, of which three run at once."""
-    monkeypatch.setattr(supply, "SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(searcher, "SECONDS_BETWEEN_TRIES", 0.0)
     epochs = iter(range(1, 1000))
 
     def between() -> None:
@@ -153,7 +153,7 @@ def test_trials_go_on_while_the_server_is_away_and_nothing_is_lost(
     if starts_at < 100:
         replace(search, between=between).run()
     else:
-        monkeypatch.setattr(supply, "OUTAGE_SECONDS", 0.5)
+        monkeypatch.setattr(searcher, "OUTAGE_SECONDS", 0.5)
         assert "the study's database has not answered for" in replace(search, between=between).run()
         server.start()
         assert search.run() == ""
@@ -172,7 +172,7 @@ def test_what_ends_while_the_server_is_away_is_told_at_the_latest_when_the_searc
     server.stop()
     history = curve_of(run)
     (search.folder / name).write(EPOCHS, json.dumps([epoch.to_json() for epoch in history]).encode())
-    book.heard(name, supply.reported(history, latency_ms=None))
+    book.heard(name, searcher.reported(history, latency_ms=None))
     asked.heard(name, epoch=3, miou=history[-1].miou)
     book.ended(name, diverged=False, stopped_by="")
     asked.ended(book[name])

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from light_search import close_connections, make_place
 from light_space import curve_of, ended, question, row
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
 from studies import EARLIER, done, failed, opened, suggested, train, train_next, trial_at, trials_at, url_in, waiting
 
 from tune_bisenet.spaces import Sampled
@@ -25,7 +26,7 @@ def test_what_was_cut_off_waits_and_is_the_next_with_the_same_values(url: str) -
     *trained, cut_off = [*train_next(study, 2), suggested(study)]
     study.heard(cut_off.trial, 1, 25.0)
     study.close()
-    assert trial_at(url, cut_off.trial).state is TrialState.WAITING
+    assert trial_at(url, cut_off.trial).state is OptunaState.WAITING
     resumed = opened(url, limit=4)
     resumed.reconcile([*(done(one) for one in trained), waiting(cut_off, epochs=1)], [])
     assert suggested(resumed) == cut_off
@@ -37,7 +38,7 @@ def test_what_a_killed_driver_left_running_waits_and_live_trials_run_on(url: str
     study.reconcile([], [])
     first, second = suggested(study), suggested(study)
     study.reconcile([waiting(first), waiting(second)], [], live={first.trial})
-    assert [trial.state for trial in trials_at(url)] == [TrialState.RUNNING, TrialState.WAITING]
+    assert [trial.state for trial in trials_at(url)] == [OptunaState.RUNNING, OptunaState.WAITING]
     assert suggested(study) == second
 
 
@@ -61,9 +62,9 @@ def test_a_study_behind_its_folders_is_told_what_they_have(url: str) -> None:
     resumed = opened(url)
     assert resumed.reconcile(records, []) == {}
     first, second = trials_at(url)
-    assert (first.state, first.value) == (TrialState.COMPLETE, ended(ended_since).best_miou)
+    assert (first.state, first.value) == (OptunaState.COMPLETE, ended(ended_since).best_miou)
     assert list(first.intermediate_values) == [1, 2, 3]
-    assert (second.state, list(second.intermediate_values)) == (TrialState.WAITING, [1, 2])
+    assert (second.state, list(second.intermediate_values)) == (OptunaState.WAITING, [1, 2])
 
 
 @pytest.mark.parametrize("lr", [0.01, 0.002, 0.09])
@@ -102,8 +103,8 @@ def test_a_failed_trial_that_waits_again_is_a_trial_of_its_own_with_the_same_val
     train(resumed, again)
     assert resumed.next() is None
     first, retried = (trial for trial in trials_at(url) if name_of(trial) == "a")
-    assert first.state is TrialState.FAIL
-    assert (retried.state, retried.user_attrs["retry_of"]) == (TrialState.COMPLETE, first.number)
+    assert first.state is OptunaState.FAIL
+    assert (retried.state, retried.user_attrs["retry_of"]) == (OptunaState.COMPLETE, first.number)
 
 
 def test_a_trial_that_stays_failed_is_not_tried_again(url: str) -> None:
@@ -146,7 +147,7 @@ def comparable(trials: Sequence[FrozenTrial]) -> dict[str, tuple[Any, ...]]:
             trial.user_attrs,
         )
         for trial in trials
-        if trial.state is not TrialState.FAIL
+        if trial.state is not OptunaState.FAIL
     }
 
 

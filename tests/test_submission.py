@@ -11,10 +11,10 @@ import pytest
 from driving import PROJECT, write_space
 
 from tune_bisenet import spaces
-from tune_bisenet.arguments import InputError, parse
 from tune_bisenet.jobs import submission
 from tune_bisenet.jobs.job import Job, TakenError, checked_address, choose_id, is_local
 from tune_bisenet.jobs.submission import Submission, prepare
+from tune_bisenet.options import InputError, parse_options
 from tune_bisenet.run import parser as run_parser
 
 STORAGE = ["--storage", "s3://bucket/searches"]
@@ -47,7 +47,7 @@ def test_the_run_gets_its_flags_the_cluster_and_a_name() -> None:
         "storage": "s3://bucket/searches",
     }
     assert search.name.startswith("runs10-20")
-    assert parse({"name": search.name})[1] == {}, "a name that the run takes"
+    assert parse_options({"name": search.name})[1] == {}, "a name that the run takes"
     assert search.metadata == {"search": search.name, "storage": "s3://bucket/searches"}
 
 
@@ -276,5 +276,5 @@ def test_this_machine_is_told_from_others() -> None:
 
 
 def test_every_space_of_the_package_can_be_sent() -> None:
-    for name in spaces.names():
+    for name in spaces.space_names():
         assert flags_there(prepare(["--space", name, *STORAGE]))["space"] == name

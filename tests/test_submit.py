@@ -16,14 +16,14 @@ import pytest
 from driving import PROJECT, epoch_numbers, make_place, on_frames, statuses, write_space
 from heads import SUBMIT, Follower, Head, Tunnel, submit, submit_that_waits
 
-from tune_bisenet.outages import PATIENCE_VARIABLE
+from tune_bisenet.storage import RETRY_VARIABLE
 from tune_bisenet.submit import main as run_submit
 
 NUM_EPOCHS = 40
 
 SAYING_WHERE = f"""
 import os, sys, tune_bisenet
-sys.stderr.write(f'sent: {{tune_bisenet.__file__}}, patience: {{os.environ.get("{PATIENCE_VARIABLE}")}}\\n')
+sys.stderr.write(f'sent: {{tune_bisenet.__file__}}, patience: {{os.environ.get("{RETRY_VARIABLE}")}}\\n')
 """
 
 place = pytest.fixture(scope="module")(make_place)
@@ -61,7 +61,7 @@ def test_a_search_is_sent_with_its_space_and_followed_to_its_end(head: Head, pla
     write_space(place / "mine.py", {"a": 0.01}, num_epochs=2)
     with (place / "mine.py").open("a") as file:
         file.write(SAYING_WHERE)
-    here = head.credentials | {PATIENCE_VARIABLE: "77"}
+    here = head.credentials | {RETRY_VARIABLE: "77"}
     followed = submit(head, "--", *on_frames(place, "mine.py"), "--name", "whole", credentials=here)
     assert followed.returncode == 0, followed.stdout + followed.stderr
     assert statuses(place / "whole") == {"a": "finished"}

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 from light_search import Search, assert_whole, close_connections, make_place, results, trials_in
 from light_space import curve_of, earlier_trials, row
-from optuna.trial import TrialState
+from optuna.trial import TrialState as OptunaState
 
-from tune_bisenet import ledger
-from tune_bisenet.latency import Latency
-from tune_bisenet.ledger import Ledger
-from tune_bisenet.rehearsal import read_suggested
-from tune_bisenet.results import LATENCY, TRIALS, Standing
+from tune_bisenet.records import LATENCY, RUN, TRIALS, TrialState
+from tune_bisenet.search import state
+from tune_bisenet.search.prepare import read_suggested
+from tune_bisenet.search.searcher import Declared, read_epochs, read_latency, reported
+from tune_bisenet.search.state import SearchState
 from tune_bisenet.storage import Storage
-from tune_bisenet.suggested import RUN
-from tune_bisenet.supply import Declared, read_epochs, read_latency, reported
+from tune_bisenet.training.benchmark import Latency
 
 place = pytest.fixture(make_place)
 _closed = pytest.fixture(autouse=True)(close_connections)
@@ -52,9 +51,9 @@ def stop_after(search: Search, epochs: int) -> None:
         replace(search, between=between).run()
 
 
-def book_of(search: Search, standings: list[Standing]) -> Ledger:
+def book_of(search: Search, standings: list[TrialState]) -> SearchState:
     search.folder.make()
-    return Ledger(search.folder, standings, captions=[], baseline=None, scheduler_state=dict)
+    return SearchState(search.folder, standings, captions=[], baseline=None, scheduler_state=dict)
 
 
 # --- declared -------------------------------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ def book_of(search: Search, standings: list[Standing]) -> Ledger:
 
 def test_declared_runs_are_handed_out_once_in_their_order_until_a_new_beginning(search: Search) -> None:
     runs = {name: row(name, 0.01) for name in ("a", "b", "c")}
-    book = book_of(search, [Standing(trial=name, run=name, seed=0, num_epochs=3) for name in runs])
+    book = book_of(search, [TrialState(trial=name, run=name, seed=0, num_epochs=3) for name in runs])
     supply = Declared(runs, book)
     assert supply.begin()
     assert [supply.next() for _ in range(4)] == [*runs.items(), None]
@@ -87,7 +86,7 @@ def test_a_trial_is_in_its_folder_and_in_the_ledger_before_it_is_handed_out(sear
     name, run = found
     assert read_suggested(search.folder)[name].run == run
     assert book[name].status == "waiting"
-    assert [trial.state for trial in trials_in(search)] == [TrialState.RUNNING, TrialState.WAITING]
+    assert [trial.state for trial in trials_in(search)] == [OptunaState.RUNNING, OptunaState.WAITING]
 
 
 def test_no_more_are_out_than_may_run_at_once(search: Search) -> None:
@@ -157,16 +156,16 @@ def test_lost_standings_come_back_from_folders_and_study(search: Search, undistu
     search.run()
     assert results(trials_in(search)) == results(trials_in(undisturbed))
     assert_whole(search, trials_in(search))
-    standings = ledger.read_trials(search.folder).standings
+    standings = state.read_trials(search.folder).standings
     assert all(standing.seconds > 0 and standing.best_epoch for standing in standings)
 
 
 def test_standings_lost_after_the_end_come_back(search: Search) -> None:
     search.run()
-    before = ledger.read_trials(search.folder).standings
+    before = state.read_trials(search.folder).standings
     search.folder.delete(TRIALS)
     search.run()
-    after = ledger.read_trials(search.folder).standings
+    after = state.read_trials(search.folder).standings
     assert [replace(one, stopped_by="") for one in after] == [replace(one, stopped_by="") for one in before]
 
 

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 from light_search import Search, close_connections, make_place, trials_in
 from light_space import FACTS, ROWS, SPACE, curve_of, ended, question, row, sample
-from optuna.trial import BaseTrial, TrialState
+from optuna.trial import BaseTrial
+from optuna.trial import TrialState as OptunaState
 
 from tune_bisenet.config import Run
-from tune_bisenet.plan import Settings
-from tune_bisenet.rehearsal import read_suggested
+from tune_bisenet.records import EPOCHS, RUN, SEARCH, TRIALS, Known, TrialSpec, TrialState
 from tune_bisenet.report.read import read_search
-from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Standing
+from tune_bisenet.search.prepare import read_suggested
+from tune_bisenet.spaces import RowOverrides
 from tune_bisenet.storage import Storage
 from tune_bisenet.study import sampling, warm
 from tune_bisenet.study.study import Study, open_storage
 from tune_bisenet.study.translation import name_of
-from tune_bisenet.suggested import RUN, Known, Suggested
 
 place = pytest.fixture(make_place)
 _closed = pytest.fixture(autouse=True)(close_connections)
@@ -69,13 +69,13 @@ def write_json(folder: Storage, name: str, value: object) -> None:
     folder.write(name, json.dumps(value).encode())
 
 
-def standing_of(trial: str, run: Run) -> Standing:
-    one = Suggested(trial=trial, run=run, origin="row", number=None, params={}, distributions={})
+def standing_of(trial: str, run: Run) -> TrialState:
+    one = TrialSpec(trial=trial, run=run, origin="row", number=None, params={}, distributions={})
     return ended(one)
 
 
 def write_grid(
-    place: Path, runs: Mapping[str, Run], *, standings: Mapping[str, Standing] | None = None, **changes: Any
+    place: Path, runs: Mapping[str, Run], *, standings: Mapping[str, TrialState] | None = None, **changes: Any
 ) -> Storage:
     """A grid search that has ended; `changes` are of its manifest."""
     folder = Storage.at(str(place / "earlier"))
@@ -128,7 +128,7 @@ def test_what_was_taken_over_is_in_the_study_and_survives_json(place: Path) -> N
     study = Study(open_storage(url), "light", question(), limit=3, checkpoint_of=lambda trial: trial)
     study.reconcile([], again)
     trials = trials_in(Search(folder=Storage.at(str(place)), limit=0, url=url))
-    assert [(name_of(trial), trial.state) for trial in trials] == [(name, TrialState.COMPLETE) for name in SEEDS]
+    assert [(name_of(trial), trial.state) for trial in trials] == [(name, OptunaState.COMPLETE) for name in SEEDS]
     first = study.next()
     assert first is not None
     assert first.origin == "sampled", "its rows are known already"
@@ -147,7 +147,7 @@ def test_what_ended_early_comes_with_its_curve(place: Path, lr: float, status: s
 
 
 def test_what_did_not_end_well_is_left_out_with_the_reason(place: Path) -> None:
-    waiting = Standing(trial="a-s0", run="a", seed=0, num_epochs=3)
+    waiting = TrialState(trial="a-s0", run="a", seed=0, num_epochs=3)
     standings = {
         "a-s0": waiting,
         "b-s0": replace(waiting, trial="b-s0", run="b", status="failed", error="no memory"),
@@ -234,7 +234,7 @@ def test_all_that_differs_is_said_at_once(place: Path) -> None:
 
 def test_where_latency_is_a_goal_trials_without_it_are_left_out(place: Path) -> None:
     objectives = ("miou", "latency")
-    draw = sampling.draw_with(SPACE, Settings(), FACTS, objectives)
+    draw = sampling.draw_with(SPACE, RowOverrides(), FACTS, objectives)
     rows = {run.name: (run, sampling.point_of(run, SPACE, draw, objectives)) for run in ROWS}
     here = replace(HERE, draw=draw, rows=rows, objectives=objectives)
     standings = {"b": replace(standing_of("b", B), latency_ms=12.5)}
@@ -294,7 +294,7 @@ def test_values_that_this_space_was_not_written_for_are_left_out(place: Path) ->
 
     search = searched(place, limit=4)
     space = replace(SPACE, sample=narrower, around=None, point=None)
-    draw = sampling.draw_with(space, Settings(), FACTS, ("miou",))
+    draw = sampling.draw_with(space, RowOverrides(), FACTS, ("miou",))
     found = taken(search.folder, replace(HERE, draw=draw))
     drawn = {name for name, one in read_suggested(search.folder).items() if one.origin == "sampled"}
     assert found.left_out.keys() == drawn
@@ -306,9 +306,9 @@ def test_fresh_seeds_of_a_row_are_known_and_those_of_a_drawn_run_are_left_out(pl
     suggested = read_suggested(search.folder)
     drawn = next(one for one in suggested.values() if one.origin == "sampled")
     fresh = {f"{one.run.name}-s1": one.run.model_copy(update={"seed": 1}) for one in (suggested["a"], drawn)}
-    standings: Sequence[Standing] = [ended(one) for one in suggested.values()]
+    standings: Sequence[TrialState] = [ended(one) for one in suggested.values()]
     for name, run in fresh.items():
-        one = Suggested(trial=name, run=run, origin="confirm", number=None, params={}, distributions={})
+        one = TrialSpec(trial=name, run=run, origin="confirm", number=None, params={}, distributions={})
         write_json(search.folder / name, RUN, one.to_json())
         write_json(search.folder / name, EPOCHS, [epoch.to_json() for epoch in curve_of(run)])
         standings = [*standings, ended(one)]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tune_bisenet import engine
 from tune_bisenet.config import Precision, Run
 from tune_bisenet.data.packed import Packed
-from tune_bisenet.engine import EpochEnd, Training
 from tune_bisenet.storage import Storage
+from tune_bisenet.training import engine
+from tune_bisenet.training.engine import EpochEnd, Training
 
 SIZE = (32, 64)
 CPU = torch.device("cpu")

@@ -8,19 +8,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tune_bisenet import plan
-from tune_bisenet.arguments import NO_BACKBONE, Choices, Limits, duration_words
-from tune_bisenet.config import Precision, Resources, Run, size_words, trial_name
+from tune_bisenet import spaces
+from tune_bisenet.config import Precision, Resources, Run, format_size, trial_name
 from tune_bisenet.estimate import forecast, promises
 from tune_bisenet.estimate.forecast import Work
 from tune_bisenet.estimate.outlook import Line, Outlook
 from tune_bisenet.estimate.outlook import lines as outlook_lines
-from tune_bisenet.flight import Flight, Sampling, Survey
-from tune_bisenet.recorder import Outcome
+from tune_bisenet.options import NO_BACKBONE, Limits, SearchConfig, duration_words
+from tune_bisenet.records import Known, TrialSpec, TrialState
 from tune_bisenet.report import leaderboard
-from tune_bisenet.results import Standing
-from tune_bisenet.suggested import Known, Suggested
-from tune_bisenet.words import counted
+from tune_bisenet.search.prepare import PreparedSearch, Sampling, Survey
+from tune_bisenet.search.tuner import SessionOutcome
+from tune_bisenet.text import counted
 
 TITLE_WIDTH: Final = 11
 COPIED: Final = frozenset({"search", "data", "results", "watch", "study", "resume"})
@@ -31,7 +30,11 @@ CONFIRMED_RUNS: Final = 3
 
 
 def print_plan(
-    console: Console, flight: Flight, resources: Resources, runs: Mapping[str, Run], standings: Sequence[Standing]
+    console: Console,
+    flight: PreparedSearch,
+    resources: Resources,
+    runs: Mapping[str, Run],
+    standings: Sequence[TrialState],
 ) -> None:
     """What will be done, with what, what it will take, where the results go, and how to watch."""
     outlook = flight_outlook(flight, resources, standings)
@@ -66,7 +69,7 @@ def _print_titled(console: Console, title: str, text: str) -> None:
     console.print(line)
 
 
-def flight_outlook(flight: Flight, resources: Resources, standings: Sequence[Standing]) -> Outlook:
+def flight_outlook(flight: PreparedSearch, resources: Resources, standings: Sequence[TrialState]) -> Outlook:
     """`standings` are of the trials known as yet."""
     if flight.sampling is None:
         return outlook_of(flight.survey, resources, standings)
@@ -77,9 +80,9 @@ def flight_outlook(flight: Flight, resources: Resources, standings: Sequence[Sta
 def outlook_of(
     survey: Survey,
     resources: Resources,
-    standings: Sequence[Standing],
+    standings: Sequence[TrialState],
     *,
-    suggested: Iterable[Suggested] = (),
+    suggested: Iterable[TrialSpec] = (),
     known: Iterable[Known] = (),
 ) -> Outlook:
     """A sampled search has had the trials `suggested`, and takes over those `known`. Nothing is timed here."""
@@ -93,7 +96,7 @@ def outlook_of(
 
 
 def _work(
-    survey: Survey, standings: Sequence[Standing], suggested: Iterable[Suggested], known: Iterable[Known]
+    survey: Survey, standings: Sequence[TrialState], suggested: Iterable[TrialSpec], known: Iterable[Known]
 ) -> Work:
     if survey.draft is None:
         return forecast.grid_work(survey.runs, standings, only=survey.arguments.rerun)
@@ -118,7 +121,7 @@ def _names(known: Iterable[Known]) -> set[str]:
     return {one.suggested.run.name for one in known}
 
 
-def plan_lines(flight: Flight, outlook: Outlook, runs: Mapping[str, Run]) -> list[Line]:
+def plan_lines(flight: PreparedSearch, outlook: Outlook, runs: Mapping[str, Run]) -> list[Line]:
     """The page as (title, text) pairs. `runs` are the trials known as yet."""
     uri = flight.survey.folder.uri
     return [
@@ -135,7 +138,9 @@ def plan_lines(flight: Flight, outlook: Outlook, runs: Mapping[str, Run]) -> lis
 def survey_lines(outlook: Outlook) -> list[Line]:
     """The same of a search that is not started."""
     survey = outlook.survey
-    runs = {} if survey.draft else {trial_name(run, plain_seed=survey.choices.plain_seed): run for run in survey.runs}
+    runs = (
+        {} if survey.draft else {trial_name(run, default_seed=survey.choices.default_seed): run for run in survey.runs}
+    )
     return [*_what(outlook, runs, None), *outlook_lines(outlook), *_notes(survey)]
 
 
@@ -146,7 +151,7 @@ def _notes(survey: Survey) -> list[Line]:
 def _what(outlook: Outlook, runs: Mapping[str, Run], sampling: Sampling | None) -> list[Line]:
     """What is trained, on what. `sampling` is None for a grid, and for what is only planned."""
     survey, choices, facts = outlook.survey, outlook.survey.choices, outlook.survey.facts
-    sizes = ", ".join(size_words(size) for size in sorted({run.image_size for run in outlook.work.runs}))
+    sizes = ", ".join(format_size(size) for size in sorted({run.image_size for run in outlook.work.runs}))
     start = "from scratch" if choices.backbone == NO_BACKBONE else choices.backbone
     return [
         ("search", f"{survey.name}: {survey.space.title}"),
@@ -160,7 +165,7 @@ def _what(outlook: Outlook, runs: Mapping[str, Run], sampling: Sampling | None) 
 
 def _grid_trials(survey: Survey, runs: Mapping[str, Run]) -> list[Line]:
     epochs = sum(run.num_epochs for run in runs.values())
-    iterations = sum(run.num_epochs * plan.iterations_per_epoch(run, survey.facts) for run in runs.values())
+    iterations = sum(run.num_epochs * spaces.iterations_per_epoch(run, survey.facts) for run in runs.values())
     amount = f"{counted(epochs, 'epoch')}, {counted(iterations, 'iteration')} in all"
     return [("trials", f"{len(runs)} ({_shortened(list(runs))}), {amount}")]
 
@@ -171,7 +176,7 @@ def _sampled_trials(survey: Survey, runs: Mapping[str, Run], sampling: Sampling 
     rows = [run.name for run in _rows_to_come(survey, had)]
     number = "as many as time allows" if limits.trials is None else str(limits.trials)
     first = f", the rows {_shortened(rows)} first" if rows else ""
-    iterations = plan.iterations_per_epoch(example, survey.facts)
+    iterations = spaces.iterations_per_epoch(example, survey.facts)
     words = f"{number}{first}, {counted(example.num_epochs, 'epoch')} of {counted(iterations, 'iteration')} each"
     if limits.confirm is not None:
         words += f"; then up to {CONFIRMED_RUNS * limits.confirm} with fresh seeds"
@@ -182,7 +187,7 @@ def _sampled_trials(survey: Survey, runs: Mapping[str, Run], sampling: Sampling 
     ]
 
 
-def _to_be_known(choices: Choices) -> list[Line]:
+def _to_be_known(choices: SearchConfig) -> list[Line]:
     """What an earlier search will teach, as far as it is known before that is read."""
     earlier = choices.warm_start
     return [("known", f"what {earlier} measured; rows it has are not trained again")] if earlier else []
@@ -212,12 +217,12 @@ def _study(sampling: Sampling | None) -> list[tuple[str, str]]:
 
 def print_results(
     console: Console,
-    flight: Flight,
-    standings: Sequence[Standing],
+    flight: PreparedSearch,
+    standings: Sequence[TrialState],
     *,
     page: str | None,
     best: Sequence[str] = (),
-    outcome: Outcome,
+    outcome: SessionOutcome,
 ) -> None:
     """The leaderboard, where it lies, and what to do if the search is not whole."""
     survey = flight.survey
@@ -235,7 +240,7 @@ def print_results(
         _print_line(console, line)
 
 
-def _endings(flight: Flight, standings: Sequence[Standing], outcome: Outcome) -> list[str]:
+def _endings(flight: PreparedSearch, standings: Sequence[TrialState], outcome: SessionOutcome) -> list[str]:
     """Why the search ended, where that is not plain, and how to go on."""
     again = _again(flight.survey)
     if outcome.signal_number is not None:

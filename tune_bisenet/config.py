@@ -172,7 +172,7 @@ def check_image_size(size: tuple[int, int]) -> tuple[int, int]:
     )
 
 
-def size_words(size: tuple[int, int]) -> str:
+def format_size(size: tuple[int, int]) -> str:
     """`512x1024`: height, then width."""
     return f"{size[0]}x{size[1]}"
 
@@ -215,7 +215,7 @@ class Run(Frozen):
         return fingerprint(self.model_dump(mode="json", exclude={"name", "expect"}))
 
 
-class Job(Frozen):
+class TrialContext(Frozen):
     """Where and with what runs are trained: everything a trial needs that is not part of its row."""
 
     data: str
@@ -236,24 +236,29 @@ class Job(Frozen):
     """The search's own folder: a local path or a URI."""
     cpus_per_trial: PositiveInt
     use_gpu: bool
-    plain_seed: NonNegativeInt | None
+    default_seed: NonNegativeInt | None
     """The seed whose trials are named by their row alone: the only one that the search began with, or None."""
     measures_latency: bool = False
     """Whether each trial also measures how long one prediction takes."""
 
     def identity(self, run: Run) -> str:
         """16 hex digits over all that decides the weights a trial ends with."""
-        parts = [run.fingerprint(), self.data_digests[size_words(run.image_size)], self.backbone_digest, self.precision]
+        parts = [
+            run.fingerprint(),
+            self.data_digests[format_size(run.image_size)],
+            self.backbone_digest,
+            self.precision,
+        ]
         return fingerprint(parts)
 
     def trial_name(self, run: Run) -> str:
         """Of `run` in this search."""
-        return trial_name(run, plain_seed=self.plain_seed)
+        return trial_name(run, default_seed=self.default_seed)
 
 
-def trial_name(run: Run, *, plain_seed: int | None) -> str:
+def trial_name(run: Run, *, default_seed: int | None) -> str:
     """`r01`, or `r01-s2` where the search has several seeds. Seeds added later rename nothing."""
-    return run.name if run.seed == plain_seed else f"{run.name}-s{run.seed}"
+    return run.name if run.seed == default_seed else f"{run.name}-s{run.seed}"
 
 
 class Resources(Frozen):

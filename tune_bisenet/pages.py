@@ -23,9 +23,8 @@ from typing import Final
 import pyarrow
 import pyarrow.fs
 
-from tune_bisenet.results import STUDY
-from tune_bisenet.secrets import in_a_line
-from tune_bisenet.storage import Storage
+from tune_bisenet.records import STUDY
+from tune_bisenet.storage import Storage, one_line
 
 HOST: Final = "127.0.0.1"
 TENSORBOARD_PORT: Final = 6006
@@ -92,7 +91,7 @@ class Pages:
         try:
             studies = copy_pages(self._storage, self._local)
         except (OSError, pyarrow.ArrowException) as error:
-            log.warning("storage cannot be read now: %s", in_a_line(error))
+            log.warning("storage cannot be read now: %s", one_line(error))
             return
         if studies and studies[-1] != self._study:
             self._study = studies[-1]

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tune_bisenet.results import Epoch, Standing
+from tune_bisenet.records import Epoch, TrialState
 
 NEWS: Final = 5
 """Lines about ended trials that stay in view, so that the display fits a small terminal."""
@@ -37,7 +37,7 @@ class Progress:
         self._clock = clock
         self._started = self._last_epoch_at = clock()
         # The display reads these from a thread of its own: they are replaced, never changed in place.
-        self._standings: Mapping[str, Standing] = {}
+        self._standings: Mapping[str, TrialState] = {}
         self._tally = Tally()
         self._epochs: Mapping[str, Epoch] = {}
         self._news: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class Progress:
             with self._unharmed():
                 self._live.stop()
 
-    def update(self, standings: Sequence[Standing]) -> None:
+    def update(self, standings: Sequence[TrialState]) -> None:
         """Take over how all trials stand, and announce those that have ended since the last time."""
         before = self._standings
         self._take({standing.trial: standing for standing in standings}, tally_of(standings))
@@ -85,12 +85,12 @@ class Progress:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _take(self, standings: Mapping[str, Standing], tally: "Tally") -> None:
+    def _take(self, standings: Mapping[str, TrialState], tally: "Tally") -> None:
         if tally.done != self._tally.done:
             self._last_epoch_at = self._clock()
         self._standings, self._tally = standings, tally
 
-    def _begin(self, standings: Sequence[Standing]) -> None:
+    def _begin(self, standings: Sequence[TrialState]) -> None:
         self._epochs_done_at_start = self._tally.done
         if self._tally.done:
             ended = sum(map(has_ended, standings))
@@ -140,7 +140,7 @@ class Progress:
 
 
 def picture(
-    standings: Sequence[Standing],
+    standings: Sequence[TrialState],
     epochs: Mapping[str, Epoch],
     *,
     news: Sequence[str],
@@ -162,7 +162,7 @@ def picture(
     return Group(overall, _text(summary), running, *(_text(line, style="dim") for line in news))
 
 
-def _running_cells(standing: Standing, epoch: Epoch | None) -> list[str]:
+def _running_cells(standing: TrialState, epoch: Epoch | None) -> list[str]:
     place = [standing.trial, f"epoch {standing.epochs}/{standing.num_epochs}"]
     if epoch is None:
         return place
@@ -175,7 +175,7 @@ def _text(words: str, style: str = "") -> Text:
     return Text(words, style=style, no_wrap=True, overflow="crop")
 
 
-def epoch_in_words(standing: Standing, epoch: Epoch) -> str:
+def epoch_in_words(standing: TrialState, epoch: Epoch) -> str:
     """As `r03  epoch 4/8  loss 1.234  mIoU 21.3 %  3.2 s`."""
     return (
         f"{standing.trial}  epoch {epoch.epoch}/{standing.num_epochs}  loss {epoch.loss:.3f}  "
@@ -190,7 +190,7 @@ def search_in_words(tally: "Tally", seconds_left: float | None) -> str:
     return f"search {percent} %{left}"
 
 
-def ending_in_words(standing: Standing) -> str:
+def ending_in_words(standing: TrialState) -> str:
     """As `r03 finished: best mIoU 24.1 % at epoch 8` or `r05 stopped after epoch 2 of 8 (ASHA): best mIoU ...`."""
     after = f"after epoch {standing.epochs} of {standing.num_epochs}"
     reason = f" ({standing.stopped_by})" if standing.stopped_by else ""
@@ -214,7 +214,7 @@ def ending_in_words(standing: Standing) -> str:
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
-def has_ended(standing: Standing) -> bool:
+def has_ended(standing: TrialState) -> bool:
     return standing.status not in ("waiting", "running")
 
 
@@ -231,7 +231,7 @@ class Tally:
         return replace(self, done=self.done + epochs)
 
 
-def tally_of(standings: Iterable[Standing]) -> Tally:
+def tally_of(standings: Iterable[TrialState]) -> Tally:
     done = in_all = 0
     for standing in standings:
         done += standing.epochs

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tune_bisenet.arguments import Arguments
+    from tune_bisenet.options import Options
 
 
 OK: Final = 0
@@ -40,23 +40,24 @@ def main(argv: list[str] | None = None) -> int:
         return _show(flags)
     from rich.console import Console
 
-    from tune_bisenet import arguments, preflight
-    from tune_bisenet.secrets import hidden
+    from tune_bisenet import options
+    from tune_bisenet.search import prepare
+    from tune_bisenet.storage import redact
 
     console = Console()
     try:
-        asked, mistyped = arguments.parse(flags)
+        asked, mistyped = options.parse_options(flags)
         if asked.plan:
             return _plan(asked, mistyped, console)
-        flight = preflight.check(asked, mistyped, default_name=_default_name(asked), progress=_packing(console))
-    except arguments.InputError as error:
+        flight = prepare.prepare_search(asked, mistyped, default_name=_default_name(asked), progress=_packing(console))
+    except options.InputError as error:
         return _refuse(list(error.problems))
-    from tune_bisenet.launch import CANNOT_BEGIN, launch
-    from tune_bisenet.outages import StorageError
-    from tune_bisenet.ray_session import RESTARTABLE
+    from tune_bisenet.search.driver import CANNOT_BEGIN, run_search
+    from tune_bisenet.search.resources import RESTARTABLE
+    from tune_bisenet.storage import StorageError
 
     try:
-        return launch(flight, console, ["python", "-m", "tune_bisenet.run", *map(hidden, words)])
+        return run_search(flight, console, ["python", "-m", "tune_bisenet.run", *map(redact, words)])
     except CANNOT_BEGIN as error:
         return _refuse([str(error)])
     except StorageError as error:
@@ -65,32 +66,32 @@ def main(argv: list[str] | None = None) -> int:
         return RESTARTABLE
 
 
-def _plan(asked: "Arguments", mistyped: dict[str, str], console: "Console") -> int:
+def _plan(asked: "Options", mistyped: dict[str, str], console: "Console") -> int:
     """Say what the search would take. InputError if something is wrong with it."""
-    from tune_bisenet import preflight
+    from tune_bisenet.search import prepare
 
-    survey = preflight.survey(asked, mistyped, default_name=_default_name(asked))
-    from tune_bisenet import planning
+    survey = prepare.survey_search(asked, mistyped, default_name=_default_name(asked))
+    from tune_bisenet.search import driver
 
     try:
-        planning.print_page(console, survey)
-    except planning.CANNOT_PLAN as error:
+        driver.print_plan_page(console, survey)
+    except driver.CANNOT_PLAN as error:
         return _refuse(str(error).splitlines())
     return OK
 
 
-def _default_name(asked: "Arguments") -> str:
+def _default_name(asked: "Options") -> str:
     return f"{Path(asked.space or 'runs10').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _hide_password() -> None:
     """Start over with the study's password in the environment: anyone may read a command line, and Ray notes it."""
-    from tune_bisenet.arguments import STUDY_VARIABLE
-    from tune_bisenet.secrets import has_secret, hidden
+    from tune_bisenet.options import STUDY_VARIABLE
+    from tune_bisenet.storage import has_secret, redact
 
     studies = [word.removeprefix("--study=") for before, word in pairwise(sys.argv) if "--study" in (before, word[:7])]
     for address in filter(has_secret, studies):
-        words = [word.replace(address, hidden(address)) for word in sys.orig_argv[1:]]
+        words = [word.replace(address, redact(address)) for word in sys.orig_argv[1:]]
         os.execve(sys.executable, [sys.executable, *words], os.environ | {STUDY_VARIABLE: address})
 
 
@@ -221,9 +222,9 @@ def _show(flags: dict[str, Any]) -> int:
     from tune_bisenet import spaces
 
     try:
-        space = spaces.load(flags.get("space", "runs10"))
+        space = spaces.load_space(flags.get("space", "runs10"))
         wanted = flags["runs"].split(",") if "runs" in flags else None
-        tables = [spaces.to_markdown(rows)] if (rows := spaces.select(space, wanted)) else []
+        tables = [spaces.space_to_markdown(rows)] if (rows := spaces.select_rows(space, wanted)) else []
         if isinstance(space, spaces.Sampled):
             from tune_bisenet.study import sampling
 

@@ -1,6 +1,6 @@
-"""Search spaces: declared rows or a function that draws them, how one is found by name or path, its table as Markdown.
+"""From declared rows to the runs of one search: seeds, epochs, image size and the proportions of a proxy.
 
-A space is a Python module that defines `SPACE`. Nothing here knows how a run is trained, or how a point is chosen.
+Pure arithmetic; all that is wrong with the rows is found here, together, before anything starts.
 """
 
 import importlib
@@ -12,17 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Final, assert_never
 
 from pydantic import ValidationError
 
 import search_spaces
 from tune_bisenet.config import OHEM, SGD, AdamW, CrossEntropy, Expect, Run, WeightedCrossEntropy
+from tune_bisenet.text import counted
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
-    from tune_bisenet.suggested import Param
+    from tune_bisenet.records import Param
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latency:
+class LatencyRanges:
     """What decides how long a prediction takes: varied where latency is a goal of the search, and only there."""
 
     head_widths: tuple[int, ...] = (64, 128, 256)
@@ -71,7 +72,7 @@ class Sampled:
     sample: "Callable[[BaseTrial], Run]"
     around: Grid | None = None
     point: "Callable[[Run], Mapping[str, Param]] | None" = None
-    latency: Latency = field(default_factory=Latency)
+    latency: LatencyRanges = field(default_factory=LatencyRanges)
 
     def __post_init__(self) -> None:
         if (self.around is None) != (self.point is None):
@@ -95,7 +96,7 @@ class SpaceError(ValueError):
     """A space cannot be found or is not a space."""
 
 
-def load(name: str) -> Space:
+def load_space(name: str) -> Space:
     """The space of a module in `search_spaces`, or of a Python file. Raises SpaceError saying what to do."""
     try:
         module = _module_of(name)
@@ -113,12 +114,12 @@ def load(name: str) -> Space:
     return space
 
 
-def names() -> list[str]:
+def space_names() -> list[str]:
     """The spaces that come with the package."""
     return sorted(module.name for module in pkgutil.iter_modules(search_spaces.__path__))
 
 
-def select(space: Space, wanted: Sequence[str] | None) -> tuple[Run, ...]:
+def select_rows(space: Space, wanted: Sequence[str] | None) -> tuple[Run, ...]:
     """The rows named in `wanted` (None: all), in declared order. ValueError names those that do not exist."""
     if wanted is None:
         return space.rows
@@ -150,7 +151,7 @@ def grid_problems(runs: tuple[Run, ...]) -> list[str]:
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
-def to_markdown(runs: Sequence[Run]) -> str:
+def space_to_markdown(runs: Sequence[Run]) -> str:
     """The rows as a Markdown table, one line each, ending with a newline."""
     header = ("run", "optimizer", "schedule", "loss", "technique", "expected")
     rows = [header, *(_cells(run) for run in runs)]
@@ -165,15 +166,15 @@ def to_markdown(runs: Sequence[Run]) -> str:
 def _cells(run: Run) -> tuple[str, ...]:
     return (
         run.name,
-        optimizer_words(run),
-        schedule_words(run),
-        loss_words(run),
-        technique_words(run),
+        format_optimizer(run),
+        format_schedule(run),
+        format_loss(run),
+        format_technique(run),
         _expect_words(run.expect),
     )
 
 
-def optimizer_words(run: Run) -> str:
+def format_optimizer(run: Run) -> str:
     optimizer = run.optimizer
     match optimizer:
         case SGD():
@@ -184,11 +185,11 @@ def optimizer_words(run: Run) -> str:
             assert_never(optimizer)
 
 
-def schedule_words(run: Run) -> str:
+def format_schedule(run: Run) -> str:
     return f"warm-up {run.schedule.warmup_iterations} to {run.optimizer.lr:g}, poly {run.schedule.power:g}"
 
 
-def loss_words(run: Run) -> str:
+def format_loss(run: Run) -> str:
     loss = run.loss
     match loss:
         case CrossEntropy():
@@ -203,7 +204,7 @@ def loss_words(run: Run) -> str:
     return words if loss.lovasz_after is None else f"{words}; after epoch {loss.lovasz_after} Lovász on main"
 
 
-def technique_words(run: Run) -> str:
+def format_technique(run: Run) -> str:
     techniques = []
     if run.accumulation > 1:
         techniques.append(f"gradient accumulation × {run.accumulation}")
@@ -233,8 +234,10 @@ def _range(bounds: tuple[float, float], sign: str = "") -> str:
 def _module_of(name: str) -> ModuleType:
     if name.endswith(".py") or "/" in name:
         return _module_at(Path(name))
-    if name not in names():
-        raise ImportError(f"there is none of that name. There are {', '.join(names())}; a file is given by its path.")
+    if name not in space_names():
+        raise ImportError(
+            f"there is none of that name. There are {', '.join(space_names())}; a file is given by its path."
+        )
     return importlib.import_module(f"search_spaces.{name}")
 
 
@@ -258,3 +261,104 @@ def _sentences(error: ValidationError) -> str:
         message = finding["msg"].removeprefix("Value error, ")
         findings.append(f"{place}: {message} (given {finding['input']!r})" if place else message)
     return "; ".join(findings)
+
+
+REFERENCE_ITERATIONS_PER_EPOCH: Final = 500
+"""The table's own scale, "2500 iterations ≈ 5 epochs": what a proxy keeps the proportions of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOverrides:
+    """What the command line says about the rows as a whole; None keeps what a row says."""
+
+    seeds: tuple[int, ...] = (0,)
+    num_epochs: int | None = None
+    max_epochs: int | None = None
+    """A bound on what rows say; `num_epochs` overrides both."""
+    image_size: tuple[int, int] | None = None
+    proxy: bool = False
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a plan needs to know of the data."""
+
+    num_train: int
+    num_val: int
+    suggested_image_size: tuple[int, int]
+
+
+class PlanError(ValueError):
+    """The rows cannot be run as asked. `problems` holds one sentence each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+def resolve_runs(rows: Sequence[Run], settings: RowOverrides, data: DataFacts) -> tuple[Run, ...]:
+    """Every row times every seed, seed by seed, ready to train. Raises PlanError with all problems of all rows."""
+    resolved, problems = [], []
+    for row in rows:
+        try:
+            run = _resolve(row, settings, data)
+        except ValidationError as error:
+            problems += [f"{row.name}: {finding['msg'].removeprefix('Value error, ')}" for finding in error.errors()]
+            continue
+        problems += run_problems(run, data)
+        resolved.append(run)
+    if problems:
+        raise PlanError(problems)
+    return tuple(run.model_copy(update={"seed": seed}) for seed in settings.seeds for run in resolved)
+
+
+def iterations_per_epoch(run: Run, data: DataFacts) -> int:
+    """Full batches in the training split; what is left over of a permutation is not trained on."""
+    return data.num_train // run.batch_size
+
+
+def run_problems(run: Run, data: DataFacts) -> list[str]:
+    """Why `run` cannot be trained on this data, a sentence each."""
+    per_epoch = iterations_per_epoch(run, data)
+    if per_epoch == 0:
+        return [f"{run.name}: {data.num_train} training images do not fill one batch of {run.batch_size}."]
+    total = run.num_epochs * per_epoch
+    if run.schedule.warmup_iterations >= total:
+        return [
+            f"{run.name}: a warm-up of {run.schedule.warmup_iterations} iterations does not fit into {total} "
+            f"({counted(run.num_epochs, 'epoch')} of {per_epoch}). "
+            "Train longer, or pass --proxy to keep the table's proportions."
+        ]
+    return []
+
+
+def proxy_caption(run: Run, data: DataFacts) -> str:
+    """The sentence that goes with every table, plot and page made from a proxy."""
+    per_epoch = iterations_per_epoch(run, data)
+    return (
+        f"Proxy: {counted(run.num_epochs, 'epoch')} of {counted(per_epoch, 'iteration')} stand for the table's own "
+        f"scale of {REFERENCE_ITERATIONS_PER_EPOCH} an epoch, warm-up and loss switch in proportion. "
+        "Its mIoU is not that of the full runs."
+    )
+
+
+def _resolve(row: Run, settings: RowOverrides, data: DataFacts) -> Run:
+    num_epochs = settings.num_epochs or min(row.num_epochs, settings.max_epochs or row.num_epochs)
+    image_size = settings.image_size or row.image_size
+    if settings.image_size is None and "image_size" not in row.model_fields_set:
+        image_size = data.suggested_image_size
+    changes = {"num_epochs": num_epochs, "image_size": image_size}
+    if settings.proxy:
+        changes |= _proportions(row, num_epochs, data.num_train // row.batch_size)
+    return Run.model_validate(row.model_dump() | changes)
+
+
+def _proportions(row: Run, num_epochs: int, per_epoch: int) -> dict[str, object]:
+    """Warm-up at its share of all iterations, the loss switch at its share of the epochs."""
+    scale = num_epochs * per_epoch / (row.num_epochs * REFERENCE_ITERATIONS_PER_EPOCH)
+    warmup = round(row.schedule.warmup_iterations * scale)
+    changes: dict[str, object] = {"schedule": row.schedule.model_copy(update={"warmup_iterations": warmup})}
+    if row.loss.lovasz_after is not None:
+        switch = min(round(row.loss.lovasz_after * num_epochs / row.num_epochs), num_epochs - 1)
+        changes["loss"] = row.loss.model_copy(update={"lovasz_after": switch})
+    return changes

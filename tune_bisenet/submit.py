@@ -12,10 +12,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-from tune_bisenet.arguments import InputError
 from tune_bisenet.jobs import submission
 from tune_bisenet.jobs.job import INTERRUPTED, STOP_SECONDS, LostError, checked_address
 from tune_bisenet.jobs.submission import Submission
+from tune_bisenet.options import InputError
 
 if TYPE_CHECKING:
     from tune_bisenet.jobs.api import Cluster

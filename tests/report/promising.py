@@ -7,8 +7,8 @@ from rows import plain_epoch
 
 from search_spaces.runs10 import SPACE
 from tune_bisenet.config import Expect, Run
+from tune_bisenet.records import Epoch, Status
 from tune_bisenet.report.verdicts import Claim, Judgement, Kind, Measured, judge
-from tune_bisenet.results import Epoch, Status
 
 ROWS = {run.name: run for run in SPACE.runs}
 

@@ -14,10 +14,25 @@ from rows import plain_epoch, plain_row
 
 from tune_bisenet.config import SGD, AdamW, Expect, Run
 from tune_bisenet.data.classes import NUM_CLASSES, VOID
-from tune_bisenet.evidence import BEST, Best, best_to_bytes
-from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Epoch, Standing, Status, best_of
+from tune_bisenet.records import (
+    BEST_PREDICTIONS,
+    EPOCHS,
+    KNOWN,
+    RUN,
+    SEARCH,
+    TRIALS,
+    BestPredictions,
+    Epoch,
+    Known,
+    Origin,
+    Param,
+    Status,
+    TrialSpec,
+    TrialState,
+    best_of,
+    predictions_to_bytes,
+)
 from tune_bisenet.storage import Storage
-from tune_bisenet.suggested import KNOWN, RUN, Known, Origin, Param, Suggested
 
 PROXY = "Proxy: 3 epochs stand for 50. Its mIoU is not that of the full runs."
 
@@ -77,7 +92,7 @@ def epochs(miou: float, count: int = 3) -> list[Epoch]:
     ]
 
 
-def best(seed: int = 0) -> Best:
+def best(seed: int = 0) -> BestPredictions:
     """Two validation images, both kept to look at; the label's first line is void."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, NUM_CLASSES, (2, 64, 128), dtype=np.uint8)
@@ -85,7 +100,7 @@ def best(seed: int = 0) -> Best:
     confusions = np.zeros((2, NUM_CLASSES, NUM_CLASSES), np.int32)
     confusions[:] = 10 * np.eye(NUM_CLASSES, dtype=np.int32)
     confusions[:, 0, 1] = 30
-    return Best(
+    return BestPredictions(
         confusions=confusions,
         names=("street one", "street two"),
         images=rng.integers(0, 256, (2, 3, 32, 64), dtype=np.uint8),
@@ -94,9 +109,9 @@ def best(seed: int = 0) -> Best:
     )
 
 
-def standing(trial: str, history: Sequence[Epoch]) -> Standing:
+def standing(trial: str, history: Sequence[Epoch]) -> TrialState:
     run = RUNS[trial]
-    waiting = Standing(trial=trial, run=run.name, seed=run.seed, num_epochs=run.num_epochs)
+    waiting = TrialState(trial=trial, run=run.name, seed=run.seed, num_epochs=run.num_epochs)
     if not history:
         return waiting
     top = best_of(history)
@@ -125,7 +140,7 @@ def manifest(**changes: object) -> dict[str, Any]:
     } | changes
 
 
-def write_search(place: Path, *, standings: Mapping[str, Standing] | None = None, **changes: object) -> Storage:
+def write_search(place: Path, *, standings: Mapping[str, TrialState] | None = None, **changes: object) -> Storage:
     """The whole search; `standings` and fields of the manifest may be others."""
     folder = Storage.at(str(place))
     folder.make()
@@ -137,11 +152,11 @@ def write_search(place: Path, *, standings: Mapping[str, Standing] | None = None
     return folder
 
 
-def write_trial(folder: Storage, history: Sequence[Epoch], kept: Best | None = None) -> None:
+def write_trial(folder: Storage, history: Sequence[Epoch], kept: BestPredictions | None = None) -> None:
     folder.make()
     write_json(folder, EPOCHS, [epoch.to_json() for epoch in history])
     if kept:
-        folder.write(BEST, best_to_bytes(kept))
+        folder.write(BEST_PREDICTIONS, predictions_to_bytes(kept))
 
 
 def write_json(folder: Storage, name: str, value: object) -> None:
@@ -201,7 +216,7 @@ def miou_at(params: Mapping[str, Param]) -> float:
 
 def suggested(
     trial: str, origin: Origin, *, number: int | None, params: Mapping[str, Param], **changes: object
-) -> Suggested:
+) -> TrialSpec:
     name = str(changes.pop("name", trial))
     if params.get("optimizer") == "adamw":
         changes["optimizer"] = AdamW(lr=float(params["adamw_lr"] or 0), weight_decay=1e-4)
@@ -210,7 +225,7 @@ def suggested(
         changes["optimizer"] = SGD(lr=rate, momentum=momentum, weight_decay=1e-4)
     expect = Expect(miou=(45, 60)) if origin == "row" else None
     run = row(name, 0).model_copy(update={"expect": expect} | changes)
-    return Suggested(
+    return TrialSpec(
         trial=trial,
         run=run,
         row=run.model_copy(update={"num_epochs": ROW_EPOCHS}),
@@ -221,9 +236,9 @@ def suggested(
     )
 
 
-def told(one: Suggested, miou: float, *, status: Status = "finished", latency_ms: float | None = None) -> Standing:
+def told(one: TrialSpec, miou: float, *, status: Status = "finished", latency_ms: float | None = None) -> TrialState:
     """How the trial stands if it came to `miou`; stopped or diverged, after two of three epochs."""
-    waiting = Standing(trial=one.trial, run=one.run.name, seed=one.run.seed, num_epochs=3, latency_ms=latency_ms)
+    waiting = TrialState(trial=one.trial, run=one.run.name, seed=one.run.seed, num_epochs=3, latency_ms=latency_ms)
     if status == "failed":
         return replace(waiting, status=status, error="no memory")
     reached, last = (3, miou) if status == "finished" else (2, miou - 10)
@@ -266,12 +281,12 @@ def write_study(
     return folder
 
 
-def _chosen(standings: Sequence[Standing]) -> str:
+def _chosen(standings: Sequence[TrialState]) -> str:
     """The best sampled trial."""
     return max(standings[2:], key=lambda one: (one.status == "finished", one.best_miou or 0)).run
 
 
-def _write_sample(folder: Storage, place: int, *, number: int, latency: bool) -> Standing:
+def _write_sample(folder: Storage, place: int, *, number: int, latency: bool) -> TrialState:
     params = point(number)
     trial = f"r{place + 1:02d}" if place < 2 else f"t{number:04d}"
     one = suggested(trial, "row" if place < 2 else "sampled", number=number, params=params)
@@ -283,13 +298,13 @@ def _write_sample(folder: Storage, place: int, *, number: int, latency: bool) ->
     return standing
 
 
-def _write_fresh(folder: Storage, name: str, seed: int, *, miou: float) -> Standing:
+def _write_fresh(folder: Storage, name: str, seed: int, *, miou: float) -> TrialState:
     one = suggested(f"{name}-s{seed}", "confirm", number=None, params={}, name=name, seed=seed)
     _write_suggested(folder, one, epochs(miou))
     return told(one, miou)
 
 
-def _write_suggested(folder: Storage, one: Suggested, history: Sequence[Epoch]) -> None:
+def _write_suggested(folder: Storage, one: TrialSpec, history: Sequence[Epoch]) -> None:
     (folder / one.trial).make()
     write_json(folder / one.trial, RUN, one.to_json())
     if history:

@@ -9,7 +9,7 @@ import pytest
 from searches import MIOU, RUNS, best, epochs, write_search, write_trial
 
 from tune_bisenet.data.classes import CLASSES, VOID
-from tune_bisenet.evidence import BEST, best_to_bytes
+from tune_bisenet.records import BEST_PREDICTIONS, predictions_to_bytes
 from tune_bisenet.report.figures import BASELINE_COLOUR, Trace, curves, row_colours
 from tune_bisenet.report.heatmaps import confusion_matrix, iou_heatmap
 from tune_bisenet.report.pictures import LEGEND, WIDTH, gallery
@@ -83,7 +83,7 @@ def test_the_confusion_matrix_is_the_best_trials_and_each_line_is_a_hundred_perc
     folder = write_search(tmp_path)
     counts = best().confusions.copy()
     counts[:, 5] = 0  # a class without a pixel
-    (folder / "r02-s1").write(BEST, best_to_bytes(replace(best(), confusions=counts)))
+    (folder / "r02-s1").write(BEST_PREDICTIONS, predictions_to_bytes(replace(best(), confusions=counts)))
     figure = confusion_matrix(read_search(folder))
     assert figure
     assert figure.title.endswith("r02-s1")
@@ -100,7 +100,7 @@ def test_pictures_have_a_bounded_size(tmp_path: Path) -> None:
     folder = write_search(tmp_path)
     large = replace(best(), images=np.zeros((2, 3, 1024, 2048), np.uint8))
     for name in RUNS:
-        (folder / name).write(BEST, best_to_bytes(large))
+        (folder / name).write(BEST_PREDICTIONS, predictions_to_bytes(large))
     shown = gallery(read_search(folder))
     assert {(panel.width, panel.height) for _, panels in shown.frames for panel in panels} == {(WIDTH, WIDTH // 2)}
 
@@ -113,7 +113,7 @@ def test_the_baseline_comes_before_the_best(search: SearchRecord) -> None:
 
 def test_a_frame_that_one_trial_lacks_is_shown_without_it(tmp_path: Path) -> None:
     folder = write_search(tmp_path)
-    (folder / "r02-s1").write(BEST, best_to_bytes(replace(best(), names=("street one", "another"))))
+    (folder / "r02-s1").write(BEST_PREDICTIONS, predictions_to_bytes(replace(best(), names=("street one", "another"))))
     first, second = gallery(read_search(folder)).frames
     assert (len(first[1]), len(second[1])) == (4, 3)
 

@@ -4,13 +4,13 @@ import io
 import pytest
 from rich.console import Console
 
+from tune_bisenet.records import Status, TrialState
 from tune_bisenet.report.leaderboard import best_first, gains, over_seeds, status_in_words, to_csv, to_markdown, to_rich
-from tune_bisenet.results import Standing, Status
 
 
-def standing(run: str, best: float | None, *, seed: int = 0, status: Status = "finished", **more: object) -> Standing:
+def standing(run: str, best: float | None, *, seed: int = 0, status: Status = "finished", **more: object) -> TrialState:
     record = {"trial": f"{run}-{seed}", "run": run, "seed": seed, "status": status, "num_epochs": 8}
-    return Standing.from_json(record | {"best_miou": best} | more)
+    return TrialState.from_json(record | {"best_miou": best} | more)
 
 
 R01 = standing("r01", 24.1, epochs=8, best_epoch=7, last_miou=23.987, pixel_accuracy=80.123, seconds=3725.44)
@@ -19,7 +19,7 @@ R03 = standing("r03", None, status="failed", error="OSError: [Errno 28] No space
 
 
 def shown(
-    standings: list[Standing],
+    standings: list[TrialState],
     *,
     width: int = 100,
     encoding: str = "utf-8",
@@ -172,7 +172,10 @@ def test_a_terminal_that_knows_only_ascii_can_show_the_table() -> None:
 
 
 def test_without_a_baseline_no_table_speaks_of_gains() -> None:
-    standings = [Standing(trial="a", run="a", seed=0, num_epochs=2), Standing(trial="b", run="b", seed=1, num_epochs=2)]
+    standings = [
+        TrialState(trial="a", run="a", seed=0, num_epochs=2),
+        TrialState(trial="b", run="b", seed=1, num_epochs=2),
+    ]
     assert "gain" not in to_csv(standings, baseline=None)
     assert "| over" not in to_markdown(standings, baseline=None)
     assert "over" not in shown(standings, baseline=None)

@@ -26,11 +26,9 @@ from searches import (
 )
 
 from tune_bisenet.config import Expect
-from tune_bisenet.evidence import BEST, best_to_bytes
+from tune_bisenet.records import BEST_PREDICTIONS, EPOCHS, KNOWN, RUN, SEARCH, TRIALS, predictions_to_bytes
 from tune_bisenet.report.page import HTML, MARKDOWN, Report, write_report
-from tune_bisenet.results import EPOCHS, SEARCH, TRIALS
 from tune_bisenet.storage import Storage
-from tune_bisenet.suggested import KNOWN, RUN
 
 SECTIONS = [
     "Did each row keep its promise?",
@@ -249,7 +247,7 @@ def test_sections_without_data_say_so(tmp_path: Path) -> None:
         assert words in text
 
 
-@pytest.mark.parametrize(("place", "name"), [("r02-s0", EPOCHS), ("r02-s0", BEST), (".", TRIALS)])
+@pytest.mark.parametrize(("place", "name"), [("r02-s0", EPOCHS), ("r02-s0", BEST_PREDICTIONS), (".", TRIALS)])
 def test_a_truncated_file_costs_a_note_never_the_page(tmp_path: Path, place: str, name: str) -> None:
     folder = write_search(tmp_path)
     cut(folder / place, name)
@@ -262,7 +260,7 @@ def test_a_truncated_file_costs_a_note_never_the_page(tmp_path: Path, place: str
 
 def test_pictures_that_cannot_be_shown_are_told(tmp_path: Path) -> None:
     folder = write_search(tmp_path)
-    (folder / "r02-s1").write(BEST, best_to_bytes(replace(best(), names=("only one",))))
+    (folder / "r02-s1").write(BEST_PREDICTIONS, predictions_to_bytes(replace(best(), names=("only one",))))
     assert "r02-s1: best.npz holds pictures that do not belong together" in page_of(folder)
 
 
@@ -298,7 +296,9 @@ def test_no_words_of_a_search_can_become_code(tmp_path: Path) -> None:
         standings={"r02-s0": failed},
     )
     for number, name in enumerate(RUNS):
-        (folder / name).write(BEST, best_to_bytes(replace(best(number), names=(HOSTILE, "street two"))))
+        (folder / name).write(
+            BEST_PREDICTIONS, predictions_to_bytes(replace(best(number), names=(HOSTILE, "street two")))
+        )
     elements = Elements(page_of(folder))
     assert [tag for tag, _ in elements.elements].count("script") == 3  # the figures, Plotly, the page's own
     assert all((source or "").startswith("data:image/") for source in elements.attributes("src"))
@@ -341,11 +341,11 @@ def test_ten_rows_of_three_seeds_stay_under_15_megabytes(tmp_path: Path) -> None
         labels=rng.integers(0, 19, (4, 256, 512), dtype=np.uint8),
         predictions=rng.integers(0, 19, (4, 256, 512), dtype=np.uint8),
     )
-    content = best_to_bytes(noise)
+    content = predictions_to_bytes(noise)
     for name in runs:
         history = [replace(epochs(50)[0], epoch=epoch, miou=epoch + rng.random()) for epoch in range(1, 51)]
         write_trial(folder / name, history)
-        (folder / name).write(BEST, content)
+        (folder / name).write(BEST_PREDICTIONS, content)
     assert len(page_of(folder).encode()) < 15e6
 
 

@@ -10,10 +10,9 @@ import pyarrow.fs
 import pytest
 from searches import MIOU, RUNS, best, cut, epochs, manifest, standing, write_json, write_search, write_trial
 
-from tune_bisenet import endings
-from tune_bisenet.evidence import BEST, best_to_bytes
+from tune_bisenet import records
+from tune_bisenet.records import BEST_PREDICTIONS, EPOCHS, SEARCH, TRIALS, predictions_to_bytes
 from tune_bisenet.report.read import read_best, read_search
-from tune_bisenet.results import EPOCHS, SEARCH, TRIALS
 from tune_bisenet.storage import Storage
 
 
@@ -64,7 +63,7 @@ def test_news_is_the_latest_change_of_a_trial(folder: Storage) -> None:
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [EPOCHS, BEST])
+@pytest.mark.parametrize("name", [EPOCHS, BEST_PREDICTIONS])
 def test_a_truncated_file_of_a_trial_costs_that_trial_a_note(folder: Storage, name: str) -> None:
     cut(folder / "r02-s0", name)
     search = read_search(folder)
@@ -90,10 +89,10 @@ def test_an_epoch_with_a_wrong_value_costs_a_note(folder: Storage, change: dict[
 
 
 def test_every_flipped_byte_of_the_predictions_is_survived(folder: Storage) -> None:
-    content = best_to_bytes(best())
+    content = predictions_to_bytes(best())
     for place in range(0, len(content), len(content) // 60):
         flipped = bytes([content[place] ^ 0xFF])
-        (folder / "r01-s0").write(BEST, content[:place] + flipped + content[place + 1 :])
+        (folder / "r01-s0").write(BEST_PREDICTIONS, content[:place] + flipped + content[place + 1 :])
         assert len(read_search(folder).trials) == 4
 
 
@@ -105,14 +104,14 @@ def test_every_flipped_byte_of_the_predictions_is_survived(folder: Storage) -> N
     ],
 )
 def test_counts_of_other_classes_cost_a_note(folder: Storage, wrong: object) -> None:
-    (folder / "r01-s0").write(BEST, best_to_bytes(wrong))  # type: ignore[arg-type]
+    (folder / "r01-s0").write(BEST_PREDICTIONS, predictions_to_bytes(wrong))  # type: ignore[arg-type]
     record = read_search(folder).trials["r01-s0"]
     assert record.confusions is None
     assert record.notes
 
 
 def test_pictures_that_do_not_belong_together_are_an_error(folder: Storage) -> None:
-    (folder / "r01-s0").write(BEST, best_to_bytes(replace(best(), names=("only one",))))
+    (folder / "r01-s0").write(BEST_PREDICTIONS, predictions_to_bytes(replace(best(), names=("only one",))))
     with pytest.raises(ValueError, match="belong together"):
         read_best(folder / "r01-s0")
 
@@ -133,7 +132,7 @@ def test_lost_standings_are_made_from_the_epochs(folder: Storage, content: bytes
 def test_lost_standings_are_those_that_trials_ended_with(folder: Storage) -> None:
     before = read_search(folder).standings
     stopped = replace(before[1], status="stopped", stopped_by="below the median (ASHA)")
-    endings.keep(folder / stopped.trial, stopped)
+    records.keep_ending(folder / stopped.trial, stopped)
     folder.delete(TRIALS)
     assert read_search(folder).standings[1] == stopped
 

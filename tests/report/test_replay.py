@@ -11,6 +11,7 @@ import pytest
 from searches import SESSION, epochs, row, write_search, write_trial
 
 from tune_bisenet.config import Expect, Run, WarmupPoly
+from tune_bisenet.records import Epoch, TrialState
 from tune_bisenet.report.read import SearchRecord, TrialRecord, read_search
 from tune_bisenet.report.replay import (
     POLICIES,
@@ -25,7 +26,6 @@ from tune_bisenet.report.replay import (
     replay_view,
     simulate,
 )
-from tune_bisenet.results import Epoch, Standing
 from tune_bisenet.rungs import GO_ON, Verdict
 from tune_bisenet.storage import Storage
 
@@ -49,7 +49,7 @@ def record(name: str, log: Sequence[Epoch], num_epochs: int) -> TrialRecord:
     return TrialRecord(
         folder=Storage.at("/nowhere"),
         run=run_of(name, num_epochs),
-        standing=Standing(trial=name, run=name, seed=0, num_epochs=num_epochs),
+        standing=TrialState(trial=name, run=name, seed=0, num_epochs=num_epochs),
         epochs=tuple(log),
         confusions=None,
         notes=(),

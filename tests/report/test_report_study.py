@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from searches import STUDY, cut, epochs, manifest, point, row, suggested, write_json, write_search, write_study
 
+from tune_bisenet.records import EPOCHS, KNOWN, RUN, SEARCH
 from tune_bisenet.report.judging import judge_search
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.samples import best_sample, floor_of, parameters, samples, shown_rows
 from tune_bisenet.report.tables import files, tables
-from tune_bisenet.results import EPOCHS, SEARCH
 from tune_bisenet.storage import Storage
-from tune_bisenet.suggested import KNOWN, RUN
 
 
 def search_of(tmp_path: Path, **options: object) -> SearchRecord:

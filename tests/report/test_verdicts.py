@@ -12,8 +12,8 @@ from statsmodels.stats.power import TTestPower
 from benchmarks.false_positives import num_false, searches
 from search_spaces.runs10 import BATCHNORM, SPACE
 from tune_bisenet.config import SGD, AdamW, Augment, Expect
-from tune_bisenet.plan import DataFacts, Settings, plan_runs
 from tune_bisenet.report.verdicts import differences, judge, more_seeds, next_command
+from tune_bisenet.spaces import DataFacts, RowOverrides, resolve_runs
 
 DATA = DataFacts(num_train=2975, num_val=500, suggested_image_size=(512, 1024))
 
@@ -113,7 +113,7 @@ def test_where_all_is_decided_there_is_no_next_command() -> None:
 
 @pytest.mark.parametrize("proxy", [False, True])
 def test_of_the_ten_rows_only_r09_differs_from_r01_in_more_than_one_thing(proxy: bool) -> None:
-    rows = plan_runs(SPACE.runs, Settings(seeds=(0, 1), num_epochs=50, proxy=proxy), DATA)
+    rows = resolve_runs(SPACE.runs, RowOverrides(seeds=(0, 1), num_epochs=50, proxy=proxy), DATA)
     flagged = {
         claim.run: claim.flags[-1] for claim in judge(rows, []).claims if "more than one" in "".join(claim.flags)
     }

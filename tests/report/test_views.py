@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from searches import RUNS, SESSION, cut, epochs, standing, write_search, write_study, write_trial
 
+from tune_bisenet.records import EPOCHS, TrialState
 from tune_bisenet.report import state, views
 from tune_bisenet.report.read import SearchRecord, read_search
-from tune_bisenet.results import EPOCHS, Standing
 
 OPEN = SESSION | {"ended": None}
 
@@ -26,7 +26,7 @@ def marked(view: views.View) -> set[tuple[str, str]]:
     return {(row[0].text, cell.text) for row in view.rows for cell in row if cell.marked}
 
 
-def running(trial: str) -> Standing:
+def running(trial: str) -> TrialState:
     return replace(standing(trial, epochs(50)[:1]), status="running")
 
 
@@ -46,14 +46,14 @@ def running(trial: str) -> Standing:
 def test_the_state_follows_session_and_trials(
     tmp_path: Path, session: dict[str, object], one: dict[str, str], word: str
 ) -> None:
-    changed = Standing.from_json(standing("r02-s1", epochs(50)).to_json() | one)
+    changed = TrialState.from_json(standing("r02-s1", epochs(50)).to_json() | one)
     search = search_of(tmp_path, sessions=[SESSION | session], standings={"r02-s1": changed})
     assert state.state(search, search.changed + timedelta(minutes=1)).word == word
 
 
 @pytest.mark.parametrize(("status", "word"), [("waiting", "limit reached"), ("finished", "finished")])
 def test_a_limit_that_ended_the_search_is_told(tmp_path: Path, status: str, word: str) -> None:
-    changed = Standing.from_json(standing("r02-s1", epochs(50)).to_json() | {"status": status})
+    changed = TrialState.from_json(standing("r02-s1", epochs(50)).to_json() | {"status": status})
     session = SESSION | {"limit": "--time-budget 2h was used up"}
     search = search_of(tmp_path, sessions=[session], standings={"r02-s1": changed})
     found = state.state(search, search.changed)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from pyarrow.fs import FileSelector
 
-from tune_bisenet.arguments import STREETS
 from tune_bisenet.data.cityscapes import open_cityscapes
 from tune_bisenet.data.remote import RemotePath
 from tune_bisenet.data.source import DataError, Source
 from tune_bisenet.data.streets import Streets
+from tune_bisenet.options import STREETS
 from tune_bisenet.storage import Storage
 
 

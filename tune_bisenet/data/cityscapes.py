@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tune_bisenet.config import size_words
+from tune_bisenet.config import format_size
 from tune_bisenet.data.classes import MAX_LABEL_ID, NUM_CLASSES, VOID, train_id_table
 from tune_bisenet.data.remote import Place, RemotePath
 from tune_bisenet.data.source import SPLITS, DataError, Frame, Split
-from tune_bisenet.outages import StorageError
+from tune_bisenet.storage import StorageError
 
 IMAGES: Final = "leftImg8bit"
 LABELS: Final = "gtFine"
@@ -240,12 +240,12 @@ def _size_problems(pairs: Sequence[tuple[Place, Place]], sizes: Mapping[Place, t
     for image, label in readable:
         if sizes[label] != sizes[image]:
             problems.append(
-                f"{label} is {size_words(sizes[label])} but its image {image} is {size_words(sizes[image])} "
+                f"{label} is {format_size(sizes[label])} but its image {image} is {format_size(sizes[image])} "
                 "(height x width): both must agree. Replace one of them."
             )
         elif sizes[image] != usual:
             problems.append(
-                f"{image} is {size_words(sizes[image])} but most frames are {size_words(usual)} (height x width): "
+                f"{image} is {format_size(sizes[image])} but most frames are {format_size(usual)} (height x width): "
                 "all frames must have one size. Resize it and its label, or remove both."
             )
     return problems

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tune_bisenet.config import STRIDE, size_words
+from tune_bisenet.config import STRIDE, format_size
 from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.data.source import SPLITS, DataError, Split
 
@@ -75,7 +75,7 @@ def suggested_image_size(frame_size: Size) -> Size:
     """
     if min(frame_size) < STRIDE:
         raise ValueError(
-            f"frames are {size_words(frame_size)} (height x width): both sides must be {STRIDE} pixels or more."
+            f"frames are {format_size(frame_size)} (height x width): both sides must be {STRIDE} pixels or more."
         )
     height, width = frame_size
     scale = min(1, SUGGESTED_SIZE[0] / height, SUGGESTED_SIZE[1] / width)

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from tune_bisenet.config import size_words
+from tune_bisenet.config import format_size
 from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.data.disk import locked, put_in_place, require_space
 from tune_bisenet.data.packed import (
@@ -77,7 +77,7 @@ def prepare(
             _verify(folder, headers)
         except DataError as reason:
             if shared is None or not _fetch(shared / folder.name, folder, headers):
-                _log.info("packing %s at %s: %s", source.name, size_words(image_size), reason)
+                _log.info("packing %s at %s: %s", source.name, format_size(image_size), reason)
                 _build(source, image_size, folder, progress or (lambda _done, _total: None))
         return open_packed(folder)
 
@@ -131,7 +131,7 @@ def _key(source: Source, image_size: Size) -> str:
     identity = [FORMAT_VERSION, source.name, source.fingerprint, image_size]
     address = source.name.partition("?")[0] if "://" in source.name else source.name
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", Path(address).name).strip("-")[:40] or "source"
-    return f"{slug}-{size_words(image_size)}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
+    return f"{slug}-{format_size(image_size)}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
 
 
 def _build(source: Source, image_size: Size, folder: Path, progress: Progress) -> None:

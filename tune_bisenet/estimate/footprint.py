@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tune_bisenet.config import SGD, Precision, Run
 from tune_bisenet.data.classes import NUM_CLASSES
-from tune_bisenet.model import BiSeNet
+from tune_bisenet.training.model import BiSeNet
 
 LOVASZ_COPIES: Final = 9
 """How many float32 tensors of B x C x H x W Lovász-Softmax holds at its height: 8.4 to 8.8 by a process's memory, at

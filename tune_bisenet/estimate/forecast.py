@@ -20,8 +20,8 @@ from typing import Final, NamedTuple, Protocol
 from tune_bisenet.config import Run
 from tune_bisenet.data.packed import FORMAT_VERSION, Header
 from tune_bisenet.data.source import Split
-from tune_bisenet.plan import DataFacts
-from tune_bisenet.results import ENDED_WELL, Standing
+from tune_bisenet.records import ENDED_WELL, TrialState
+from tune_bisenet.spaces import DataFacts
 
 VAL_SHARE: Final = 1 / 3
 """What validating an image takes of the time of training on it, where only the latter is known: a forward pass of the
@@ -135,9 +135,9 @@ class Measured:
         return math.fsum(self.seconds.values()) / len(self.seconds)
 
 
-def measured_speed(standings: Iterable[Standing]) -> Measured | None:
+def measured_speed(standings: Iterable[TrialState]) -> Measured | None:
     """None before an epoch was trained."""
-    by_row: dict[str, list[Standing]] = {}
+    by_row: dict[str, list[TrialState]] = {}
     for standing in standings:
         if standing.epochs:
             by_row.setdefault(standing.run, []).append(standing)
@@ -207,7 +207,7 @@ class Work:
 ENDLESS_SAMPLE: Final = 100
 
 
-def grid_work(runs: Sequence[Run], standings: Iterable[Standing], *, only: Collection[str] | None = None) -> Work:
+def grid_work(runs: Sequence[Run], standings: Iterable[TrialState], *, only: Collection[str] | None = None) -> Work:
     """Of declared runs; `standings` are those of earlier sessions. The session may be about the rows `only`."""
     known = {(standing.run, standing.seed): standing for standing in standings}
     left = []
@@ -223,7 +223,7 @@ def sampled_work(
     begun: Sequence[Run],
     rows: Sequence[Run],
     drawn: Sequence[Run],
-    standings: Iterable[Standing],
+    standings: Iterable[TrialState],
     *,
     limit: int | None,
     fresh: int = 0,

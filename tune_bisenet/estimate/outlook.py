@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tune_bisenet import plan, rungs
-from tune_bisenet.arguments import duration_words
-from tune_bisenet.config import Resources, Run, size_words
+from tune_bisenet import rungs, spaces
+from tune_bisenet.config import Resources, Run, format_size
 from tune_bisenet.estimate import footprint
 from tune_bisenet.estimate.forecast import Kind, Measured, Speed, Timed, Work, makespan, pack_bytes
 from tune_bisenet.estimate.timing import Timings
-from tune_bisenet.flight import Survey
+from tune_bisenet.options import duration_words
 from tune_bisenet.progress import format_duration
 from tune_bisenet.rungs import Forecast
-from tune_bisenet.words import counted
+from tune_bisenet.search.prepare import Survey
+from tune_bisenet.text import counted
 
 Line = tuple[str, str]
 """Title and text."""
@@ -75,7 +75,7 @@ def _stopping(outlook: Outlook) -> Forecast | None:
     if outlook.survey.choices.scheduler != "asha":
         return None
     runs = outlook.work.runs[:MOST_SIMULATED]
-    return rungs.forecast(runs, plan.iterations_per_epoch(runs[0], outlook.survey.facts))
+    return rungs.forecast(runs, spaces.iterations_per_epoch(runs[0], outlook.survey.facts))
 
 
 def _scheduler(outlook: Outlook, stopping: Forecast | None) -> str:
@@ -127,7 +127,7 @@ def _kind_in_words(kind: Kind, first: Kind) -> str:
         words.append("with Lovász-Softmax" if kind.lovasz else "before Lovász-Softmax")
     if kind.hard_pixels != first.hard_pixels:
         words.append("over hard pixels" if kind.hard_pixels else "over all pixels")
-    words += [f"at {size_words(kind.image_size)}"] if kind.image_size != first.image_size else []
+    words += [f"at {format_size(kind.image_size)}"] if kind.image_size != first.image_size else []
     words += [f"with a head {kind.head_width} wide"] if kind.head_width != first.head_width else []
     words += [f"in batches of {kind.batch_size}"] if kind.batch_size != first.batch_size else []
     return " ".join(words)

@@ -15,10 +15,10 @@ from typing import Final, TypeVar
 
 import torch
 
-from tune_bisenet import engine
 from tune_bisenet.config import Frozen, Precision, Run
 from tune_bisenet.data.frames import Frames
 from tune_bisenet.data.packed import Packed, PackedSplit, open_packed
+from tune_bisenet.training import engine
 
 EPOCH_SECONDS: Final = 0.5
 """What a timed epoch is to take: long beside its start, short beside the time there is."""

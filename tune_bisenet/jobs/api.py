@@ -21,8 +21,8 @@ from ray.job_submission import JobSubmissionClient
 from tune_bisenet.jobs import submission
 from tune_bisenet.jobs.job import STOP_SECONDS, ClusterError, Job, LostError, UnreachableError, choose_id, is_local
 from tune_bisenet.jobs.submission import Submission
-from tune_bisenet.outages import PATIENCE_VARIABLE
-from tune_bisenet.provenance import COMMIT_VARIABLE, commit
+from tune_bisenet.records import COMMIT_VARIABLE, project_commit
+from tune_bisenet.storage import RETRY_VARIABLE
 
 REQUEST_SECONDS: Final = (5.0, 60.0)
 """To connect, and for an answer."""
@@ -227,6 +227,6 @@ def _in_words(error: Exception, address: str, job_id: str) -> ClusterError:
 
 def _variables() -> dict[str, str]:
     """What a job is told besides its command. The cluster shows them to all who can reach it."""
-    given = {COMMIT_VARIABLE: commit(), PATIENCE_VARIABLE: os.environ.get(PATIENCE_VARIABLE)}
+    given = {COMMIT_VARIABLE: project_commit(), RETRY_VARIABLE: os.environ.get(RETRY_VARIABLE)}
     known = {name: value for name, value in given.items() if value}
     return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)} | known

@@ -10,7 +10,7 @@ from itertools import chain, count
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
-from tune_bisenet.secrets import hidden
+from tune_bisenet.storage import redact
 
 INTERRUPTED: Final = 130
 
@@ -144,7 +144,7 @@ def checked_address(address: str) -> str:
         is_url = False
     if not is_url:
         raise ValueError(
-            f"--address {hidden(address)} is not the address of a dashboard: write it as http://127.0.0.1:8265. "
+            f"--address {redact(address)} is not the address of a dashboard: write it as http://127.0.0.1:8265. "
             "`ray dashboard cluster/gpu.yaml` opens a tunnel to it."
         )
     if "@" in parts.netloc:

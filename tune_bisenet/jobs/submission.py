@@ -16,10 +16,10 @@ from typing import Final
 
 import search_spaces
 import tune_bisenet
-from tune_bisenet import arguments, spaces
-from tune_bisenet.arguments import NO_BACKBONE, STREETS, STUDY_VARIABLE, Arguments, InputError
+from tune_bisenet import options, spaces
+from tune_bisenet.options import NO_BACKBONE, STREETS, STUDY_VARIABLE, InputError, Options
 from tune_bisenet.run import parser as run_parser
-from tune_bisenet.secrets import has_secret, hidden, is_ambiguous
+from tune_bisenet.storage import has_secret, is_ambiguous, redact
 
 PACKAGES: Final = (tune_bisenet, search_spaces)
 
@@ -47,7 +47,7 @@ class Submission:
     @property
     def metadata(self) -> dict[str, str]:
         """What the cluster keeps with the job, for all to see."""
-        return {"search": self.name, "storage": hidden(self.storage)}
+        return {"search": self.name, "storage": redact(self.storage)}
 
     @property
     def entrypoint(self) -> str:
@@ -65,7 +65,7 @@ def prepare(words: Sequence[str]) -> Submission:
         problems.append("--show needs no cluster: python -m tune_bisenet.run --show prints the table here.")
     if flags.pop("plan", False):
         problems.append("--plan starts nothing: python -m tune_bisenet.run --plan --gpus N says it here.")
-    given, mistyped = arguments.parse(flags)
+    given, mistyped = options.parse_options(flags)
     problems += [*mistyped.values(), *_misplaced(given, is_default_storage="storage" not in flags)]
     files = _package_files()
     if given.space or not given.continues:  # what goes on has its space on storage
@@ -87,11 +87,11 @@ def prepare(words: Sequence[str]) -> Submission:
     )
 
 
-def _space_of(given: Arguments) -> Path:
+def _space_of(given: Options) -> Path:
     return Path(given.space or "runs10")
 
 
-def _as_there(words: Sequence[str], given: Arguments, name: str) -> list[str]:
+def _as_there(words: Sequence[str], given: Options, name: str) -> list[str]:
     """The flags with the search's name, and with the space by the name that its file has among those sent."""
     if given.space and _is_path(given.space):
         words = [*_without(words, "--space"), "--space", _space_of(given).stem]
@@ -121,7 +121,7 @@ def _secret_problems(words: Sequence[str]) -> list[str]:
     ]
 
 
-def _misplaced(given: Arguments, *, is_default_storage: bool) -> list[str]:
+def _misplaced(given: Options, *, is_default_storage: bool) -> list[str]:
     """What means something here and something else, or nothing, on the cluster."""
     problems = []
     if given.address is not None:
@@ -144,7 +144,7 @@ def _misplaced(given: Arguments, *, is_default_storage: bool) -> list[str]:
     return problems
 
 
-def _paths(given: Arguments) -> dict[str, str]:
+def _paths(given: Options) -> dict[str, str]:
     """The flags whose values are paths."""
     words = {STREETS, NO_BACKBONE, "imagenet"}
     values = {name: getattr(given, name) for name in ("storage", "data", "backbone", "warm_start")}
@@ -155,7 +155,7 @@ def _paths(given: Arguments) -> dict[str, str]:
     }
 
 
-def _cautions(given: Arguments) -> list[str]:
+def _cautions(given: Options) -> list[str]:
     cautions = []
     if paths := _paths(given):
         named = ", ".join(f"{flag} {path}" for flag, path in paths.items())
@@ -187,18 +187,18 @@ def _files_of(package: ModuleType) -> Iterable[tuple[str, Path]]:
             yield f"{root.name}/{inside.as_posix()}", path
 
 
-def _space_files(given: Arguments) -> dict[str, Path]:
+def _space_files(given: Options) -> dict[str, Path]:
     """A space's own file among the others, so that it has the same name on every cluster; and what it imports.
 
     ValueError if the space cannot be used.
     """
     name, path, before = given.space or "runs10", _space_of(given), set(sys.modules)
-    spaces.select(spaces.load(name), given.runs)
+    spaces.select_rows(spaces.load_space(name), given.runs)
     if not _is_path(name):
         return {}
     if path.stem == "__init__" or "." in path.stem:
         raise ValueError(f"--space {path}: the file's name must be a module's. Rename it.")
-    if path.stem in spaces.names() and path.read_bytes() != _shipped(path.stem).read_bytes():
+    if path.stem in spaces.space_names() and path.read_bytes() != _shipped(path.stem).read_bytes():
         raise ValueError(f"--space {path}: search_spaces has another {path.stem} already. Rename the file.")
     return {f"{search_spaces.__name__}/{path.stem}.py": path.resolve()} | _imported_from_here(before)
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from tune_bisenet.records import Epoch, Status, best_of
 from tune_bisenet.report.statistics import Counts
-from tune_bisenet.results import Epoch, Status, best_of
 
 Kind = Literal["gain", "miou", "sooner"]
 Verdict = Literal["confirmed", "refuted", "undecided", "not judged"]

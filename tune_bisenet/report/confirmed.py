@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from tune_bisenet.config import Expect, Run
+from tune_bisenet.records import ENDED_WELL
 from tune_bisenet.report.judging import fresh_trials, measured
 from tune_bisenet.report.pairs import Evidence, evidence_of
 from tune_bisenet.report.read import SearchRecord, TrialRecord
@@ -12,7 +13,6 @@ from tune_bisenet.report.samples import Sample, best_sample
 from tune_bisenet.report.statistics import mean_test
 from tune_bisenet.report.verdicts import Measured
 from tune_bisenet.report.views import Cell, View
-from tune_bisenet.results import ENDED_WELL
 
 CAUTION = (
     "The best of many looks better than it is, for it was chosen by its luck, too: --confirm K trains it, the best "

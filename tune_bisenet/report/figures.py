@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from tune_bisenet.records import Epoch
 from tune_bisenet.report.read import SearchRecord
 from tune_bisenet.report.samples import MAX_LINES, shown_rows, thinned
-from tune_bisenet.results import Epoch
-from tune_bisenet.words import counted
+from tune_bisenet.text import counted
 
 BASELINE_COLOUR: Final = "#7d8590"
 COLOURS: Final = (

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
-from tune_bisenet.config import size_words
+from tune_bisenet.config import format_size
 from tune_bisenet.report.figures import Figure, Trace
 from tune_bisenet.report.history import DECLARED_COLOUR, LEGEND_BELOW, MARKER_SIZE, SAMPLED_COLOUR, SYMBOLS, hover
 from tune_bisenet.report.samples import Sample
@@ -51,7 +51,7 @@ def front_view(of: Sequence[Sample]) -> View:
                 Cell(f"{one.miou:.2f}"),
                 Cell(f"{one.standing.latency_ms:.2f}"),
                 Cell(str(one.run.head_width)),
-                Cell(size_words(one.run.image_size)),
+                Cell(format_size(one.run.image_size)),
             )
             for one in found
         ),

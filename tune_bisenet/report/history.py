@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Final
 
+from tune_bisenet.records import Status
 from tune_bisenet.report.figures import BASELINE_COLOUR, Figure, Trace
 from tune_bisenet.report.samples import Sample, best_sample, floor_of, param_words, round_numbers
-from tune_bisenet.results import Status
-from tune_bisenet.words import counted
+from tune_bisenet.text import counted
 
 SAMPLED_COLOUR: Final = "#3b7dd8"
 DECLARED_COLOUR: Final = "#e8833a"

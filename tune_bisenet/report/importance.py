@@ -14,7 +14,7 @@ from tune_bisenet.report.figures import Figure, Trace
 from tune_bisenet.report.history import LEGEND_BELOW
 from tune_bisenet.report.samples import Parameter, Sample, param_words, parameters
 from tune_bisenet.report.views import Cell, View
-from tune_bisenet.words import counted
+from tune_bisenet.text import counted
 
 if TYPE_CHECKING:
     from optuna.importance import BaseImportanceEvaluator

@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tune_bisenet.results import Standing
+from tune_bisenet.records import TrialState
 
 BASELINE: Final = "r01"
 """The row that gains are measured against, if nobody says otherwise. With None, tables have no gains."""
@@ -34,12 +34,12 @@ Align = Literal["left", "right"]
 # --- views ------------------------------------------------------------------------------------------------------
 
 
-def best_first(standings: Sequence[Standing]) -> list[Standing]:
+def best_first(standings: Sequence[TrialState]) -> list[TrialState]:
     """By best mIoU, the highest first; equals in declared order, and those without any at the end."""
     return sorted(standings, key=lambda standing: -_measured(standing.best_miou))
 
 
-def gains(standings: Sequence[Standing], *, baseline: str | None = BASELINE) -> dict[str, float | None]:
+def gains(standings: Sequence[TrialState], *, baseline: str | None = BASELINE) -> dict[str, float | None]:
     """By trial: its best mIoU minus that of the row `baseline` at the same seed, in percentage points.
 
     None where nothing can be compared: no mIoU yet, no baseline at that seed, and for the baseline itself.
@@ -64,7 +64,7 @@ class RowSummary:
     gain_sd: float | None
 
 
-def over_seeds(standings: Sequence[Standing], *, baseline: str | None = BASELINE) -> list[RowSummary]:
+def over_seeds(standings: Sequence[TrialState], *, baseline: str | None = BASELINE) -> list[RowSummary]:
     """A summary of each row, the highest mean first. Gains are paired by seed before they are averaged."""
     finished = [standing for standing in standings if standing.status == "finished"]
     gain_of = gains(finished, baseline=baseline)
@@ -72,7 +72,7 @@ def over_seeds(standings: Sequence[Standing], *, baseline: str | None = BASELINE
     return sorted(rows, key=lambda row: -_measured(row.miou))
 
 
-def _summary(run: str, standings: Sequence[Standing], gain_of: Mapping[str, float | None]) -> RowSummary:
+def _summary(run: str, standings: Sequence[TrialState], gain_of: Mapping[str, float | None]) -> RowSummary:
     trials = [standing for standing in standings if standing.run == run]
     finished = [standing for standing in trials if standing.status == "finished"]
     miou, miou_sd = _mean_and_sd([trial.best_miou for trial in finished])
@@ -106,7 +106,7 @@ def _difference(value: float | None, bar: float | None) -> float | None:
 # --- CSV --------------------------------------------------------------------------------------------------------
 
 
-def to_csv(standings: Sequence[Standing], *, baseline: str | None = BASELINE) -> str:
+def to_csv(standings: Sequence[TrialState], *, baseline: str | None = BASELINE) -> str:
     """One line for each run and seed in declared order, under a header; empty where nothing was measured."""
     gain_of = gains(standings, baseline=baseline)
     lines = [_csv_line(standing, gain_of[standing.trial], baseline) for standing in standings]
@@ -118,10 +118,10 @@ def to_csv(standings: Sequence[Standing], *, baseline: str | None = BASELINE) ->
     return text.getvalue()
 
 
-_NOBODY: Final = Standing(trial="", run="", seed=0, num_epochs=0)
+_NOBODY: Final = TrialState(trial="", run="", seed=0, num_epochs=0)
 
 
-def _csv_line(standing: Standing, gain: float | None, baseline: str | None) -> dict[str, object]:
+def _csv_line(standing: TrialState, gain: float | None, baseline: str | None) -> dict[str, object]:
     return {
         "run": standing.run,
         "seed": standing.seed,
@@ -144,7 +144,9 @@ def _csv_line(standing: Standing, gain: float | None, baseline: str | None) -> d
 # --- tables to read ---------------------------------------------------------------------------------------------
 
 
-def to_markdown(standings: Sequence[Standing], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()) -> str:
+def to_markdown(
+    standings: Sequence[TrialState], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()
+) -> str:
     """The captions, then the trials, best first; with several seeds also the rows' means over them."""
     cells = _cells(standings, baseline, status=status_in_words)
     blocks = [*captions, _markdown_table(_columns(standings, baseline), cells)]
@@ -157,7 +159,7 @@ def to_markdown(standings: Sequence[Standing], *, baseline: str | None = BASELIN
 
 
 def to_rich(
-    standings: Sequence[Standing], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()
+    standings: Sequence[TrialState], *, baseline: str | None = BASELINE, captions: Sequence[str] = ()
 ) -> RenderableType:
     """The same trials for a terminal of 80 columns; why some ended early stands below, and needs no colour."""
     table = Table(box=SIMPLE_HEAD, collapse_padding=True)
@@ -174,11 +176,11 @@ def to_rich(
     return Group(table, *(Text(note) for note in notes))
 
 
-def _status(standing: Standing) -> str:
+def _status(standing: TrialState) -> str:
     return standing.status
 
 
-def _columns(standings: Sequence[Standing], baseline: str | None) -> list[tuple[str, Align]]:
+def _columns(standings: Sequence[TrialState], baseline: str | None) -> list[tuple[str, Align]]:
     seed: list[tuple[str, Align]] = [("seed", "right")] if _several_seeds(standings) else []
     return [
         ("#", "right"),
@@ -194,7 +196,7 @@ def _columns(standings: Sequence[Standing], baseline: str | None) -> list[tuple[
     ]
 
 
-def _last_or_latency(standings: Sequence[Standing]) -> tuple[str, Align]:
+def _last_or_latency(standings: Sequence[TrialState]) -> tuple[str, Align]:
     """A second goal takes the place of the last mIoU: 80 columns hold no more."""
     return ("ms", "right") if _has_latency(standings) else ("last", "right")
 
@@ -204,7 +206,7 @@ def _gain_column(baseline: str | None) -> list[tuple[str, Align]]:
 
 
 def _cells(
-    standings: Sequence[Standing], baseline: str | None, *, status: Callable[[Standing], str]
+    standings: Sequence[TrialState], baseline: str | None, *, status: Callable[[TrialState], str]
 ) -> list[list[str]]:
     gain_of = gains(standings, baseline=baseline)
     several_seeds = _several_seeds(standings)
@@ -226,13 +228,13 @@ def _cells(
     ]
 
 
-def _marked_best(standing: Standing) -> str:
+def _marked_best(standing: TrialState) -> str:
     if standing.best_miou is None:
         return ""
     return f"{standing.best_miou:.2f} {UNFINISHED if _unfinished(standing) else ' '}"
 
 
-def _seed_table(standings: Sequence[Standing], baseline: str | None) -> str:
+def _seed_table(standings: Sequence[TrialState], baseline: str | None) -> str:
     columns: list[tuple[str, Align]] = [
         ("run", "left"),
         ("seeds", "right"),
@@ -251,7 +253,7 @@ def _seed_table(standings: Sequence[Standing], baseline: str | None) -> str:
     return _markdown_table(columns, cells)
 
 
-def status_in_words(standing: Standing) -> str:
+def status_in_words(standing: TrialState) -> str:
     """As `finished`, or with the reason: `stopped: ASHA, epoch 10`, `failed: CUDA out of memory`."""
     reason = _one_line(standing.stopped_by or standing.error)
     return f"{standing.status}: {reason}" if reason else standing.status
@@ -277,15 +279,15 @@ def _markdown_table(columns: Sequence[tuple[str, Align]], cells: Sequence[Sequen
 # --- words and numbers ------------------------------------------------------------------------------------------
 
 
-def _unfinished(standing: Standing) -> bool:
+def _unfinished(standing: TrialState) -> bool:
     return standing.status != "finished"
 
 
-def _several_seeds(standings: Sequence[Standing]) -> bool:
+def _several_seeds(standings: Sequence[TrialState]) -> bool:
     return len({standing.seed for standing in standings}) > 1
 
 
-def _has_latency(standings: Sequence[Standing]) -> bool:
+def _has_latency(standings: Sequence[TrialState]) -> bool:
     return any(standing.latency_ms is not None for standing in standings)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
 from tune_bisenet.config import Run
+from tune_bisenet.records import Status
 from tune_bisenet.report.claims import Kind, Measured, Pair
 from tune_bisenet.report.statistics import MeanTest, image_interval, mean_test
-from tune_bisenet.results import Status
 
 EPOCHS_SD: Final = (2 / 12) ** 0.5
 """The least spread of a difference of two whole epochs: each is rounded, with a variance of 1/12."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tune_bisenet.data.classes import CLASSES, VOID, palette
-from tune_bisenet.evidence import Best
+from tune_bisenet.records import BestPredictions
 from tune_bisenet.report.leaderboard import best_first
 from tune_bisenet.report.read import SearchRecord, read_best
 
@@ -50,7 +50,7 @@ LEGEND: Final = (*((one.name, "#{:02x}{:02x}{:02x}".format(*one.colour)) for one
 
 def gallery(search: SearchRecord) -> Gallery:
     """Of the frames that were kept, a few; each row by its best trial."""
-    shown: dict[str, Best] = {}
+    shown: dict[str, BestPredictions] = {}
     notes = []
     for title, trial in _chosen(search).items():
         try:
@@ -78,7 +78,7 @@ def _title(search: SearchRecord, trial: str) -> str:
     return f"{trial}{role}: {standing.best_miou or 0:.1f} % mIoU"
 
 
-def _panels(name: str, shown: dict[str, Best]) -> tuple[Panel, ...]:
+def _panels(name: str, shown: dict[str, BestPredictions]) -> tuple[Panel, ...]:
     """Image and label, then each trial's prediction of it, black where the label is void."""
     holders = {title: (best, best.names.index(name)) for title, best in shown.items() if name in best.names}
     first, index = next(iter(holders.values()))

@@ -11,7 +11,7 @@ from typing import Final
 from tune_bisenet.config import Run
 from tune_bisenet.report.power import Power
 from tune_bisenet.report.verdicts import Claim, Judgement, Kind, Verdict, differences
-from tune_bisenet.words import counted
+from tune_bisenet.text import counted
 
 BAR_WIDTH: Final = 220.0
 BAR_MARGIN: Final = 6.0

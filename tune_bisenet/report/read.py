@@ -15,16 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
-from tune_bisenet import endings
+from tune_bisenet import records as records_module
 from tune_bisenet.config import Run
 from tune_bisenet.data.classes import NUM_CLASSES
-from tune_bisenet.evidence import BEST, Best
+from tune_bisenet.records import BEST_PREDICTIONS, EPOCHS, SEARCH, TRIALS, BestPredictions, Epoch, TrialState, best_of
 from tune_bisenet.report.study import READERS, Study, StudyRecord, one_line, read_study
-from tune_bisenet.results import EPOCHS, SEARCH, TRIALS, Epoch, Standing, best_of
 from tune_bisenet.storage import Storage
 
 _EPOCHS: Final = TypeAdapter(tuple[Epoch, ...])
-_STANDINGS: Final = TypeAdapter(tuple[Standing, ...])
+_STANDINGS: Final = TypeAdapter(tuple[TrialState, ...])
 
 
 # --- what search.json says ------------------------------------------------------------------------------------------
@@ -110,7 +109,7 @@ class TrialRecord:
 
     folder: Storage
     run: Run
-    standing: Standing
+    standing: TrialState
     epochs: tuple[Epoch, ...]
     confusions: NDArray[np.int32] | None  # of its best epoch: N x C x C, labels by rows
     notes: tuple[str, ...]
@@ -148,7 +147,7 @@ class SearchRecord:
         return tuple(row for row in self.rows if not self.study or row.name not in self.study.sampled_rows)
 
     @property
-    def standings(self) -> list[Standing]:
+    def standings(self) -> list[TrialState]:
         return [record.standing for record in self.trials.values()]
 
     @property
@@ -193,25 +192,25 @@ def _changed(folder: Storage, manifest: Manifest, trials: Iterable[str]) -> date
     return max([manifest.sessions[-1].started, *(time for time in times if time is not None)])
 
 
-def _read_standings(folder: Storage) -> tuple[dict[str, Standing], tuple[str, ...]]:
+def _read_standings(folder: Storage) -> tuple[dict[str, TrialState], tuple[str, ...]]:
     """By trial, and notes."""
     try:
         record = json.loads(folder.read(TRIALS) or b"")
-        standings = _STANDINGS.validate_python([vars(Standing.from_json(row)) for row in record["standings"]])
+        standings = _STANDINGS.validate_python([vars(TrialState.from_json(row)) for row in record["standings"]])
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         words = f"{TRIALS} cannot be read ({one_line(error)}); how trials stand is taken from their own folders."
         return {}, (words,)
     return {standing.trial: standing for standing in standings}, ()
 
 
-def _read_trial(folder: Storage, run: Run, *, trial: str, standing: Standing | None) -> TrialRecord:
+def _read_trial(folder: Storage, run: Run, *, trial: str, standing: TrialState | None) -> TrialRecord:
     notes: list[str] = []
     epochs = _read_epochs(folder, notes)
     confusions = _read_confusions(folder, notes)
     return TrialRecord(
         folder=folder,
         run=run,
-        standing=standing or endings.read(folder) or _standing(trial, run, epochs),
+        standing=standing or records_module.read_ending(folder) or _standing(trial, run, epochs),
         epochs=epochs,
         confusions=confusions,
         notes=tuple(notes),
@@ -231,12 +230,12 @@ def _read_epochs(folder: Storage, notes: list[str]) -> tuple[Epoch, ...]:
     return epochs
 
 
-def _standing(name: str, run: Run, epochs: Sequence[Epoch]) -> Standing:
+def _standing(name: str, run: Run, epochs: Sequence[Epoch]) -> TrialState:
     """How a trial stands by its epochs alone."""
     if not epochs:
-        return Standing(trial=name, run=run.name, seed=run.seed, num_epochs=run.num_epochs)
+        return TrialState(trial=name, run=run.name, seed=run.seed, num_epochs=run.num_epochs)
     best, last = best_of(epochs), epochs[-1]
-    return Standing(
+    return TrialState(
         trial=name,
         run=run.name,
         seed=run.seed,
@@ -254,24 +253,24 @@ def _standing(name: str, run: Run, epochs: Sequence[Epoch]) -> Standing:
 # --- the file of a best epoch ---------------------------------------------------------------------------------------
 
 
-def read_best(folder: Storage) -> Best:
+def read_best(folder: Storage) -> BestPredictions:
     """What a trial's best epoch predicted. ValueError if there is none or it is damaged."""
     names = ("confusions", "names", "images", "labels", "predictions")
     confusions, frames, images, labels, predictions = _read_arrays(folder, names)
     if not len(frames) == len(images) == len(labels) == len(predictions) or images.shape[1:2] != (3,):
-        raise ValueError(f"{BEST} holds pictures that do not belong together")
-    return Best(confusions, tuple(map(str, frames)), images, labels, predictions)
+        raise ValueError(f"{BEST_PREDICTIONS} holds pictures that do not belong together")
+    return BestPredictions(confusions, tuple(map(str, frames)), images, labels, predictions)
 
 
 def _read_confusions(folder: Storage, notes: list[str]) -> NDArray[np.int32] | None:
-    if not folder.exists(BEST):
+    if not folder.exists(BEST_PREDICTIONS):
         return None
     try:
         (confusions,) = _read_arrays(folder, ("confusions",))
         if confusions.shape[1:] != (NUM_CLASSES, NUM_CLASSES):
             raise ValueError(f"confusions of shape {confusions.shape}")
     except ValueError as error:
-        notes.append(f"{BEST} cannot be read: {one_line(error)}")
+        notes.append(f"{BEST_PREDICTIONS} cannot be read: {one_line(error)}")
         return None
     return confusions
 
@@ -280,9 +279,9 @@ def _read_arrays(folder: Storage, names: Sequence[str]) -> list[NDArray[Any]]:
     """Only the named members are fetched: the pictures of thirty trials are many, and few of them are shown."""
     try:
         with (
-            folder.filesystem.open_input_file(f"{folder.path}/{BEST}") as file,
+            folder.filesystem.open_input_file(f"{folder.path}/{BEST_PREDICTIONS}") as file,
             np.load(file, allow_pickle=False) as archive,
         ):
             return [archive[name] for name in names]
     except Exception as error:  # zip, zlib and numpy each fail on damaged bytes in ways of their own
-        raise ValueError(f"{BEST} is missing or damaged: {one_line(error)}") from error
+        raise ValueError(f"{BEST_PREDICTIONS} is missing or damaged: {one_line(error)}") from error

@@ -13,13 +13,22 @@ from math import fsum
 from typing import Final, assert_never
 
 from tune_bisenet.config import Run
-from tune_bisenet.median import MedianRule, first_judged_epoch
+from tune_bisenet.records import Epoch, best_of
 from tune_bisenet.report.read import SearchRecord, TrialRecord
 from tune_bisenet.report.verdicts import Unit
 from tune_bisenet.report.views import Cell, View, cost_basis
-from tune_bisenet.results import Epoch, best_of
-from tune_bisenet.rungs import FIRST_SHARE, REDUCTION_FACTOR, Judge, Rungs, no_rungs, rung_epochs, spared_rows
-from tune_bisenet.words import counted
+from tune_bisenet.rungs import (
+    FIRST_SHARE,
+    REDUCTION_FACTOR,
+    Judge,
+    MedianRule,
+    Rungs,
+    first_judged_epoch,
+    no_rungs,
+    rung_epochs,
+    spared_rows,
+)
+from tune_bisenet.text import counted
 
 FIRST_SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 REDUCTION_FACTORS: Final = (2, 3, 4)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tune_bisenet.report.claims import Verdict
 from tune_bisenet.report.pairs import Evidence
 from tune_bisenet.report.statistics import ALPHA, NO_SPREAD
-from tune_bisenet.words import counted
+from tune_bisenet.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from tune_bisenet.config import Run
+from tune_bisenet.records import Known, Param, TrialSpec, TrialState
 from tune_bisenet.report.leaderboard import best_first
 from tune_bisenet.report.read import SearchRecord
-from tune_bisenet.results import Standing
-from tune_bisenet.suggested import Known, Param, Suggested
 
 NUM_BEST: Final = 5
 """Trials that stand out in plots of many."""
@@ -36,8 +35,8 @@ class Sample:
     """Of an earlier search."""
     is_declared: bool
     """A row of the space, not a point that the sampler chose."""
-    suggested: Suggested
-    standing: Standing
+    suggested: TrialSpec
+    standing: TrialState
 
     @property
     def run(self) -> Run:
@@ -81,7 +80,7 @@ def _known(number: int, one: Known) -> Sample:
     )
 
 
-def _own(number: int, one: Suggested, standing: Standing) -> Sample:
+def _own(number: int, one: TrialSpec, standing: TrialState) -> Sample:
     return Sample(
         trial=one.trial,
         number=number,

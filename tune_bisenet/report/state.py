@@ -9,7 +9,7 @@ from tune_bisenet.report.read import Limits, SearchRecord, Session
 from tune_bisenet.report.samples import best_sample, samples
 from tune_bisenet.report.study import Study
 from tune_bisenet.report.views import Cell, View
-from tune_bisenet.words import counted
+from tune_bisenet.text import counted
 
 PATIENCE: Final = timedelta(minutes=10)
 PATIENCE_EPOCHS: Final = 5

@@ -14,15 +14,14 @@ import pyarrow.fs
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from tune_bisenet.config import Run
-from tune_bisenet.results import Standing
+from tune_bisenet.records import KNOWN, RUN, Known, TrialSpec, TrialState
 from tune_bisenet.storage import Storage
-from tune_bisenet.suggested import KNOWN, RUN, Known, Suggested
 
 READERS: Final = 16
 """Files read at once: object storage answers slowly, but many at a time."""
 
-_SUGGESTED: Final = TypeAdapter(Suggested)
-_STANDING: Final = TypeAdapter(Standing)
+_SUGGESTED: Final = TypeAdapter(TrialSpec)
+_STANDING: Final = TypeAdapter(TrialState)
 
 
 class Study(BaseModel):
@@ -44,7 +43,7 @@ class StudyRecord:
 
     manifest: Study
     known: tuple[Known, ...]
-    suggested: dict[str, Suggested]
+    suggested: dict[str, TrialSpec]
     """By trial; by number, then the trials that the study is not told of."""
 
     @property
@@ -81,26 +80,26 @@ def read_study(folder: Storage, manifest: Study) -> tuple[StudyRecord, tuple[str
     return StudyRecord(manifest=manifest, known=known, suggested=suggested), tuple(notes)
 
 
-def _read_suggested(folder: Storage, notes: list[str]) -> dict[str, Suggested]:
+def _read_suggested(folder: Storage, notes: list[str]) -> dict[str, TrialSpec]:
     infos = folder.filesystem.get_file_info(pyarrow.fs.FileSelector(folder.path))
     names = sorted(info.base_name for info in infos if info.type == pyarrow.fs.FileType.Directory)
     with ThreadPoolExecutor(READERS) as pool:
         found = list(pool.map(lambda name: _read_one(folder / name, name), names))
     notes += [one for one in found if isinstance(one, str)]
-    suggested = [one for one in found if isinstance(one, Suggested)]
+    suggested = [one for one in found if isinstance(one, TrialSpec)]
     return {one.trial: one for one in sorted(suggested, key=_place)}
 
 
-def _read_one(folder: Storage, trial: str) -> Suggested | str | None:
+def _read_one(folder: Storage, trial: str) -> TrialSpec | str | None:
     """What the trial is, or a note on why nobody can say; None if the folder is not a trial's."""
     try:
         content = folder.read(RUN)
-        return None if content is None else _checked(Suggested.from_json(json.loads(content) | {"trial": trial}))
+        return None if content is None else _checked(TrialSpec.from_json(json.loads(content) | {"trial": trial}))
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         return f"{trial}: {RUN} cannot be read ({one_line(error)}), so nobody can say what it is."
 
 
-def _place(one: Suggested) -> tuple[bool, int, str]:
+def _place(one: TrialSpec) -> tuple[bool, int, str]:
     return one.number is None, one.number or 0, one.trial
 
 
@@ -117,7 +116,7 @@ def _read_known(folder: Storage, notes: list[str]) -> tuple[Known, ...]:
     return known
 
 
-def _checked(one: Suggested) -> Suggested:
+def _checked(one: TrialSpec) -> TrialSpec:
     """ValueError unless each parameter has a range that Optuna knows."""
     from optuna.distributions import json_to_distribution  # late: it takes a second, and a grid does not need it
 

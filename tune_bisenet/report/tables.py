@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from tune_bisenet.config import Run, size_words
+from tune_bisenet.config import Run, format_size
 from tune_bisenet.data.classes import CLASS_NAMES
+from tune_bisenet.records import best_of
 from tune_bisenet.report.leaderboard import gains
 from tune_bisenet.report.read import SearchRecord
 from tune_bisenet.report.verdicts import Claim, Judgement
-from tune_bisenet.results import best_of
 
 Line = dict[str, Any]
 
@@ -50,7 +50,7 @@ def settings(run: Run) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in run.model_dump(exclude=NOT_SETTINGS).items():
         leaves |= {f"{name} {key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
-    return leaves | {"image_size": size_words(run.image_size)}
+    return leaves | {"image_size": format_size(run.image_size)}
 
 
 def mean_iou(search: SearchRecord) -> dict[str, list[float | None]]:

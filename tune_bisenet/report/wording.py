@@ -7,7 +7,7 @@ from tune_bisenet.report.cost import ASSUMED_SD, Plan
 from tune_bisenet.report.pairs import Evidence
 from tune_bisenet.report.ruling import Ruling, never_passed, obstacle
 from tune_bisenet.report.statistics import POWER
-from tune_bisenet.words import counted
+from tune_bisenet.text import counted
 
 
 def flags_of(item: Evidence, plan: Plan | None) -> list[str]:

@@ -7,13 +7,12 @@ declared row, and the row that others are measured against.
 from collections.abc import Iterable, Mapping, Sequence
 
 from tune_bisenet.config import Run
-from tune_bisenet.results import Standing
-from tune_bisenet.suggested import Known, Suggested
+from tune_bisenet.records import Known, TrialSpec, TrialState
 
 
 def fresh_runs(
-    suggested: Mapping[str, Suggested],
-    standings: Sequence[Standing],
+    suggested: Mapping[str, TrialSpec],
+    standings: Sequence[TrialState],
     known: Sequence[Known],
     *,
     rows: Mapping[str, Run],
@@ -38,7 +37,7 @@ def fresh_runs(
     return [run.model_copy(update={"seed": seed}) for seed in range(first, first + count) for run in different]
 
 
-def _best(trials: Iterable[tuple[Suggested, Standing]]) -> Run | None:
+def _best(trials: Iterable[tuple[TrialSpec, TrialState]]) -> Run | None:
     """The run of the highest mIoU among those trained to their end; None if none was."""
     finished = [
         (standing.best_miou, one.run)

@@ -14,9 +14,8 @@ from pathlib import Path
 from optuna.storages import BaseStorage
 
 from tune_bisenet.config import fingerprint
-from tune_bisenet.results import STUDY
-from tune_bisenet.secrets import HIDDEN, hidden, in_a_line, is_ambiguous
-from tune_bisenet.storage import Storage
+from tune_bisenet.records import STUDY
+from tune_bisenet.storage import HIDDEN, Storage, is_ambiguous, one_line, redact
 from tune_bisenet.study.study import DATABASE_ERRORS, exists, open_storage
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ class StudyPlace:
     @property
     def shown(self) -> str:
         """How a person is told of it."""
-        return hidden(self.url)
+        return redact(self.url)
 
     def check(self, name: str, *, is_new: bool) -> None:
         """ValueError if a database of the user's does not answer, or has a study of that name that is not ours.
@@ -82,7 +81,7 @@ class StudyPlace:
                 remedy = f"Remove the file {STUDY}: it is made anew from the folders of the trials."
             else:
                 remedy = "The address is SQLAlchemy's, as in postgresql://user:password@host/database."
-            raise StudyError(f"the study in {self.shown} cannot be used: {in_a_line(error)}. {remedy}") from None
+            raise StudyError(f"the study in {self.shown} cannot be used: {one_line(error)}. {remedy}") from None
 
     def snapshot(self) -> None:
         """Bring the copy in object storage up to date. One that fails costs nothing: the next has all of it."""

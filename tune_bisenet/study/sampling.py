@@ -22,14 +22,14 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial, TrialState
+from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, Trial
+from optuna.trial import TrialState as OptunaState
 from pydantic import ValidationError
 
-from tune_bisenet import plan
+from tune_bisenet import spaces
 from tune_bisenet.config import STRIDE, Objective, Run, Sampler
-from tune_bisenet.plan import DataFacts, Settings
-from tune_bisenet.spaces import Latency, Sampled, SpaceError
-from tune_bisenet.suggested import Param
+from tune_bisenet.records import Param
+from tune_bisenet.spaces import DataFacts, LatencyRanges, RowOverrides, Sampled, SpaceError
 
 REHEARSALS: Final = 200
 """Points drawn at random before a search, to find in its first second what would go wrong in its eighth hour."""
@@ -63,12 +63,12 @@ class Draw:
     """
 
     space: Sampled
-    settings: Settings
+    settings: RowOverrides
     facts: DataFacts
     with_latency: bool
 
     def __call__(self, trial: BaseTrial) -> Run:
-        (run,) = plan.plan_runs([self.space.sample(trial)], self.settings, self.facts)
+        (run,) = spaces.resolve_runs([self.space.sample(trial)], self.settings, self.facts)
         return vary_latency(trial, run, self.space.latency) if self.with_latency else run
 
     def as_row(self, run: Run, params: Mapping[str, Param]) -> Run:
@@ -80,12 +80,12 @@ class Draw:
         return row.model_copy(update=changes)
 
 
-def draw_with(space: Sampled, settings: Settings, facts: DataFacts, objectives: Sequence[Objective]) -> Draw:
+def draw_with(space: Sampled, settings: RowOverrides, facts: DataFacts, objectives: Sequence[Objective]) -> Draw:
     """How a search for these goals draws."""
     return Draw(space=space, settings=settings, facts=facts, with_latency="latency" in objectives)
 
 
-def vary_latency(trial: BaseTrial, run: Run, latency: Latency) -> Run:
+def vary_latency(trial: BaseTrial, run: Run, latency: LatencyRanges) -> Run:
     """The run with a head of another width, at another input size; what it is called with must not choose either."""
     width = trial.suggest_categorical("head_width", latency.head_widths)
     scale = trial.suggest_categorical("input_scale", latency.input_scales)
@@ -267,7 +267,7 @@ class _Repeatable(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._joint.before_trial(study, trial)
 
-    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+    def after_trial(self, study: Study, trial: FrozenTrial, state: OptunaState, values: Sequence[float] | None) -> None:
         self._joint.after_trial(study, trial, state, values)
 
 
@@ -280,7 +280,7 @@ def _read_once(storage: BaseStorage) -> Iterator[None]:
     read, kept = storage.get_all_trials, dict[int, list[FrozenTrial]]()
 
     def get_all_trials(
-        study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+        study_id: int, deepcopy: bool = True, states: Container[OptunaState] | None = None
     ) -> list[FrozenTrial]:
         if study_id not in kept:
             kept[study_id] = read(study_id, deepcopy=False)

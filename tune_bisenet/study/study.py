@@ -19,14 +19,14 @@ from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
-from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import FixedTrial, FrozenTrial, Trial, create_trial
+from optuna.trial import TrialState as OptunaState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tune_bisenet.config import Objective, Run, Sampler
-from tune_bisenet.results import BEST, Epoch, Standing, Status
+from tune_bisenet.records import BEST_WEIGHTS, Epoch, Known, Status, TrialSpec, TrialState
 from tune_bisenet.study.sampling import Draw, Point, build_sampler
 from tune_bisenet.study.translation import frozen_trial, name_of, state_of, told, values_of
-from tune_bisenet.suggested import Known, Suggested
 
 DIRECTIONS: Final[dict[Objective, StudyDirection]] = {
     "miou": StudyDirection.MAXIMIZE,
@@ -58,8 +58,8 @@ class Question:
 class Record:
     """A trial of this search as its folder has it."""
 
-    suggested: Suggested
-    standing: Standing
+    suggested: TrialSpec
+    standing: TrialState
     epochs: Sequence[Epoch]
 
 
@@ -114,7 +114,7 @@ class Study:
 
     # --- what to try ------------------------------------------------------------------------------------------------
 
-    def next(self) -> Suggested | None:
+    def next(self) -> TrialSpec | None:
         """What was cut off, then the declared rows, then what the sampler draws; None when the limit is reached."""
         for _ in range(MAX_FAILED_DRAWS):
             trial = self._next_trial()
@@ -124,19 +124,19 @@ class Study:
                 drawn = self._question.draw(trial)
             except ValueError as error:
                 trial.set_user_attr("error", str(error))
-                self._study.tell(trial.number, state=TrialState.FAIL)
+                self._study.tell(trial.number, state=OptunaState.FAIL)
                 continue
             return self._suggest(trial, drawn)
         raise RuntimeError(f"{MAX_FAILED_DRAWS} draws from the space in a row cannot be trained; the study has why.")
 
     def _next_trial(self) -> Trial | None:
         trials = self._study.get_trials(deepcopy=False)
-        waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
+        waiting = [trial for trial in trials if trial.state is OptunaState.WAITING]
         begun = [trial for trial in waiting if name_of(trial) in self._asked]
         if not begun and self._limit is not None and len(self._asked) >= self._limit:
             return None
         for trial in [*begun, *waiting]:
-            if self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+            if self._storage.set_trial_state_values(trial._trial_id, OptunaState.RUNNING):
                 self._study.sampler = self._sampler_of(trial.number, trials)
                 return Trial(self._study, trial._trial_id)
         self._study.sampler = self._sampler_of(len(trials), trials)
@@ -148,7 +148,7 @@ class Study:
         seed = np.random.SeedSequence([self._question.seed, number]).generate_state(1)[0]
         return build_sampler("random" if made_no_run else self._question.sampler, seed=int(seed))
 
-    def _suggest(self, trial: Trial, drawn: Run) -> Suggested:
+    def _suggest(self, trial: Trial, drawn: Run) -> TrialSpec:
         suggested = self._suggested(trial, drawn)
         row = {"row": suggested.trial} if suggested.origin == "row" else {}
         for key, value in {"trial": suggested.trial, "seed": self._question.seed, **row}.items():
@@ -157,10 +157,10 @@ class Study:
         self._ids[suggested.trial] = trial._trial_id
         return suggested
 
-    def _suggested(self, trial: FrozenTrial | Trial, drawn: Run) -> Suggested:
+    def _suggested(self, trial: FrozenTrial | Trial, drawn: Run) -> TrialSpec:
         name = name_of(trial)
         row = self._question.rows.get(name)
-        return Suggested(
+        return TrialSpec(
             trial=name,
             run=row[0] if row else drawn.model_copy(update={"name": name, "seed": self._question.seed}),
             origin="row" if row else "sampled",
@@ -176,30 +176,30 @@ class Study:
         """A trial's mIoU in percent after `epoch`; told again, it stands as it is."""
         self._storage.set_trial_intermediate_value(self._ids[trial], epoch, miou)
 
-    def ended(self, standing: Standing) -> None:
+    def ended(self, standing: TrialState) -> None:
         """A trial has ended, well or not; told again, nothing changes."""
         trial_id = self._ids[standing.trial]
         frozen = self._storage.get_trial(trial_id)
         if frozen.state.is_finished():
             return
-        if frozen.state is TrialState.WAITING:
-            self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        if frozen.state is OptunaState.WAITING:
+            self._storage.set_trial_state_values(trial_id, OptunaState.RUNNING)
         for key, value in self._about(standing).items():
             self._storage.set_trial_user_attr(trial_id, key, value)
         state = state_of(standing, self._question.objectives)
-        complete = state is TrialState.COMPLETE  # of a pruned trial Optuna itself takes the last mIoU
+        complete = state is OptunaState.COMPLETE  # of a pruned trial Optuna itself takes the last mIoU
         self._study.tell(
             frozen.number, values_of(state, standing, self._question.objectives) if complete else None, state
         )
 
     def close(self) -> None:
         """Nothing runs any more: what was running waits, with its values and its curve."""
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        for trial in self._study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)):
+            self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
 
     # --- after a crash ----------------------------------------------------------------------------------------------
 
-    def ended_without(self, there: Collection[str]) -> list[Suggested]:
+    def ended_without(self, there: Collection[str]) -> list[TrialSpec]:
         """Trials that have ended and are not `there`, such as one whose folder no longer says what it trained."""
         ended = {
             name_of(trial): trial
@@ -254,7 +254,7 @@ class Study:
     def _fill_up_to(self, number: int) -> None:
         """Numbers name trials: one whose trial left nothing, in a study that was lost, is not given again."""
         for _ in range(len(self._study.get_trials(deepcopy=False)), number):
-            self._create(create_trial(state=TrialState.FAIL, user_attrs={"error": "lost with an earlier database"}))
+            self._create(create_trial(state=OptunaState.FAIL, user_attrs={"error": "lost with an earlier database"}))
 
     def _add(self, record: Record, *, attributes: Mapping[str, Any]) -> None:
         about = {**self._about(record.standing), **attributes}
@@ -269,15 +269,15 @@ class Study:
                 about = {
                     "status": one.standing.status,
                     "source": one.source,
-                    "checkpoint": f"{one.source}/{BEST}",
+                    "checkpoint": f"{one.source}/{BEST_WEIGHTS}",
                 }
                 frozen = frozen_trial(one.suggested, one.standing, one.epochs, self._question.objectives, about=about)
                 self._create(frozen)
 
     def _leave_waiting(self, live: Collection[str]) -> None:
         for trial in self._own_trials():
-            if trial.state is TrialState.RUNNING and name_of(trial) not in live:
-                self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+            if trial.state is OptunaState.RUNNING and name_of(trial) not in live:
+                self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
 
     def _enqueue_rows(self, known: Sequence[Known]) -> None:
         there = {trial.user_attrs.get("row") for trial in self._own_trials()}
@@ -294,7 +294,7 @@ class Study:
         study_id = self._storage.get_study_id_from_name(self._study.study_name)
         return self._storage.create_new_trial(study_id, template_trial=frozen)
 
-    def _about(self, standing: Standing) -> dict[str, str]:
+    def _about(self, standing: TrialState) -> dict[str, str]:
         """What a person wants to know of an ended trial, beside its numbers; nothing of one that has not ended."""
         if standing.status in ("waiting", "running"):
             return {}

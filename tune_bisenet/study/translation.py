@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, assert_never
 
 from optuna.distributions import json_to_distribution
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, create_trial
+from optuna.trial import TrialState as OptunaState
 
 from tune_bisenet.config import Objective
-from tune_bisenet.results import Epoch, Standing, Status
-from tune_bisenet.suggested import Suggested
+from tune_bisenet.records import Epoch, Status, TrialSpec, TrialState
 
 
 def name_of(trial: FrozenTrial | Trial) -> str:
@@ -20,30 +20,30 @@ def told(trial: FrozenTrial) -> Status | None:
     """How the study was told that a trial ended; None if it has not."""
     if not trial.state.is_finished():
         return None
-    status: Status = trial.user_attrs.get("status", "failed" if trial.state is TrialState.FAIL else "finished")
+    status: Status = trial.user_attrs.get("status", "failed" if trial.state is OptunaState.FAIL else "finished")
     return status
 
 
-def state_of(standing: Standing, objectives: Sequence[Objective]) -> TrialState:
+def state_of(standing: TrialState, objectives: Sequence[Objective]) -> OptunaState:
     """A trial stopped early is pruned: its mIoU then is no final one. Optuna prunes only where there is one goal."""
     match standing.status:
         case "finished":
-            return TrialState.COMPLETE
+            return OptunaState.COMPLETE
         case "stopped" | "diverged":
-            return TrialState.PRUNED if len(objectives) == 1 else TrialState.FAIL
+            return OptunaState.PRUNED if len(objectives) == 1 else OptunaState.FAIL
         case "failed":
-            return TrialState.FAIL
+            return OptunaState.FAIL
         case "waiting" | "running":
-            return TrialState.WAITING
+            return OptunaState.WAITING
         case _:
             assert_never(standing.status)
 
 
-def values_of(state: TrialState, standing: Standing, objectives: Sequence[Objective]) -> list[float] | None:
+def values_of(state: OptunaState, standing: TrialState, objectives: Sequence[Objective]) -> list[float] | None:
     """Of a complete trial its best mIoU, and latency if asked; of a pruned one its last mIoU, as Optuna gives it."""
-    if state is TrialState.PRUNED:
+    if state is OptunaState.PRUNED:
         return None if standing.last_miou is None else [standing.last_miou]
-    if state is not TrialState.COMPLETE:
+    if state is not OptunaState.COMPLETE:
         return None
     measured: dict[Objective, float | None] = {"miou": standing.best_miou, "latency": standing.latency_ms}
     values = [value for objective in objectives if (value := measured[objective]) is not None]
@@ -52,8 +52,8 @@ def values_of(state: TrialState, standing: Standing, objectives: Sequence[Object
 
 
 def frozen_trial(
-    suggested: Suggested,
-    standing: Standing,
+    suggested: TrialSpec,
+    standing: TrialState,
     epochs: Iterable[Epoch],
     objectives: Sequence[Objective],
     *,

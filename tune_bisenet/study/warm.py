@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tune_bisenet.config import Objective, Run, size_words
+from tune_bisenet.config import Objective, Run, format_size
+from tune_bisenet.records import ENDED_WELL, Known, TrialSpec
 from tune_bisenet.report.read import SearchRecord
-from tune_bisenet.results import ENDED_WELL
 from tune_bisenet.study.sampling import Draw, Point, point_at
-from tune_bisenet.suggested import Known, Suggested
 
 EARLIER: Final = "earlier-"
 """Before the name of a sampled trial of the earlier search: this search has a `t0012` of its own."""
@@ -80,8 +79,8 @@ def _known(name: str, search: SearchRecord, here: Here) -> Known | str:
         return f"it has not ended well ({record.standing.status})"
     if "latency" in here.objectives and record.standing.latency_ms is None:
         return "its latency was not measured"
-    if size_words(record.run.image_size) not in here.data_digests:
-        return f"its images were {size_words(record.run.image_size)}"
+    if format_size(record.run.image_size) not in here.data_digests:
+        return f"its images were {format_size(record.run.image_size)}"
     point = _point(name, search, here)
     if isinstance(point, str):
         return point
@@ -91,7 +90,7 @@ def _known(name: str, search: SearchRecord, here: Here) -> Known | str:
     is_row = record.run.name in here.rows
     known_as, run_name = (name, record.run.name) if is_row else (EARLIER + name, EARLIER + record.run.name)
     return Known(
-        suggested=Suggested(
+        suggested=TrialSpec(
             trial=known_as,
             run=record.run.model_copy(update={"name": run_name}),
             origin="row" if is_row else "sampled",

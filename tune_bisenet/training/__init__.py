@@ -1,0 +1,1 @@
+"""Training one run: torch, no Ray."""

@@ -1,13 +1,15 @@
-"""What is trained (`Run`) and where and with what (`Job`): frozen, validated rows, and nothing that runs.
+"""What is trained (`Run`) and where and with what (`TrialContext`): frozen, validated rows, and nothing that runs.
 
 A `Run` is portable: it names no path, no device and no machine, so its fingerprint means the same everywhere.
 """
 
 import hashlib
 import json
+import re
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -33,9 +35,8 @@ Objective = Literal["miou", "latency"]
 """A goal: mIoU in percent, the higher the better; milliseconds of one prediction, the lower the better."""
 Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc"]
 """How a study chooses the next point, by Optuna's names."""
-
-
-# --- optimizers -------------------------------------------------------------------------------------------------
+Param = float | int | bool | str | None
+"""A value that a space's `sample` is given for one of its parameters."""
 
 
 class SGD(Frozen):
@@ -58,18 +59,12 @@ class AdamW(Frozen):
 Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]
 
 
-# --- schedule ---------------------------------------------------------------------------------------------------
-
-
 class WarmupPoly(Frozen):
     """A linear warm-up from `start_lr` to the base rate, then a polynomial decay to 0 at the run's last iteration."""
 
     warmup_iterations: NonNegativeInt
     power: PositiveFloat
     start_lr: NonNegativeFloat = 1e-6
-
-
-# --- losses -----------------------------------------------------------------------------------------------------
 
 
 class CrossEntropy(Frozen):
@@ -113,9 +108,6 @@ class OHEM(Frozen):
 Loss = Annotated[CrossEntropy | WeightedCrossEntropy | OHEM, Field(discriminator="kind")]
 
 
-# --- augmentation and expectation -------------------------------------------------------------------------------
-
-
 class Augment(Frozen):
     """Random scale, crop to the image size, horizontal flip, and brightness, contrast and saturation jitter."""
 
@@ -157,9 +149,6 @@ class Expect(Frozen):
         return self
 
 
-# --- a run ------------------------------------------------------------------------------------------------------
-
-
 def check_image_size(size: tuple[int, int]) -> tuple[int, int]:
     """`size` (H, W) in pixels if BiSeNet can take it; ValueError naming the nearest sizes otherwise."""
     if all(side > 0 and side % STRIDE == 0 for side in size):
@@ -177,10 +166,17 @@ def format_size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
+def _check_row_name(name: str) -> str:
+    """Keep names of rows apart from those of trials: row r01 at seed 1 trains as `r01-s1`."""
+    if re.search(r"-s\d+$", name):
+        raise ValueError(f"the row name {name} ends like that of a trial at a seed (-s and a number): choose another.")
+    return name
+
+
 class Run(Frozen):
     """One row of the table: everything that decides what is trained, and what is expected of it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"), AfterValidator(_check_row_name)]
     optimizer: Optimizer
     schedule: WarmupPoly
     loss: Loss
@@ -236,28 +232,17 @@ class TrialContext(Frozen):
     """The search's own folder: a local path or a URI."""
     cpus_per_trial: PositiveInt
     use_gpu: bool
-    default_seed: NonNegativeInt | None
-    """The seed whose trials are named by their row alone: the only one that the search began with, or None."""
     measures_latency: bool = False
     """Whether each trial also measures how long one prediction takes."""
 
     def identity(self, run: Run) -> str:
         """16 hex digits over all that decides the weights a trial ends with."""
-        parts = [
-            run.fingerprint(),
-            self.data_digests[format_size(run.image_size)],
-            self.backbone_digest,
-            self.precision,
-        ]
-        return fingerprint(parts)
-
-    def trial_name(self, run: Run) -> str:
-        """Of `run` in this search."""
-        return trial_name(run, default_seed=self.default_seed)
+        digest = self.data_digests[format_size(run.image_size)]
+        return fingerprint([run.fingerprint(), digest, self.backbone_digest, self.precision])
 
 
 def trial_name(run: Run, *, default_seed: int | None) -> str:
-    """`r01`, or `r01-s2` where the search has several seeds. Seeds added later rename nothing."""
+    """Return a trial's name, as `r01`, or `r01-s2` where the search has several seeds; later seeds rename nothing."""
     return run.name if run.seed == default_seed else f"{run.name}-s{run.seed}"
 
 

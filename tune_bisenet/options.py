@@ -1,5 +1,10 @@
-"""The flags of the command line, typed. Knows what a flag may say, not whether it fits the data or the machine."""
+"""The flags of the command line, each declared once, and what a search keeps of them.
 
+`Options` holds the flags as they were given; `build_parser` makes the command line from its fields. `SearchConfig` is
+what `search.json` keeps: nothing open, and the same in every session.
+"""
+
+import argparse
 import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -7,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -16,12 +22,19 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from tune_bisenet.config import Frozen, Objective, Precision, Sampler, check_image_size
-from tune_bisenet.storage import redact
+from tune_bisenet.text import format_duration, redact
 
 STREETS: Final = "streets"
 NO_BACKBONE: Final = "none"
 STUDY_VARIABLE: Final = "TUNE_BISENET_STUDY"
-"""Holds the address of a study, where its password is not to stand on a command line."""
+"""Holds the address of a study's database, so that its password stands on no command line."""
+DEFAULT_TRIALS: Final = 40
+"""The trials of a sampled search that is given no limit at all."""
+EPILOG: Final = """\
+exit codes: 0 all trials ended well (finished, stopped by the scheduler, or diverged); 1 at least one failed, the rest
+completed; 2 the input was wrong and nothing was started; 75 Ray died, or storage or the study's database did not
+answer for ten minutes: resume with --resume; 130 and 143 interrupted by a signal: resume with --resume.
+"""
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 
 
@@ -33,11 +46,14 @@ class InputError(ValueError):
         self.problems = tuple(problems)
 
 
+_UNIT_SECONDS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
 def _split(text: object) -> object:
     return [part.strip() for part in text.split(",")] if isinstance(text, str) else text
 
 
-def _size(text: object) -> object:
+def _parse_size(text: object) -> object:
     if not isinstance(text, str):
         return text
     match = re.fullmatch(r"(\d+)x(\d+)", text)
@@ -46,143 +62,235 @@ def _size(text: object) -> object:
     return check_image_size((int(match[1]), int(match[2])))
 
 
-def _name(text: str) -> str:
-    if re.fullmatch(NAME_PATTERN, text) is None:
-        raise ValueError(
-            f"{text!r} is no name for a search: use letters, digits, '.', '_' and '-', no path, at most 100."
-        )
-    return text
-
-
-_UNITS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-
-
-def _duration(text: object) -> object:
-    """Seconds of a text such as `8h` or `1h30m`; anything else as it is."""
+def _parse_duration(text: object) -> object:
+    """Return the seconds of a text such as `8h` or `1h30m`; anything else as it is."""
     if not isinstance(text, str):
         return text
     parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ValueError(f"{text} is no time: write it as 8h, 90m or 1h30m.")
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+        raise ValueError(f"{text} is not a valid duration: write it as 8h, 90m or 1h30m.")
+    return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
 
 
-def duration_words(seconds: float) -> str:
-    """As `--time-budget` takes it: `1h30m`."""
-    words, left = "", round(seconds)
-    for unit, size in _UNITS.items():
-        words += f"{left // size}{unit}" if left >= size else ""
-        left %= size
-    return words or "0s"
+def _check_name(text: str) -> str:
+    if re.fullmatch(NAME_PATTERN, text) is None:
+        raise ValueError(
+            f"{text!r} is not a valid name for a search: use at most 100 letters, digits, '.', '_' and '-', no path."
+        )
+    return text
 
 
-def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _check_unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
-        raise ValueError(f"{', '.join(map(str, values))} names something twice: each once is enough.")
+        raise ValueError(f"{', '.join(map(str, values))} repeats a value: give each once.")
     return values
 
 
-def _goals(values: tuple[Objective, ...]) -> tuple[Objective, ...]:
+def _check_objectives(values: tuple[Objective, ...]) -> tuple[Objective, ...]:
     if values not in (("miou",), ("miou", "latency")):
-        raise ValueError(f"{','.join(values)} is no choice of goals: there are miou, and miou,latency.")
+        raise ValueError(f"{','.join(values)} is not a valid choice of objectives: use miou or miou,latency.")
     return values
 
 
-def _whole_above_one(value: float) -> float:
+def _check_gpus(value: float) -> float:
     if value > 1 and not value.is_integer():
-        raise ValueError(f"{value:g} is more than one GPU and not a whole number of them: Ray gives out 0.5, 1 or 2.")
+        raise ValueError(f"{value:g} is more than one GPU but not a whole number: Ray can give out 0.5, 1 or 2.")
     return value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_unique)]
-Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(_unique)]
-ImageSize = Annotated[tuple[int, int], BeforeValidator(_size)]
-Seconds = Annotated[PositiveFloat, BeforeValidator(_duration)]
-Gpus = Annotated[NonNegativeFloat, AfterValidator(_whole_above_one)]
-Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_split), AfterValidator(_goals)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_check_unique)]
+Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(_check_unique)]
+ImageSize = Annotated[tuple[int, int], BeforeValidator(_parse_size)]
+Seconds = Annotated[PositiveFloat, BeforeValidator(_parse_duration)]
+Gpus = Annotated[NonNegativeFloat, AfterValidator(_check_gpus)]
+Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_split), AfterValidator(_check_objectives)]
 Scheduler = Literal["asha", "median", "fifo"]
 
-DEFAULT_TRIALS: Final = 40
-"""Of a sampled search that is given no limit at all."""
+WHAT: Final = "what is trained"
+SAMPLED: Final = "how a sampled space, such as around10, is searched"
+LIMITS: Final = "when the search ends by itself: at whichever limit comes first"
+WHERE: Final = "where and how"
+PLANNING: Final = "what the search will take: printed before every search"
+
+
+def _flag(group: str, metavar: str | None, help_text: str, default: Any = None) -> Any:
+    """Declare a flag; one without `metavar` takes no value."""
+    return Field(default=default, description=help_text, json_schema_extra={"group": group, "metavar": metavar})
 
 
 class Options(Frozen):
     """The flags as given; None where one was left out."""
 
-    space: str | None = None
-    data: str | None = None
-    backbone: str | None = None
-    runs: Names | None = None
-    seeds: Seeds | None = None
-    epochs: PositiveInt | None = None
-    image_size: ImageSize | None = None
-    proxy: bool | None = None
-    scheduler: Scheduler | None = None
-    precision: Precision | None = None
+    space: str | None = _flag(WHAT, "NAME", "a module of search_spaces, or the path of a Python file (default: runs10)")
+    runs: Names | None = _flag(WHAT, "r01,r05", "train only these rows")
+    seeds: Seeds | None = _flag(WHAT, "0,1,2", "train every row once with each of these seeds (default: 0)")
+    data: str | None = _flag(
+        WHAT,
+        "DIR_OR_URI|streets",
+        "Cityscapes or other data in its layout (default: $CITYSCAPES_DATASET, else the built-in streets)",
+    )
+    backbone: str | None = _flag(
+        WHAT,
+        "imagenet|none|FILE",
+        "initial weights of the ResNet-18 (default: imagenet with real data, none with streets)",
+    )
+    epochs: PositiveInt | None = _flag(WHAT, "N", "override the epochs of the rows (default on streets: 8)")
+    image_size: ImageSize | None = _flag(
+        WHAT, "HxW", "train and predict at this size (default: fits the frames into 512x1024)"
+    )
+    proxy: bool | None = _flag(
+        WHAT, None, "a short search: warm-up and loss switch keep the table's proportions (implied by streets)"
+    )
+    scheduler: Scheduler | None = _flag(
+        WHAT,
+        "asha|median|fifo",
+        "asha stops hopeless runs early, median only those that were never near the others; fifo trains all to "
+        "the end, for judging expectations (default: asha)",
+    )
+    precision: Precision | None = _flag(WHAT, "fp32|bf16", "precision of the training step (default: fp32)")
 
-    sampler: Sampler | None = None
-    objectives: Objectives | None = None
-    warm_start: str | None = None
-    study: str | None = None
-    """Where the study is kept, as given: with its password."""
+    trials: PositiveInt | None = _flag(SAMPLED, "N", "total number of trials (default: 40, if no other limit is given)")
+    sampler: Sampler | None = _flag(SAMPLED, "tpe|gp|cmaes|random|qmc", "Optuna's sampler (default: tpe)")
+    warm_start: str | None = _flag(
+        SAMPLED,
+        "DIR_OR_URI",
+        "start from the trials and learning curves of that search; rows that it has trained are not trained again",
+    )
+    objectives: Objectives | None = _flag(
+        SAMPLED,
+        "miou[,latency]",
+        "with latency, the milliseconds of one prediction are a second goal, and head width and input size are varied "
+        "(default: miou)",
+    )
+    confirm: PositiveInt | None = _flag(
+        SAMPLED, "K", "afterwards train the best trial, the best row and the baseline with K fresh seeds"
+    )
+    study: str | None = _flag(
+        SAMPLED,
+        "URL",
+        "database of the study, as postgresql://USER@HOST/NAME (default: a file in the search's folder). An address "
+        f"with a password belongs in ${STUDY_VARIABLE} instead",
+    )
 
-    trials: PositiveInt | None = None
-    time_budget: Seconds | None = None
-    gpu_hours: PositiveFloat | None = None
-    confirm: PositiveInt | None = None
+    time_budget: Seconds | None = _flag(
+        LIMITS, "8h", "running time of all sessions together; unfinished trials can be resumed"
+    )
+    gpu_hours: PositiveFloat | None = _flag(LIMITS, "X", "GPU-hours of all epochs trained")
 
-    gpus_per_trial: Gpus | None = None
-    cpus_per_trial: PositiveInt | None = None
-    max_concurrent: PositiveInt | None = None
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    storage: str = "results"
-    name: Annotated[str, BeforeValidator(_name)] | None = None
-    resume: bool = False
-    add: bool = False
-    rerun: Names | None = None
-    address: str | None = None
+    gpus_per_trial: Gpus | None = _flag(
+        WHERE, "X", "may be a fraction, so that trials share a GPU (default: 1 if there are any)"
+    )
+    cpus_per_trial: PositiveInt | None = _flag(
+        WHERE,
+        "N",
+        "default: the machine's cores divided by the trials that run at once; 1 on a cluster that has no nodes yet",
+    )
+    max_concurrent: PositiveInt | None = _flag(WHERE, "N", "run at most N trials at once")
+    device: Literal["auto", "cuda", "cpu"] = _flag(
+        WHERE,
+        "auto|cuda|cpu",
+        "cuda: refuse to train without a GPU; cpu: train on the CPU, whatever GPUs are requested (default: auto, the "
+        "GPU if trials have one)",
+        default="auto",
+    )
+    storage: str = _flag(WHERE, "DIR_OR_URI", "folder of all searches (default: results)", default="results")
+    name: Annotated[str, BeforeValidator(_check_name)] | None = _flag(
+        WHERE, "NAME", "the search's name, a folder in the storage (default: the space and the time)"
+    )
+    resume: bool = _flag(WHERE, None, "resume the search of that name; failed trials are tried again", default=False)
+    add: bool = _flag(
+        WHERE, None, "add trials to that search: with --seeds for its rows, with --runs other rows", default=False
+    )
+    rerun: Names | None = _flag(WHERE, "r03", "resume that search, but only the failed trials of these rows")
+    address: str | None = _flag(WHERE, "ADDR", "a running Ray cluster (default: start Ray on this machine)")
 
-    plan: bool = False
-    """Say what the search would take, and end without starting anything."""
-    gpus: PositiveInt | None = None
-    """Of the cluster that is planned for; None for what is there."""
-    images_per_second: PositiveFloat | None = None
-    """Of one trial in training; None for what was timed or measured."""
-    price_per_gpu_hour: PositiveFloat | None = None
+    plan: bool = _flag(
+        PLANNING,
+        None,
+        "print the plan and exit: nothing is started, packed, fetched or written. Training is timed for some seconds "
+        "on noise, unless --images-per-second is given",
+        default=False,
+    )
+    gpus: PositiveInt | None = _flag(PLANNING, "N", "with --plan: plan for a cluster of N GPUs (default: this machine)")
+    images_per_second: PositiveFloat | None = _flag(
+        PLANNING, "X", "training speed of one trial, as a report or TensorBoard shows it"
+    )
+    price_per_gpu_hour: PositiveFloat | None = _flag(PLANNING, "X", "also show the cost, in any currency")
 
     @property
     def continues(self) -> bool:
-        """Whether this goes on with a search that is there already."""
+        """Return whether this session continues a search that exists."""
         return self.resume or self.add or self.rerun is not None
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line of the main job; flags that are left out are left out of the namespace, too."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tune_bisenet.run",
+        description="Train the rows of a search space under Ray Tune and compare what they reach.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for name, field in Options.model_fields.items():
+        extra: Any = field.json_schema_extra
+        group = groups.get(extra["group"]) or parser.add_argument_group(extra["group"])
+        groups[extra["group"]] = group
+        value = {"action": "store_true"} if extra["metavar"] is None else {"metavar": extra["metavar"]}
+        group.add_argument(f"--{name.replace('_', '-')}", help=field.description, **value)
+    parser.add_argument("--show", action="store_true", help="print the space as a Markdown table and exit")
+    return parser
+
+
+def parse_options(flags: dict[str, Any]) -> tuple[Options, dict[str, str]]:
+    """Return the options that the flags hold and, by option, what is wrong with the flags left out of them."""
+    try:
+        return Options.model_validate(flags), {}
+    except ValidationError as error:
+        mistyped = {str(finding["loc"][0]): _explain(finding) for finding in error.errors()}
+    return Options.model_validate({name: value for name, value in flags.items() if name not in mistyped}), mistyped
+
+
+def _explain(finding: ErrorDetails) -> str:
+    flag = "--" + str(finding["loc"][0]).replace("_", "-")
+    message = finding["msg"].removeprefix("Value error, ")
+    return f"{flag}: {message}" if "Value error" in finding["msg"] else f"{flag} {finding['input']}: {message}."
+
+
 class Limits(Frozen):
-    """When a search ends by itself; None where nothing was said. Those of the last session hold."""
+    """When a search ends by itself; None for no limit. Those of the last session hold."""
 
     trials: PositiveInt | None = None
-    """Of a sampled search, in all its sessions; earlier searches' trials that it began with do not count."""
+    """The trials of a sampled search in all its sessions; those that its study began with do not count."""
     time_budget: PositiveFloat | None = None
-    """Seconds, of all its sessions together."""
+    """Seconds of all sessions together."""
     gpu_hours: PositiveFloat | None = None
-    """Of all epochs trained, times the GPUs of a trial."""
+    """The hours of all epochs trained, times the GPUs of a trial."""
     confirm: PositiveInt | None = None
     """How many fresh seeds the best of a sampled search is trained with when it has ended; beyond the limits."""
 
-    def updated(self, given: Options) -> Self:
-        """The same with what the command line says now."""
-        changes = {name: getattr(given, name) for name in Limits.model_fields}
+    @property
+    def is_empty(self) -> bool:
+        """Return whether nothing ends the search before everything is trained."""
+        return (self.trials, self.time_budget, self.gpu_hours) == (None, None, None)
+
+    def updated(self, options: Options) -> Self:
+        """Return the limits with those that the command line gives now."""
+        changes = {name: getattr(options, name) for name in Limits.model_fields}
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
-    def used_up(self, *, seconds: float, gpu_hours: float) -> str:
-        """Which limit has been reached, in words; empty as long as none is."""
+    def limit_reached(self, *, seconds: float, gpu_hours: float) -> str:
+        """Return which limit has been reached, in words; an empty string as long as none is."""
         if self.time_budget is not None and seconds >= self.time_budget:
-            return f"--time-budget {duration_words(self.time_budget)} was used up"
+            return f"--time-budget {format_duration(self.time_budget)} was used up"
         if self.gpu_hours is not None and gpu_hours >= self.gpu_hours:
             return f"--gpu-hours {self.gpu_hours:g} were used up"
         return ""
 
 
-class Part(Frozen):
+class TrialGroup(Frozen):
     """Some rows, each with some seeds."""
 
     runs: Names | None
@@ -191,74 +299,71 @@ class Part(Frozen):
 
 
 class SearchConfig(Frozen):
-    """What a search trains and how it is judged, nothing left open. A resumed search has those it was started with."""
+    """What a search trains and how it is judged, nothing left open. A resumed search has that of its first session."""
 
     space: str
     data: str
     """`streets`, or the absolute path or the URI of a folder."""
     backbone: str
     """`imagenet`, `none`, or the absolute path of a file."""
-    parts: tuple[Part, ...]
-    """What was asked for first, and what `--add` asked for since."""
-    epochs: PositiveInt | None
+    groups: tuple[TrialGroup, ...]
+    """The trials of the first session, and those that each `--add` has added."""
+    epochs: PositiveInt | None = None
     """None for what each row says."""
-    image_size: ImageSize | None
+    image_size: ImageSize | None = None
     """None for what fits the frames."""
     proxy: bool
     scheduler: Scheduler
     precision: Precision
     sampler: Sampler = "tpe"
-    """Of a sampled space, as are the following."""
+    """How a sampled space is searched; as are the next three."""
     objectives: Objectives = ("miou",)
     warm_start: str | None = None
     """The folder of the search whose trials it began with."""
     study: str | None = None
-    """Where the study is kept, its password hidden; None for a file in the search's folder."""
+    """The address of the study's database without its password; None for a file in the search's folder."""
+    limits: Limits = Limits()
 
     @property
     def default_seed(self) -> int | None:
-        """The seed whose trials go by their row's name alone: the only one that was asked for first, or None."""
-        seeds = self.parts[0].seeds
+        """Return the seed that trial names leave out: the only one of the first session, or None."""
+        seeds = self.groups[0].seeds
         return seeds[0] if len(seeds) == 1 else None
 
-    def with_part(self, *, runs: tuple[str, ...] | None, seeds: tuple[int, ...] | None) -> Self:
-        """The same with more trials; what is left out is as it was first. ValueError if both are."""
+    def with_group(self, *, runs: tuple[str, ...] | None, seeds: tuple[int, ...] | None) -> Self:
+        """Return the configuration with more trials; what is None is as in the first group. ValueError if both are."""
         if runs is None and seeds is None:
-            raise ValueError("--add needs to be told what: --seeds 3,4 for the same rows, --runs r05 for other rows.")
-        first = self.parts[0]
-        part = Part(runs=first.runs if runs is None else runs, seeds=first.seeds if seeds is None else seeds)
-        return self.model_copy(update={"parts": (*self.parts, part)})
+            raise ValueError("--add needs rows or seeds: --seeds 3,4 for the same rows, --runs r05 for other rows.")
+        first = self.groups[0]
+        group = TrialGroup(runs=first.runs if runs is None else runs, seeds=first.seeds if seeds is None else seeds)
+        return self.model_copy(update={"groups": (*self.groups, group)})
 
 
-def resolve_options(given: Options, *, default_data: str) -> SearchConfig:
+def resolve_options(options: Options, *, default_data: str) -> SearchConfig:
     """Fill in what was not given. The built-in streets are trained from scratch, and always as a proxy."""
-    asked = asked_for(given)
-    streets = asked.get("data", default_data) == STREETS
+    given = given_choices(options)
+    streets = given.get("data", default_data) == STREETS
     defaults = {
         "space": "runs10",
-        "data": absolute("data", default_data),
+        "data": make_absolute("data", default_data),
         "backbone": NO_BACKBONE if streets else "imagenet",
-        "parts": (Part(runs=given.runs, seeds=given.seeds or (0,)),),
-        "epochs": None,
-        "image_size": None,
+        "groups": (TrialGroup(runs=options.runs, seeds=options.seeds or (0,)),),
         "proxy": streets,
-        "scheduler": "fifo" if len(given.objectives or ()) > 1 else "asha",
+        "scheduler": "fifo" if len(options.objectives or ()) > 1 else "asha",
         "precision": "fp32",
+        "limits": Limits().updated(options),
     }
-    return SearchConfig.model_validate(defaults | asked)
+    return SearchConfig.model_validate(defaults | given)
 
 
-def asked_for(given: Options) -> dict[str, Any]:
-    """The choices that were given as flags, paths made absolute."""
-    choices = {name: getattr(given, name) for name in SearchConfig.model_fields if name != "parts"}
-    return {name: absolute(name, value) for name, value in choices.items() if value is not None}
+def given_choices(options: Options) -> dict[str, Any]:
+    """Return the fields of `SearchConfig` that were given as flags of the same name, paths made absolute."""
+    values = {name: getattr(options, name, None) for name in SearchConfig.model_fields}
+    return {name: make_absolute(name, value) for name, value in values.items() if value is not None}
 
 
-def absolute(name: str, value: Any) -> Any:
-    """A path stays valid when a search is resumed from another folder; words such as `streets` are no paths.
-
-    Of an address only what may be seen is a choice.
-    """
+def make_absolute(name: str, value: Any) -> Any:
+    """Make a path absolute, so that it holds when a search is resumed from another folder; redact an address."""
     if name == "data" and "://" in value:
         return value
     if name in ("study", "warm_start") and "://" in value:
@@ -270,18 +375,3 @@ def absolute(name: str, value: Any) -> Any:
         or (name == "space" and (value.endswith(".py") or "/" in value))
     )
     return str(Path(value).expanduser().absolute()) if is_path else value
-
-
-def parse_options(flags: dict[str, Any]) -> tuple[Options, dict[str, str]]:
-    """Typed arguments from the flags that were given; and, by argument, what is wrong with those left out of them."""
-    try:
-        return Options.model_validate(flags), {}
-    except ValidationError as error:
-        mistyped = {str(finding["loc"][0]): _in_words(finding) for finding in error.errors()}
-    return Options.model_validate({name: value for name, value in flags.items() if name not in mistyped}), mistyped
-
-
-def _in_words(finding: ErrorDetails) -> str:
-    flag = "--" + str(finding["loc"][0]).replace("_", "-")
-    message = finding["msg"].removeprefix("Value error, ")
-    return f"{flag}: {message}" if "Value error" in finding["msg"] else f"{flag} {finding['input']}: {message}."

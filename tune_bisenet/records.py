@@ -1,44 +1,64 @@
-"""Which state of the project this is: its git commit, here or where a job was sent from."""
+"""What a search writes to its folder and reads back: plain values, one reader and one writer, and the file names.
+
+    search.json        `Manifest`: how the search was made; its driver writes it as a session starts and ends
+    trials.json        `SavedState`: every trial's state and what the stopping rule has seen; can be rebuilt from
+    TRIAL/trial.json   `TrialRecord`: what is trained, all its epochs, how it ended; written whole after every epoch
+    TRIAL/best.npz     `BestPredictions`
+
+Nothing here knows Ray, torch or Optuna. IoU, mIoU and accuracy are in percent.
+"""
 
 import io
-import json
 import math
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import (
+    AwareDatetime,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
-from tune_bisenet.config import Run
+from tune_bisenet.config import Frozen, Param, Run
+from tune_bisenet.options import SearchConfig
 from tune_bisenet.storage import Storage
 
 SEARCH: Final = "search.json"
-"""How a search was made; in its folder."""
 TRIALS: Final = "trials.json"
-"""How its trials stand, and what the scheduler saw; in its folder."""
-EPOCHS: Final = "epochs.json"
-"""The measurements of every epoch; in a trial's folder."""
 STUDY: Final = "study.db"
 """The Optuna study of a sampled search, in SQLite; in the search's folder."""
-ENDED: Final = "ended.json"
-"""How a trial ended; in its folder, once it has."""
+KNOWN: Final = "known.json"
+"""Trials of earlier searches that the study began with; in the search's folder, if there are any."""
+TRIAL: Final = "trial.json"
 LAST: Final = "last.pt"
-"""What a trial goes on from; in its folder until it has ended, as is the following."""
+"""The state that an unfinished trial resumes from; deleted, like the next, when the trial has ended."""
 PREVIOUS: Final = "previous.pt"
-"""The same of the epoch before, should that one be damaged."""
+"""The state one epoch earlier, in case `last.pt` is damaged."""
 BEST_WEIGHTS: Final = "best.pt"
-"""The weights of a trial's best epoch; in its folder."""
-LATENCY: Final = "latency.json"
-"""How long a prediction takes, where that is a goal; in a trial's folder."""
+"""The weights of a trial's best epoch."""
+BEST_PREDICTIONS: Final = "best.npz"
 
-Status = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
-"""`stopped` means by the scheduler; `diverged` means the loss stopped being a number; `failed` means by an error."""
+COMMIT_VARIABLE: Final = "TUNE_BISENET_COMMIT"
+"""Tells a submitted job the commit of its code: a job is sent without its git history."""
 
-ENDED_WELL: frozenset[Status] = frozenset({"finished", "stopped", "diverged"})
+Measurement = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None),
+]
+"""A float that may be NaN or infinite, for which strict JSON has only null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,57 +68,77 @@ class Epoch:
     epoch: int
     iterations: int
     """Iterations (micro-batches) since the run began."""
-    loss: float
-    loss_main: float
-    loss_aux1: float
-    loss_aux2: float
-    lr: float
+    loss: Measurement
+    loss_main: Measurement
+    loss_aux1: Measurement
+    loss_aux2: Measurement
+    lr: Measurement
     """The rate of the epoch's last iteration."""
-    grad_norm: float
+    grad_norm: Measurement
     """L2 norm over all parameters, before clipping."""
-    miou: float
+    miou: Measurement
     iou: tuple[float | None, ...]
     """By trainId; None for a class that occurs neither in the labels nor in the predictions."""
-    pixel_accuracy: float
-    images_per_second: float
+    pixel_accuracy: Measurement
+    images_per_second: Measurement
     """Training only, validation left out."""
-    train_seconds: float
-    val_seconds: float
+    train_seconds: Measurement
+    val_seconds: Measurement
 
     @property
     def seconds(self) -> float:
+        """Return the seconds of training and validation together."""
         return self.train_seconds + self.val_seconds
 
     @property
     def diverged(self) -> bool:
-        """The loss, or a gradient, is no longer a number."""
+        """Return whether the loss or a gradient is no longer a number."""
         return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict that strict JSON can hold: NaN and infinities become None."""
-        return {key: _finite_or_none(value) for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Self:
-        numbers = {key: math.nan if value is None else value for key, value in record.items()}
-        return cls(**(numbers | {"iou": tuple(record["iou"])}))
 
 
 def best_of(history: Sequence[Epoch]) -> Epoch:
-    """The epoch of highest mIoU that did not diverge, the earliest of equals; the first if all diverged."""
+    """Return the epoch of highest mIoU that did not diverge, the earliest of equals; the first if all diverged."""
     return max(history, key=lambda epoch: (not epoch.diverged, epoch.miou, -epoch.epoch))
+
+
+Origin = Literal["row", "sampled", "confirm"]
+"""A declared row, a point that the sampler chose, or a fresh seed of either that the study does not count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """What a trial trains: a run and, in a sampled search, the point of the space that it stands for."""
+
+    trial: str
+    """The trial's name: unique in its search, and the name of its folder."""
+    run: Run
+    origin: Origin = "row"
+    number: int | None = None
+    """The number of the study's trial; None for a trial that the study does not count."""
+    params: dict[str, Param] = field(default_factory=dict)
+    """By name, as the space's `sample` was given them; empty where the study does not count the trial."""
+    distributions: dict[str, str] = field(default_factory=dict)
+    """The range of each parameter, in Optuna's JSON."""
+    row: Run | None = None
+    """The run as a space file would declare it, on the rows' own scale; None where the study does not count it."""
+
+
+Status = Literal["waiting", "running", "finished", "stopped", "diverged", "failed"]
+"""`stopped`: by the scheduler; `diverged`: the loss stopped being a number; `failed`: by an error."""
+
+ENDED_WELL: frozenset[Status] = frozenset({"finished", "stopped", "diverged"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialState:
-    """Where one trial stands: a row of the leaderboard. `trial` is unique in a search, `run` is the row's name."""
+    """The state of one trial: a row of the leaderboard. `trial` is unique in a search, `run` is the row's name."""
 
     trial: str
     run: str
     seed: int
     status: Status = "waiting"
     stopped_by: str = ""
-    """Who or what ended it before its last epoch, in words; empty for a run that went to its end."""
+    """What ended it before its last epoch, in words; empty for a run that went to its end."""
     epochs: int = 0
     num_epochs: int
     best_miou: float | None = None
@@ -110,91 +150,231 @@ class TrialState:
     """Milliseconds of one prediction at batch 1; None unless the search has latency for a goal."""
     error: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
-
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Self:
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in record.items() if key in known})
+    def of_run(cls, trial: str, run: Run, **measured: Any) -> "TrialState":
+        """Return the state of a trial of `run`: waiting, unless `measured` says more."""
+        return cls(trial=trial, run=run.name, seed=run.seed, num_epochs=run.num_epochs, **measured)
 
 
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def measure(history: Sequence[Epoch], *, latency_ms: float | None = None) -> dict[str, Any]:
+    """Return the fields of `TrialState` that follow from a trial's epochs; none of them without an epoch."""
+    if not history:
+        return {}
+    best, last = best_of(history), history[-1]
+    return {
+        "epochs": last.epoch,
+        "best_miou": best.miou,
+        "best_epoch": best.epoch,
+        "last_miou": last.miou,
+        "pixel_accuracy": last.pixel_accuracy,
+        "seconds": sum(epoch.seconds for epoch in history),
+        "latency_ms": latency_ms,
+    }
 
 
-RUN: Final = "run.json"
-"""What a trial of a sampled search trains; in the trial's folder, written before it starts."""
-KNOWN: Final = "known.json"
-"""Trials of earlier searches that the study began with; in the search's folder, if there are any."""
-
-Param = float | int | bool | str | None
-Origin = Literal["row", "sampled", "confirm"]
-"""A declared row, a point the sampler chose, or a fresh seed of either that the study is not told of."""
+MEASURED: Final = ("epochs", "best_miou", "best_epoch", "last_miou", "pixel_accuracy", "seconds", "latency_ms")
+"""The keys of what `measure` returns."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialSpec:
-    """A run, and the point of the space that it stands for."""
+class Latency:
+    """The time of one prediction: median and quartiles of `repeats`, in milliseconds."""
 
-    trial: str
-    run: Run
-    origin: Origin
-    number: int | None
-    """Of the study's trial; None for one that the study is not told of."""
-    params: dict[str, Param]
-    """By name, as the space's `sample` was given them; empty where the study is not told."""
-    distributions: dict[str, str]
-    """The range of each parameter, in Optuna's JSON."""
-    row: Run | None = None
-    """What a space file would say of it, on the rows' own scale; None where the study is not told."""
-
-    def to_json(self) -> dict[str, Any]:
-        row = self.row and self.row.model_dump(mode="json")
-        return vars(self) | {"run": self.run.model_dump(mode="json"), "row": row}
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Self:
-        row = record.get("row")
-        runs = {"run": Run.model_validate(record["run"]), "row": row and Run.model_validate(row)}
-        return cls(**(record | runs))
+    median_ms: PositiveFloat
+    low_ms: PositiveFloat
+    """The lower quartile."""
+    high_ms: PositiveFloat
+    """The upper quartile."""
+    repeats: PositiveInt
+    device: str
+    """The GPU's name, or the number of the CPU's threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
-    """A trial of an earlier search: what it was, how it ended, its learning curve."""
+class TrialRecord:
+    """A trial as its own folder has it: all that is known of it, without weights and pictures."""
 
-    suggested: TrialSpec
-    standing: TrialState
-    epochs: tuple[Epoch, ...]
-    source: str
-    """The folder of the trial."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "suggested": self.suggested.to_json(),
-            "standing": self.standing.to_json(),
-            "epochs": [epoch.to_json() for epoch in self.epochs],
-            "source": self.source,
-        }
+    spec: TrialSpec
+    state: TrialState
+    epochs: tuple[Epoch, ...] = ()
+    latency: Latency | None = None
+    """None where latency is no goal of the search."""
+    source: str = ""
+    """The folder in an earlier search that it was taken from; empty for a trial of this search."""
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Self:
-        return cls(
-            suggested=TrialSpec.from_json(record["suggested"]),
-            standing=TrialState.from_json(record["standing"]),
-            epochs=tuple(Epoch.from_json(epoch) for epoch in record["epochs"]),
-            source=record["source"],
-        )
+    def of_spec(cls, spec: TrialSpec, epochs: Iterable[Epoch] = (), latency: Latency | None = None) -> "TrialRecord":
+        """Return the record of a trial that has these epochs and has not ended."""
+        history = tuple(epochs)
+        latency_ms = latency.median_ms if latency else None
+        status: Status = "running" if history else "waiting"
+        state = TrialState.of_run(spec.trial, spec.run, status=status, **measure(history, latency_ms=latency_ms))
+        return cls(spec=spec, state=state, epochs=history, latency=latency)
 
 
-BEST_PREDICTIONS: Final = "best.npz"
-"""Beside `best.pt` in a trial's folder."""
+@dataclass(frozen=True, kw_only=True)
+class SavedState:
+    """What `trials.json` holds."""
+
+    states: tuple[TrialState, ...] = ()
+    scheduler: dict[str, Any] | None = None
+    """What the stopping rule has seen."""
+    seconds: float = 0.0
+    """The running time of the search in all its sessions."""
+
+
+class Session(Frozen):
+    """One run of the search's driver."""
+
+    started: AwareDatetime
+    ended: AwareDatetime | None = None
+    signal: int | None = None
+    limit: str | None = None
+    """The limit that ended it, in words."""
+    command: tuple[str, ...]
+    commit: str | None
+    python: str
+    packages: dict[str, str]
+    cpus_per_trial: int
+    gpus_per_trial: float
+    trials_at_once: int
+
+
+class SpaceInfo(Frozen):
+    """The space that the search's runs come from."""
+
+    title: str
+    baseline: str | None
+    """The row that others are measured against."""
+
+
+class DataInfo(Frozen):
+    """The data trained on: a digest of the frames by image size, and the number of frames."""
+
+    digests: dict[str, str]
+    train_images: int
+    val_images: int
+
+
+class StudyInfo(Frozen):
+    """The study of a sampled search."""
+
+    name: str
+    url: str
+    """The address of its database, without its password."""
+    sampler: str
+    objectives: tuple[str, ...]
+    warm_start: tuple[str, ...] = ()
+    """The searches whose trials the study began with."""
+
+
+class Manifest(Frozen):
+    """`search.json`: how a search was made, so that it can be resumed, repeated and believed."""
+
+    name: str
+    config: SearchConfig
+    space: SpaceInfo
+    data: DataInfo
+    backbone_digest: str
+    proxy: str | None
+    """The sentence that goes with everything shown of a proxy; None for a search that is none."""
+    study: StudyInfo | None = None
+    """None for a grid."""
+    trials: dict[str, Run]
+    """The trials that were known as the last session began, by name."""
+    sessions: Annotated[tuple[Session, ...], Field(min_length=1)]
+
+
+_Value = TypeVar("_Value")
+
+
+class DamagedFileError(ValueError):
+    """A file of a search does not hold what the program wrote."""
+
+
+_adapter: Final[Callable[[Any], TypeAdapter[Any]]] = cache(TypeAdapter)
+"""Made once for each type, as that takes a millisecond."""
+
+
+def to_json(value: Any, kind: Any = None) -> bytes:
+    """Return a record as JSON for a file. `kind` is its type, where that has parameters, as `tuple[Epoch, ...]`."""
+    return _adapter(kind or type(value)).dump_json(value, indent=1) + b"\n"
+
+
+def from_json(kind: type[_Value], content: bytes, *, path: str) -> _Value:
+    """Return the record of type `kind` in `content`. Raises DamagedFileError, naming `path`."""
+    try:
+        record: _Value = _adapter(kind).validate_json(content)
+    except ValidationError as error:
+        finding = error.errors()[0]
+        where = ".".join(map(str, finding["loc"]))
+        raise DamagedFileError(f"{path} is damaged: {where + ': ' if where else ''}{finding['msg']}") from error
+    return record
+
+
+def to_plain(value: Any) -> dict[str, Any]:
+    """Return a record as plain values, for a message to another process."""
+    plain: dict[str, Any] = _adapter(type(value)).dump_python(value, mode="json")
+    return plain
+
+
+def from_plain(kind: type[_Value], plain: Any) -> _Value:
+    """Return the record of type `kind` that `to_plain` was given."""
+    record: _Value = _adapter(kind).validate_python(plain)
+    return record
+
+
+def read_record(kind: type[_Value], folder: Storage, name: str) -> _Value | None:
+    """Return the record in a file of `folder`; None if there is none. Raises DamagedFileError."""
+    content = folder.read(name)
+    return None if content is None else from_json(kind, content, path=f"{folder.path}/{name}")
+
+
+def read_manifest(folder: Storage) -> Manifest | None:
+    """Return the manifest of the search in `folder`; None if there is no search. Raises DamagedFileError."""
+    try:
+        return read_record(Manifest, folder, SEARCH)
+    except DamagedFileError as error:
+        raise DamagedFileError(
+            f"{error}. It was damaged, or written by another version of tune_bisenet: "
+            "start a new search under another --name."
+        ) from error
+
+
+def read_saved_state(folder: Storage) -> SavedState:
+    """Return what `trials.json` holds; nothing if it is missing or damaged: every trial's folder has its part."""
+    try:
+        return read_record(SavedState, folder, TRIALS) or SavedState()
+    except DamagedFileError:
+        return SavedState()
+
+
+def read_trial(folder: Storage) -> TrialRecord | None:
+    """Return the record of the trial in `folder`; None if there is none. Raises DamagedFileError."""
+    return read_record(TrialRecord, folder, TRIAL)
+
+
+def read_sound_trial(folder: Storage) -> TrialRecord | None:
+    """Return the record of the trial in `folder`; None if there is none, or if it is damaged."""
+    try:
+        return read_trial(folder)
+    except DamagedFileError:
+        return None
+
+
+def write_trial(search: Storage, record: TrialRecord) -> None:
+    """Write a trial's record to its folder in `search`, which is made if need be."""
+    folder = search / record.spec.trial
+    folder.make()
+    folder.write(TRIAL, to_json(record))
 
 
 @dataclass(frozen=True, eq=False)
 class BestPredictions:
-    """N validation images, S of them kept for a person to look at; C classes, H x W images, h x w labels."""
+    """What a trial's best epoch predicted, for people and statistics: numpy arrays, and no code in the file.
+
+    N validation images, S of them kept for a person to look at; C classes, H x W images, h x w labels.
+    """
 
     confusions: NDArray[np.int32]  # N x C x C, labels by rows
     names: tuple[str, ...]  # of the S images
@@ -204,53 +384,24 @@ class BestPredictions:
 
 
 def predictions_to_bytes(best: BestPredictions) -> bytes:
-    """A compressed npz archive."""
+    """Return a compressed npz archive."""
     buffer = io.BytesIO()
     arrays: dict[str, Any] = vars(best) | {"names": np.array(best.names)}
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
 
 
-def keep_ending(folder: Storage, standing: TrialState) -> None:
-    """The trial in `folder` has ended well: nothing will go on from its last epoch. Its best weights stay."""
-    folder.write(ENDED, json.dumps(standing.to_json(), ensure_ascii=False).encode())
-    for name in (LAST, PREVIOUS):
-        if folder.exists(name):
-            folder.delete(name)
-
-
-def complete_states(search: Storage, earlier: Sequence[TrialState], trials: Iterable[str]) -> list[TrialState]:
-    """`earlier`, and in its place what the folders of `trials` say of ends that it has not heard of."""
-    known = {standing.trial: standing for standing in earlier}
-    for trial in trials:
-        is_open = trial not in known or known[trial].status not in ENDED_WELL
-        if is_open and (ending := read_ending(search / trial)):
-            known[trial] = ending
-    return list(known.values())
-
-
-def read_ending(folder: Storage) -> TrialState | None:
-    """How the trial in `folder` ended; None if it has not, or the file is damaged."""
-    try:
-        return TrialState.from_json(json.loads(folder.read(ENDED) or b"null"))
-    except (ValueError, TypeError, AttributeError):  # no JSON, or JSON of another shape
-        return None
-
-
-COMMIT_VARIABLE: Final = "TUNE_BISENET_COMMIT"
-"""Where a job finds the commit of the code that was sent with it: no checkout is sent."""
-
-
 def project_commit() -> str | None:
-    """The project's git commit, with `+changes` where the tree differs from it; None where nobody knows."""
+    """Return the project's git commit, with `+changes` where the tree differs from it; None if it is unknown."""
     project = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        options: Any = {"cwd": project, "capture_output": True, "text": True, "check": True}
+        return str(subprocess.run(["git", *arguments], **options).stdout).strip()
+
     try:
-        root, commit, changes = (
-            subprocess.run(["git", *words], cwd=project, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--show-toplevel"], ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
+        if Path(git("rev-parse", "--show-toplevel")) == project:  # else installed inside somebody else's checkout
+            return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT_VARIABLE)
-    if Path(root) != project:  # installed inside somebody else's checkout
-        return os.environ.get(COMMIT_VARIABLE)
-    return f"{commit}+changes" if changes else commit
+        pass
+    return os.environ.get(COMMIT_VARIABLE)

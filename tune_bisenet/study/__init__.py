@@ -1,1 +1,1 @@
-"""The Optuna study behind a sampled search: its points, where it is kept, what it is told, what it begins with."""
+"""The Optuna study of a sampled search: what it samples, what it is told, what it begins with."""

@@ -1,303 +1,470 @@
-"""The Optuna study of a sampled search: what to try next, and what became of it, told once and only once.
+"""The Optuna study of a sampled search: what to try next, and how each trial ended, stored exactly once.
 
-Storage is the state, as everywhere: trials' folders say what was asked for and how far it came, and the study follows
-them (`Study.reconcile`). A driver may be killed between any two lines; the next one finds in the study what it lacks,
-adds that, and nothing twice. A trial that was cut off waits (Optuna's WAITING) with the values it has, and is the next
-to be started.
+Storage is the state, as everywhere: the trials' folders say what is trained and how far it is, and the study follows
+them (`Study.reconcile`). A driver may be killed between any two lines; the next one gives the study what it lacks, and
+nothing twice. A trial that was cut off waits (Optuna's WAITING) with its parameters, and is started first.
 
-No Ray here: whoever trains calls `next`, `heard`, `ended` and `close`.
+Knows nothing of Ray: whoever trains calls `ask`, `report`, `tell` and `close`.
 """
 
+import logging
+import sqlite3
+import tempfile
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import optuna
+from optuna.distributions import json_to_distribution
 from optuna.exceptions import StorageInternalError
-from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
-from optuna.trial import FixedTrial, FrozenTrial, Trial, create_trial
+from optuna.trial import FixedTrial, FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
-from tune_bisenet.config import Objective, Run, Sampler
-from tune_bisenet.records import BEST_WEIGHTS, Epoch, Known, Status, TrialSpec, TrialState
-from tune_bisenet.study.sampling import Draw, Point, build_sampler
-from tune_bisenet.study.translation import frozen_trial, name_of, state_of, told, values_of
+from tune_bisenet.config import Objective, Run, Sampler, fingerprint
+from tune_bisenet.options import STUDY_VARIABLE
+from tune_bisenet.records import BEST_WEIGHTS, STUDY, Status, TrialRecord, TrialSpec, TrialState
+from tune_bisenet.storage import Storage
+from tune_bisenet.study.sampling import SampledRun, SearchSpace, build_sampler
+from tune_bisenet.text import one_line
 
-DIRECTIONS: Final[dict[Objective, StudyDirection]] = {
-    "miou": StudyDirection.MAXIMIZE,
-    "latency": StudyDirection.MINIMIZE,
+_OBJECTIVES: Final[dict[Objective, tuple[StudyDirection, str]]] = {
+    "miou": (StudyDirection.MAXIMIZE, "best mIoU in %"),
+    "latency": (StudyDirection.MINIMIZE, "ms per prediction"),
 }
-METRIC_NAMES: Final[dict[Objective, str]] = {"miou": "best mIoU in %", "latency": "ms per prediction"}
 
 MAX_FAILED_DRAWS: Final = 20
-"""In a row: a space that gives no run so often is wrong, whatever its rehearsal said."""
+"""In a row: a space that fails so often is wrong, whatever the test draws showed."""
 
-BUSY_SECONDS: Final = 60
-"""How long a writer waits for an SQLite file that a dashboard reads."""
+DATABASE_ERRORS: Final = (SQLAlchemyError, StorageInternalError, ImportError)
+"""What Optuna raises if a database cannot be used; ImportError if the database's driver is not installed."""
+
+log = logging.getLogger(__name__)
+
+
+class StudyError(ValueError):
+    """A study's database cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """What a search asks of its space: how it draws, the declared rows it begins with, its goals and its sampler."""
+class StudyDatabase:
+    """Where a study is stored: any database that Optuna can use, or an SQLite file in the search's own folder.
 
-    draw: Draw
-    rows: Mapping[str, tuple[Run, Point]]
-    """By name: the row as it is trained, and its point."""
-    objectives: tuple[Objective, ...]
+    SQLite needs a disk: for a search in object storage, this machine has the file and the folder a copy of it.
+    """
+
+    url: URL
+    """With its password, which SQLAlchemy leaves out of the text of a URL."""
+    folder: Storage
+    is_own: bool
+    """Whether it is a file of the search's own."""
+    file: Path | None = None
+    """The file on this machine whose copy is in object storage."""
+
+    @property
+    def shown(self) -> str:
+        """The address without its password."""
+        return _without_password(self.url).render_as_string()
+
+    def check(self, name: str, *, is_new: bool) -> None:
+        """Raise StudyError if a user's database does not answer, or has a study of that name before a new search.
+
+        A file of the search's own is not touched: it is made when the search starts.
+        """
+        if self.is_own:
+            return
+        names = optuna.get_all_study_names(self._connect())
+        if is_new and name in names:
+            raise StudyError(
+                f"--study {self.shown}: there is a study {name} already. Take another --name, or another database."
+            )
+
+    def open(self) -> BaseStorage:
+        """Return Optuna's storage. In object storage the copy counts, which may be older than the trials."""
+        if self.file is not None:
+            content = self.folder.read(STUDY)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.unlink(missing_ok=True)
+            if content is not None:
+                self.file.write_bytes(content)
+        return self._connect()
+
+    def snapshot(self) -> None:
+        """Update the copy in object storage. A failure is only logged: the next copy has everything."""
+        if self.file is None:
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            copy = Path(directory) / STUDY
+            with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
+                source.backup(target)
+            try:
+                self.folder.fail_fast().write(STUDY, copy.read_bytes())
+            except OSError as error:
+                log.warning("the study is not copied to %s before the next trial ends: %s", self.folder.uri, error)
+
+    def error(self, cause: BaseException) -> StudyError:
+        """Return the error to raise for `cause`, with what to do and without a password."""
+        remedy = (
+            f"Remove the file {STUDY}: it is rebuilt from the trials' folders."
+            if self.is_own
+            else f"The address is SQLAlchemy's, as in postgresql://user@host/database. If it needs a password, set "
+            f"${STUDY_VARIABLE} to the whole address with its password."
+        )
+        return StudyError(f"the study in {self.shown} cannot be used: {one_line(cause)}. {remedy}")
+
+    def _connect(self) -> BaseStorage:
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if self.url.get_backend_name() == "sqlite":
+            options["connect_args"] = {"timeout": 60}  # seconds that a writer waits for a file a dashboard reads
+        try:
+            return get_storage(RDBStorage(self.url.render_as_string(hide_password=False), engine_kwargs=options))
+        except (*DATABASE_ERRORS, RuntimeError) as error:  # RuntimeError for tables of another version of Optuna
+            raise self.error(error) from None
+
+
+def study_database(folder: Storage, *, address: str | None, secret: str | None, cache_dir: Path) -> StudyDatabase:
+    """Return a user's database, or without an address the SQLite file of the search in `folder`. Raise StudyError.
+
+    `address` is from the command line, which everyone on the machine can read and which is stored with the search, so
+    it may not have a password. `secret`, from $TUNE_BISENET_STUDY, is an address that may; it adds its password to the
+    same `address`, or stands for it.
+    """
+    url = None if address is None else _parse_address("--study", address)
+    full = None if secret is None else _parse_address(f"${STUDY_VARIABLE}", secret)
+    if url is not None and url != _without_password(url):
+        raise StudyError(
+            f"--study {_without_password(url)}: everyone on this machine can read a password on the command line. "
+            f"Set ${STUDY_VARIABLE} to the whole address instead."
+        )
+    if full is not None and url in (None, _without_password(full)):
+        url = full
+    if url is not None:
+        return StudyDatabase(url=url, folder=folder, is_own=False)
+    local = folder.local_path
+    file = local / STUDY if local is not None else cache_dir / "studies" / f"{fingerprint(folder.uri)}.db"
+    return StudyDatabase(
+        url=URL.create("sqlite", database=str(file)), folder=folder, is_own=True, file=None if local else file
+    )
+
+
+def is_outage(error: BaseException) -> bool:
+    """Return whether the database may answer later. Optuna wraps SQLAlchemy's errors."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    is_cut = isinstance(cause, DBAPIError) and cause.connection_invalidated
+    return is_cut or isinstance(cause, (OperationalError, InterfaceError))
+
+
+def _parse_address(source: str, address: str) -> URL:
+    """Return SQLAlchemy's URL. Its own errors may hold a piece of a password, so they are not passed on."""
+    try:
+        url = make_url(address)
+    except (ArgumentError, ValueError):
+        url = None
+    if url is None or "@" in (url.host or ""):
+        raise StudyError(
+            f"{source} is not an address of a database, as postgresql://user@host:5432/database. "
+            "In a password, write characters such as @ : / percent-encoded, as in %40 for @."
+        )
+    return url
+
+
+def _without_password(url: URL) -> URL:
+    in_query = [name for name in url.query if "passw" in name.lower()]
+    # URL.set ignores None, so the URL is created again.
+    bare = URL.create(url.drivername, url.username, None, url.host, url.port, url.database, url.query)
+    return bare.difference_update_query(in_query)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySetup:
+    """What a sampled search samples from and begins with."""
+
+    space: SearchSpace
+    rows: Mapping[str, SampledRun]
+    """The declared rows it begins with, as trained in this search, by name."""
     sampler: Sampler
     seed: int
     """Of the sampler, and of every trial."""
+    test_draws: tuple[SampledRun, ...]
+    """Random draws, to check and plan with; not trained."""
+    database: StudyDatabase
+    suggested: Mapping[str, TrialSpec] = field(default_factory=dict)
+    """The trials of its earlier sessions, by number; then those that confirm."""
+    known: tuple[TrialRecord, ...] = ()
+    """Trials of an earlier search."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Trials of the earlier search that cannot be used, with the reason."""
 
+    @property
+    def drawn(self) -> tuple[Run, ...]:
+        """Runs such as the search may draw."""
+        return tuple(draw.run for draw in self.test_draws)
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """A trial of this search as its folder has it."""
-
-    suggested: TrialSpec
-    standing: TrialState
-    epochs: Sequence[Epoch]
-
-
-DATABASE_ERRORS: Final = (SQLAlchemyError, StorageInternalError, ImportError)
-"""How a database says that it cannot be used; ImportError for one whose driver is not installed."""
-
-
-def open_storage(url: str) -> BaseStorage:
-    """Optuna's storage at an SQLAlchemy URL. One of DATABASE_ERRORS if it cannot be used."""
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if url.startswith("sqlite"):
-        options["connect_args"] = {"timeout": BUSY_SECONDS}
-    return get_storage(RDBStorage(url, engine_kwargs=options))
-
-
-def exists(storage: BaseStorage, name: str) -> bool:
-    return any(study.study_name == name for study in storage.get_all_studies())
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The declared rows, and runs such as the search may draw."""
+        return (*(row.run for row in self.rows.values()), *self.drawn)
 
 
 class Study:
-    """One search's study. `limit` is how many trials it may ask for in all; None for no end."""
+    """One search's study. `limit` is how many trials it may have in all; None for no limit."""
 
-    def __init__(
-        self,
-        storage: BaseStorage,
-        name: str,
-        question: Question,
-        *,
-        limit: int | None,
-        checkpoint_of: Callable[[str], str],
-    ) -> None:
-        self._storage = storage
-        self._question = question
+    def __init__(self, setup: StudySetup, name: str, *, limit: int | None) -> None:
+        self._storage = setup.database.open()
+        self._setup = setup
+        self._objectives = setup.space.objectives
         self._limit = limit
-        self._checkpoint_of = checkpoint_of
+        directions, metric_names = zip(*(_OBJECTIVES[objective] for objective in self._objectives), strict=True)
         self._study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=[DIRECTIONS[objective] for objective in question.objectives],
-            load_if_exists=True,
+            storage=self._storage, study_name=name, directions=directions, load_if_exists=True
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._study.set_metric_names([METRIC_NAMES[objective] for objective in question.objectives])
-        self._asked: set[str] = set()
-        self._ids: dict[str, int] = {}
+            self._study.set_metric_names(list(metric_names))
+        self._study_id = self._storage.get_study_id_from_name(name)
+        self._ids: dict[str, int] = {}  # of the trials that have been started, by name
 
     def describe(self, attributes: Mapping[str, str]) -> None:
-        """What somebody who opens the study should know of it."""
+        """Store what a reader of the study should know about it."""
         for key, value in attributes.items():
             self._study.set_user_attr(key, value)
 
-    # --- what to try ------------------------------------------------------------------------------------------------
-
-    def next(self) -> TrialSpec | None:
-        """What was cut off, then the declared rows, then what the sampler draws; None when the limit is reached."""
+    def ask(self) -> TrialSpec | None:
+        """Return what was cut off, then the declared rows, then what the sampler draws; None at the limit."""
         for _ in range(MAX_FAILED_DRAWS):
-            trial = self._next_trial()
-            if trial is None:
+            trials = self._study.get_trials(deepcopy=False)
+            waiting = [trial for trial in trials if trial.state is OptunaState.WAITING]
+            begun = [trial for trial in waiting if name_in_search(trial) in self._ids]
+            if not begun and self._limit is not None and len(self._ids) >= self._limit:
                 return None
-            try:
-                drawn = self._question.draw(trial)
-            except ValueError as error:
-                trial.set_user_attr("error", str(error))
-                self._study.tell(trial.number, state=OptunaState.FAIL)
-                continue
-            return self._suggest(trial, drawn)
+            if waiting:
+                trial, *_ = [*begun, *waiting]
+                self._storage.set_trial_state_values(trial._trial_id, OptunaState.RUNNING)
+                self._ids[name_in_search(trial)] = trial._trial_id
+                return self._spec(trial, self._setup.space.sample_run(FixedTrial(trial.params)))
+            if (drawn := self._draw(trials)) is not None:
+                return drawn
         raise RuntimeError(f"{MAX_FAILED_DRAWS} draws from the space in a row cannot be trained; the study has why.")
 
-    def _next_trial(self) -> Trial | None:
-        trials = self._study.get_trials(deepcopy=False)
-        waiting = [trial for trial in trials if trial.state is OptunaState.WAITING]
-        begun = [trial for trial in waiting if name_of(trial) in self._asked]
-        if not begun and self._limit is not None and len(self._asked) >= self._limit:
-            return None
-        for trial in [*begun, *waiting]:
-            if self._storage.set_trial_state_values(trial._trial_id, OptunaState.RUNNING):
-                self._study.sampler = self._sampler_of(trial.number, trials)
-                return Trial(self._study, trial._trial_id)
-        self._study.sampler = self._sampler_of(len(trials), trials)
-        return self._study.ask()
-
-    def _sampler_of(self, number: int, trials: Sequence[FrozenTrial]) -> BaseSampler:
-        """That draws the trial of this number; at random after one that made no run, which no sampler learns from."""
-        made_no_run = number > 0 and "error" in trials[number - 1].user_attrs
-        seed = np.random.SeedSequence([self._question.seed, number]).generate_state(1)[0]
-        return build_sampler("random" if made_no_run else self._question.sampler, seed=int(seed))
-
-    def _suggest(self, trial: Trial, drawn: Run) -> TrialSpec:
-        suggested = self._suggested(trial, drawn)
-        row = {"row": suggested.trial} if suggested.origin == "row" else {}
-        for key, value in {"trial": suggested.trial, "seed": self._question.seed, **row}.items():
-            trial.set_user_attr(key, value)
-        self._asked.add(suggested.trial)
-        self._ids[suggested.trial] = trial._trial_id
-        return suggested
-
-    def _suggested(self, trial: FrozenTrial | Trial, drawn: Run) -> TrialSpec:
-        name = name_of(trial)
-        row = self._question.rows.get(name)
-        return TrialSpec(
-            trial=name,
-            run=row[0] if row else drawn.model_copy(update={"name": name, "seed": self._question.seed}),
-            origin="row" if row else "sampled",
-            number=trial.number,
-            params=trial.params,
-            distributions=Point(run=drawn, params=trial.params, distributions=trial.distributions).ranges,
-            row=self._question.draw.as_row(drawn, trial.params),
-        )
-
-    # --- what became of it ------------------------------------------------------------------------------------------
-
-    def heard(self, trial: str, epoch: int, miou: float) -> None:
-        """A trial's mIoU in percent after `epoch`; told again, it stands as it is."""
+    def report(self, trial: str, epoch: int, miou: float) -> None:
+        """Store a trial's mIoU in percent after `epoch`. Repeating it changes nothing."""
         self._storage.set_trial_intermediate_value(self._ids[trial], epoch, miou)
 
-    def ended(self, standing: TrialState) -> None:
-        """A trial has ended, well or not; told again, nothing changes."""
-        trial_id = self._ids[standing.trial]
+    def tell(self, trial_state: TrialState) -> None:
+        """Store how a trial ended. Repeating it changes nothing."""
+        trial_id = self._ids[trial_state.trial]
         frozen = self._storage.get_trial(trial_id)
         if frozen.state.is_finished():
             return
         if frozen.state is OptunaState.WAITING:
             self._storage.set_trial_state_values(trial_id, OptunaState.RUNNING)
-        for key, value in self._about(standing).items():
+        for key, value in self._attributes(trial_state).items():
             self._storage.set_trial_user_attr(trial_id, key, value)
-        state = state_of(standing, self._question.objectives)
-        complete = state is OptunaState.COMPLETE  # of a pruned trial Optuna itself takes the last mIoU
-        self._study.tell(
-            frozen.number, values_of(state, standing, self._question.objectives) if complete else None, state
-        )
+        state, values = self._result(trial_state)
+        # Optuna itself takes a pruned trial's last mIoU.
+        self._study.tell(frozen.number, None if state is OptunaState.PRUNED else values, state)
 
     def close(self) -> None:
-        """Nothing runs any more: what was running waits, with its values and its curve."""
-        for trial in self._study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,)):
-            self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
+        """Let all running trials wait, with their parameters and curves."""
+        self._stop_running(())
 
-    # --- after a crash ----------------------------------------------------------------------------------------------
+    def ended_without(self, names: Collection[str]) -> list[TrialRecord]:
+        """Return the trials that ended but are not in `names`: their folders have lost what they trained and measured.
 
-    def ended_without(self, there: Collection[str]) -> list[TrialSpec]:
-        """Trials that have ended and are not `there`, such as one whose folder no longer says what it trained."""
+        Their states have what the study knows, which is mIoU.
+        """
         ended = {
-            name_of(trial): trial
+            name_in_search(trial): trial
             for trial in self._own_trials()
             if trial.state.is_finished() and "error" not in trial.user_attrs
         }
-        return [
-            self._suggested(trial, self._question.draw(FixedTrial(trial.params)))
-            for name, trial in ended.items()
-            if name not in there
-        ]
+        records = []
+        for name, trial in ended.items():
+            if name in names:
+                continue
+            spec = self._spec(trial, self._setup.space.sample_run(FixedTrial(trial.params)))
+            curve, status = trial.intermediate_values, _status(trial)
+            last = max(curve, default=None)
+            sound = [epoch for epoch in curve if status != "diverged" or epoch != last] or list(curve)
+            best = max(sound, key=lambda epoch: (curve[epoch], -epoch), default=None)
+            state = TrialState.of_run(
+                name,
+                spec.run,
+                status=status,
+                epochs=last or 0,
+                best_miou=None if best is None else curve[best],
+                best_epoch=best,
+                last_miou=None if last is None else curve[last],
+                latency_ms=dict(zip(self._objectives, trial.values or (), strict=False)).get("latency"),
+            )
+            records.append(TrialRecord(spec=spec, state=state))
+        return records
 
     def reconcile(
-        self, records: Sequence[Record], known: Sequence[Known], *, live: Collection[str] = ()
+        self, records: Sequence[TrialRecord], known: Sequence[TrialRecord], *, live: Collection[str] = ()
     ) -> dict[str, Status]:
-        """Bring the study in line with what the folders say. It may be cut off anywhere, and be called again.
+        """Make the study agree with the folders. It may be killed anywhere and called again.
 
-        `live` trials run now. Returns how those trials ended of which the study knows an end and the folders do not.
+        `records` are this search's trials as their folders have them, `known` those of earlier searches; `live` trials
+        are running. Returns the status of each trial that has ended for the study but not for its folder.
         """
-        self._asked = {record.suggested.trial for record in records}
-        self._add_known(known)
-        latest = {name_of(trial): trial for trial in self._own_trials()}
-        ends = {
-            record.suggested.trial: end
+        self._ids = {}
+        known_before = {trial.user_attrs.get("source") for trial in self._study.get_trials(deepcopy=False)}
+        for record in known:
+            if record.source not in known_before:
+                self._add(record)
+        latest = {name_in_search(trial): trial for trial in self._own_trials()}
+        statuses = {
+            record.spec.trial: status
             for record in records
-            if (end := self._follow(record, latest.get(record.suggested.trial))) is not None
+            if (status := self._follow(record, latest.get(record.spec.trial))) is not None
         }
-        self._leave_waiting(live)
-        self._enqueue_rows(known)
-        return ends
+        self._stop_running(live)
+        tried = {trial.user_attrs.get("row") for trial in self._own_trials()}
+        tried |= {record.spec.run.name for record in known}
+        for name, row in self._setup.rows.items():
+            if name not in tried:
+                self._add(TrialRecord.of_spec(row.spec(name, origin="row")))
+        return statuses
 
-    def _follow(self, record: Record, trial: FrozenTrial | None) -> Status | None:
-        """Give `trial`, the last of its name in the study, what `record` has more; or return the end it has."""
-        standing, name = record.standing, record.suggested.trial
+    def _draw(self, trials: Sequence[FrozenTrial]) -> TrialSpec | None:
+        """Draw a run in memory, then add it to the study in one transaction; None if its parameters make no run.
+
+        A killed driver leaves a whole draw or none, so the next one draws the same. It is also faster: a sampler reads
+        all trials several times for one draw.
+        """
+        number = len(trials)
+        seed = int(np.random.SeedSequence([self._setup.seed, number]).generate_state(1)[0])
+        # A failed draw teaches no sampler anything, so after one the next is random.
+        failed_before = number > 0 and "error" in trials[-1].user_attrs
+        sampler = build_sampler("random" if failed_before else self._setup.sampler, seed=seed)
+        scratch = optuna.create_study(directions=self._study.directions, sampler=sampler)
+        scratch.add_trials(trials)
+        before = self._storage.get_study_system_attrs(self._study_id)
+        for key, value in before.items():
+            scratch._storage.set_study_system_attr(scratch._study_id, key, value)
+        trial = scratch.ask()
+        try:
+            run, attributes = self._setup.space.sample_run(trial), {"trial": name_in_search(trial)}
+        except ValueError as error:
+            run, attributes = None, {"error": str(error)}
+        for key, value in scratch._storage.get_study_system_attrs(scratch._study_id).items():
+            if before.get(key) != value:  # a quasi-random sampler counts there
+                self._storage.set_study_system_attr(self._study_id, key, value)
+        drawn = create_trial(
+            state=OptunaState.FAIL if run is None else OptunaState.RUNNING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs=attributes | {"seed": self._setup.seed},
+            system_attrs=scratch.get_trials(deepcopy=False)[-1].system_attrs,
+        )
+        trial_id = self._storage.create_new_trial(self._study_id, template_trial=drawn)
+        if run is None:
+            return None
+        drawn.number = number
+        spec = self._spec(drawn, run)
+        self._ids[spec.trial] = trial_id
+        return spec
+
+    def _spec(self, trial: FrozenTrial, run: Run) -> TrialSpec:
+        name = name_in_search(trial)
+        row = self._setup.rows.get(name)
+        trained = row.run if row else run.model_copy(update={"name": name, "seed": self._setup.seed})
+        sampled = SampledRun(run=trained, params=trial.params, distributions=trial.distributions)
+        declared = self._setup.space.declared_row(run, trial.params)
+        return sampled.spec(name, origin="row" if row else "sampled", number=trial.number, row=declared)
+
+    def _follow(self, record: TrialRecord, trial: FrozenTrial | None) -> Status | None:
+        """Give `trial`, the last of its name, what `record` has more; or return the end that only the study has."""
+        state, name = record.state, record.spec.trial
+        has_ended = state.status not in ("waiting", "running")
         if trial is None:
-            self._fill_up_to(record.suggested.number or 0)
-            self._add(record, attributes={})
-        elif told(trial) == "failed" and standing.status != "failed":
-            self._add(record, attributes={"retry_of": trial.number})
-        elif trial.state.is_finished():
-            self._ids[name] = trial._trial_id
-            return told(trial) if standing.status in ("waiting", "running") else None
-        else:
+            # Numbers name trials. After the study was lost, the number of a trial that left nothing stays unused.
+            for _ in range(len(self._study.get_trials(deepcopy=False)), record.spec.number or 0):
+                self._study.add_trial(create_trial(state=OptunaState.FAIL, user_attrs={"error": "lost"}))
+            self._ids[name] = self._add(record)
+        elif not trial.state.is_finished():
             self._ids[name] = trial._trial_id
             for epoch in record.epochs:
                 if epoch.epoch not in trial.intermediate_values:
-                    self.heard(name, epoch.epoch, epoch.miou)
-            if standing.status not in ("waiting", "running"):
-                self.ended(standing)
+                    self.report(name, epoch.epoch, epoch.miou)
+            if has_ended:
+                self.tell(state)
+        elif _status(trial) == "failed" and state.status != "failed":
+            self._ids[name] = self._add(record, retry_of=trial.number)
+        else:
+            self._ids[name] = trial._trial_id
+            return None if has_ended else _status(trial)
         return None
 
-    def _fill_up_to(self, number: int) -> None:
-        """Numbers name trials: one whose trial left nothing, in a study that was lost, is not given again."""
-        for _ in range(len(self._study.get_trials(deepcopy=False)), number):
-            self._create(create_trial(state=OptunaState.FAIL, user_attrs={"error": "lost with an earlier database"}))
+    def _add(self, record: TrialRecord, **attributes: Any) -> int:
+        """Add a trial as its folder has it; return its id."""
+        spec = record.spec
+        state, values = self._result(record.state)
+        row = {"row": spec.run.name} if spec.origin == "row" else {}
+        about = self._attributes(record.state, record.source)
+        frozen = create_trial(
+            state=state,
+            values=values,
+            params=dict(spec.params),
+            distributions={name: json_to_distribution(text) for name, text in spec.distributions.items()},
+            intermediate_values={epoch.epoch: epoch.miou for epoch in record.epochs},
+            user_attrs={"trial": spec.trial, "seed": spec.run.seed, **row, **about, **attributes},
+        )
+        return self._storage.create_new_trial(self._study_id, template_trial=frozen)
 
-    def _add(self, record: Record, *, attributes: Mapping[str, Any]) -> None:
-        about = {**self._about(record.standing), **attributes}
-        frozen = frozen_trial(record.suggested, record.standing, record.epochs, self._question.objectives, about=about)
-        self._ids[record.suggested.trial] = self._create(frozen)
-
-    def _add_known(self, known: Sequence[Known]) -> None:
-        """Trials of earlier searches, as they ended there."""
-        there = {trial.user_attrs.get("source") for trial in self._study.get_trials(deepcopy=False)}
-        for one in known:
-            if one.source not in there:
-                about = {
-                    "status": one.standing.status,
-                    "source": one.source,
-                    "checkpoint": f"{one.source}/{BEST_WEIGHTS}",
-                }
-                frozen = frozen_trial(one.suggested, one.standing, one.epochs, self._question.objectives, about=about)
-                self._create(frozen)
-
-    def _leave_waiting(self, live: Collection[str]) -> None:
+    def _stop_running(self, live: Collection[str]) -> None:
         for trial in self._own_trials():
-            if trial.state is OptunaState.RUNNING and name_of(trial) not in live:
+            if trial.state is OptunaState.RUNNING and name_in_search(trial) not in live:
                 self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
 
-    def _enqueue_rows(self, known: Sequence[Known]) -> None:
-        there = {trial.user_attrs.get("row") for trial in self._own_trials()}
-        there |= {one.suggested.run.name for one in known}
-        for name, (_run, point) in self._question.rows.items():
-            if name not in there:
-                self._study.enqueue_trial(point.params, user_attrs={"trial": name, "row": name})
-
     def _own_trials(self) -> list[FrozenTrial]:
-        """By number, without those of earlier searches."""
+        """Return the trials of this search by number, without those of earlier ones."""
         return [trial for trial in self._study.get_trials(deepcopy=False) if "source" not in trial.user_attrs]
 
-    def _create(self, frozen: FrozenTrial) -> int:
-        study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        return self._storage.create_new_trial(study_id, template_trial=frozen)
+    def _result(self, state: TrialState) -> tuple[OptunaState, list[float] | None]:
+        """Return Optuna's state, and the objectives of a complete trial or the last mIoU of a pruned one.
 
-    def _about(self, standing: TrialState) -> dict[str, str]:
-        """What a person wants to know of an ended trial, beside its numbers; nothing of one that has not ended."""
-        if standing.status in ("waiting", "running"):
+        A trial stopped early is pruned, which Optuna allows only for a single objective.
+        """
+        objectives = self._objectives
+        match state.status:
+            case "finished":
+                measured = {"miou": state.best_miou, "latency": state.latency_ms}
+                values = [value for objective in objectives if (value := measured[objective]) is not None]
+                assert len(values) == len(objectives), f"{state.trial} finished without {' and '.join(objectives)}"
+                return OptunaState.COMPLETE, values
+            case "stopped" | "diverged" if len(objectives) == 1:
+                return OptunaState.PRUNED, None if state.last_miou is None else [state.last_miou]
+            case "waiting" | "running":
+                return OptunaState.WAITING, None
+            case _:
+                return OptunaState.FAIL, None
+
+    def _attributes(self, state: TrialState, source: str = "") -> dict[str, str]:
+        """Return what a person wants to know of an ended trial beside its numbers; nothing before it has ended."""
+        if state.status in ("waiting", "running"):
             return {}
-        checkpoint = {"checkpoint": self._checkpoint_of(standing.trial)} if standing.best_miou is not None else {}
-        reason = standing.stopped_by or standing.error
-        return {"status": standing.status, **({"reason": reason} if reason else {}), **checkpoint}
+        folder = source or f"{self._setup.database.folder.uri}/{state.trial}"
+        checkpoint = f"{folder}/{BEST_WEIGHTS}" if state.best_miou is not None else ""
+        reason = state.stopped_by or state.error
+        attributes = {"status": state.status, "reason": reason, "source": source, "checkpoint": checkpoint}
+        return {name: value for name, value in attributes.items() if value}
+
+
+def name_in_search(trial: FrozenTrial | optuna.Trial) -> str:
+    """Return a trial's name in the search: that of its row, or its number in the study."""
+    return str(trial.user_attrs.get("trial") or f"t{trial.number:04d}")
+
+
+def _status(trial: FrozenTrial) -> Status:
+    """Return how a finished trial ended, as it was told."""
+    status: Status = trial.user_attrs.get("status", "failed" if trial.state is OptunaState.FAIL else "finished")
+    return status

@@ -1,0 +1,120 @@
+"""Trials of other origin: those of an earlier search that a study may begin with, and fresh seeds for its best.
+
+Only what was trained as it would be trained in this search is taken over: the same frames, backbone, precision, epochs
+and size. A curve of another scale would mislead the sampler and early stopping.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from tune_bisenet.config import Run, format_size
+from tune_bisenet.records import ENDED_WELL, TrialRecord, TrialSpec, TrialState
+from tune_bisenet.report.read import SearchRecord
+from tune_bisenet.study.sampling import SampledRun, sample_at
+from tune_bisenet.study.study import StudySetup
+
+
+class _UnusableError(ValueError):
+    """A trial of the earlier search cannot be used; the text says why."""
+
+
+def warm_start(
+    setup: StudySetup,
+    search: SearchRecord,
+    *,
+    data_digests: Mapping[str, str],
+    backbone_digest: str,
+    precision: str,
+) -> StudySetup:
+    """Return `setup` with the trials of an earlier search. Raise ValueError if none can be used, saying why.
+
+    `data_digests` are this search's, by image size.
+    """
+    manifest = search.manifest
+    digests = manifest.data.digests
+    problems = []
+    if not digests.keys() & data_digests.keys():
+        problems.append(f"its images were {' and '.join(digests)} and are {' and '.join(data_digests)} here.")
+    if any(digests[size] != digest for size, digest in data_digests.items() if size in digests):
+        problems.append(f"its frames ({manifest.config.data}) are not those of this search.")
+    if manifest.backbone_digest != backbone_digest:
+        problems.append(f"its backbone ({manifest.config.backbone}) is not that of this search.")
+    if manifest.config.precision != precision:
+        problems.append(f"its precision was {manifest.config.precision} and is {precision} here.")
+    if problems:
+        raise ValueError(f"--warm-start {search.folder.uri}: {' '.join(problems)}")
+    known, left_out = [], {}
+    for name in search.trials:
+        try:
+            known.append(_known_trial(name, search, setup, data_digests))
+        except _UnusableError as reason:
+            left_out[name] = str(reason)
+    if not known:
+        reasons = " ".join(f"{name}: {reason}." for name, reason in list(left_out.items())[:3])
+        raise ValueError(f"--warm-start {search.folder.uri}: none of its trials can be used here. {reasons}")
+    return replace(setup, known=tuple(known), left_out=left_out)
+
+
+def fresh_runs(
+    trials: Iterable[tuple[TrialSpec, TrialState]], rows: Mapping[str, Run], *, baseline: str | None, count: int
+) -> list[Run]:
+    """Return `count` runs each of the best sampled run, the best row and the baseline, with seeds none of them had.
+
+    The best of many looks better than it is, so it is trained again before it is believed. `trials` are all trials, of
+    earlier searches too. Empty if no sampled trial was trained to its end.
+    """
+    candidates = [(spec, state) for spec, state in trials if spec.origin != "confirm"]
+    best: dict[str, tuple[float, Run]] = {}
+    for spec, state in candidates:
+        miou = state.best_miou
+        if state.status == "finished" and miou is not None and miou > best.get(spec.origin, (-1.0,))[0]:
+            best[spec.origin] = miou, spec.run
+    if "sampled" not in best:
+        return []
+    compared = [best["sampled"][1]]
+    compared += [rows[baseline]] if baseline is not None and baseline in rows else []
+    compared += [best["row"][1]] if "row" in best else []
+    different = {run.name: run for run in compared}.values()
+    first_seed = 1 + max(spec.run.seed for spec, _state in candidates)
+    return [run.model_copy(update={"seed": first_seed + index}) for index in range(count) for run in different]
+
+
+def _known_trial(name: str, search: SearchRecord, setup: StudySetup, sizes: Mapping[str, str]) -> TrialRecord:
+    """Return the trial as this search knows it. Raise _UnusableError if it was not trained as in this search."""
+    record = search.trials[name]
+    run, state = record.run, record.state
+    if state.status not in ENDED_WELL or not record.epochs:
+        raise _UnusableError(f"it has not ended well ({state.status})")
+    if "latency" in setup.space.objectives and state.latency_ms is None:
+        raise _UnusableError("its latency was not measured")
+    if format_size(run.image_size) not in sizes:
+        raise _UnusableError(f"its images were {format_size(run.image_size)}")
+    sampled = _same_draw(name, search, setup)
+    ignored = {"name", "expect", "seed"}  # another seed is another sample of the same run
+    before, now = (one.model_dump(exclude=ignored) for one in (run, sampled.run))
+    differing = [f"{field} {before[field]}, here {now[field]}" for field in before if before[field] != now[field]]
+    if differing:
+        raise _UnusableError(f"it was trained otherwise ({', '.join(differing)})")
+    is_row = run.name in setup.rows
+    prefix = "" if is_row else "earlier-"  # because this search has a `t0012` of its own
+    taken = replace(sampled, run=run.model_copy(update={"name": prefix + run.name}))
+    return TrialRecord(
+        spec=taken.spec(prefix + name, origin="row" if is_row else "sampled"),
+        state=replace(state, trial=prefix + name, run=prefix + run.name),
+        epochs=tuple(record.epochs),
+        source=(search.folder / name).uri,
+    )
+
+
+def _same_draw(name: str, search: SearchRecord, setup: StudySetup) -> SampledRun:
+    """Return this space's draw for a trial: by the name of its row, or by the parameters it was sampled with."""
+    row = setup.rows.get(search.trials[name].run.name)
+    if row is not None:
+        return row
+    spec = search.trials[name].spec
+    if not spec.params:
+        raise _UnusableError("it is no row of this space")
+    try:
+        return sample_at(spec.params, setup.space.sample_run)
+    except Exception as error:  # this space was not written for its parameters
+        raise _UnusableError(f"it is no point of this space: {error}") from error

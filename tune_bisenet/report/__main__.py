@@ -1,4 +1,4 @@
-"""The command line of the report: read a search, write its page, and say in the terminal what became of each row.
+"""The command line of the report: read a search, write its page, and print what became of each row.
 
 python -m tune_bisenet.report results/NAME
 python -m tune_bisenet.report s3://bucket/searches/NAME --out report --price-per-gpu-hour 2.5
@@ -9,134 +9,100 @@ python -m tune_bisenet.report results/NAME --replay
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from tune_bisenet.report.page import Report
-from tune_bisenet.report.promises import Promise
 from tune_bisenet.report.read import SearchRecord, read_search
-from tune_bisenet.report.replay import replay, replay_view
+from tune_bisenet.report.replay import replay_table
 from tune_bisenet.report.sampled import best_lines
-from tune_bisenet.report.verdicts import Verdict
-from tune_bisenet.report.views import View
+from tune_bisenet.report.tables import Badge, Marked, Table, verdict_table
 from tune_bisenet.storage import Storage
 
 OK, NO_SEARCH = 0, 2
 
-STYLES: dict[Verdict, str] = {"confirmed": "green", "refuted": "red", "undecided": "yellow", "not judged": "dim"}
+STYLES: Final = {"confirmed": "green", "refuted": "red", "undecided": "yellow", "judged": "dim"}
+"""By the last word of a badge."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; its exit code."""
-    given = _parser().parse_args(argv)
+    """Run the command line; return its exit code."""
+    arguments = _parser().parse_args(argv)
     try:
-        folder = Storage.at(given.search, hurried=True)
-        if given.replay:
-            return _print_replay(read_search(folder))
-        report = Report.of(folder, price=given.price_per_gpu_hour)
-        return _print_next(report) if given.next else _write(report, Storage.at(given.out) if given.out else folder)
+        folder = Storage.at(arguments.search, fail_fast=True)
+        if arguments.replay:
+            search = read_search(folder)
+            return _print_table(search, replay_table(search))
+        report = Report.of(folder, price=arguments.price_per_gpu_hour)
+        if arguments.next:
+            if report.next_command:
+                sys.stdout.write(f"{report.next_command}\n")  # alone, so that a shell can run it
+            else:
+                sys.stderr.write("No command: up to 100 more seeds would decide nothing that is still undecided.\n")
+            return OK
+        page = report.write(Storage.at(arguments.out) if arguments.out else folder)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return NO_SEARCH
+    verdicts = verdict_table(report.search, report.judgement, report.price)
+    lines = [*best_lines(report.search), f"report: {page}"]
+    if report.next_command:
+        lines.insert(-1, "what the undecided rows need: add --next to this command")
+    return _print_table(report.search, verdicts, lines, left_out=("evidence", "remarks"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tune_bisenet.report",
-        description="Write report.html, report.md and tables of a search, from its storage alone, and say what became "
-        "of each row's promise. The search may still be running, or have died.",
+        description="Write report.html, report.md and tables of a search, from its storage alone, and print what "
+        "became of each row. The search may still be running, or have died.",
         allow_abbrev=False,
     )
     parser.add_argument("search", metavar="DIR_OR_URI", help="the search's folder: STORAGE/NAME")
     parser.add_argument("--out", metavar="DIR_OR_URI", help="where to write (default: into the search's folder)")
-    parser.add_argument("--price-per-gpu-hour", metavar="X", type=_price, help="say what it cost in money, too")
+    parser.add_argument("--price-per-gpu-hour", metavar="X", type=_price, help="also show the cost")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--next", action="store_true", help="only print the command that runs the seeds needed")
-    instead.add_argument("--replay", action="store_true", help="only say what other schedulers would have stopped")
+    instead.add_argument("--replay", action="store_true", help="only print what other schedulers would have stopped")
     return parser
 
 
 def _price(text: str) -> float:
     price = float(text)
     if not 0 <= price < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no price: give a number from 0 up.")
+        raise argparse.ArgumentTypeError(f"{text} is not a valid price: give a number from 0 up.")
     return price
 
 
-def _print_next(report: Report) -> int:
-    """The command alone on standard output, so that a shell can run it."""
-    command = report.next_command
-    if command is None:
-        sys.stderr.write("No command: up to 100 more seeds would decide nothing that is still undecided.\n")
-    else:
-        sys.stdout.write(f"{command}\n")
-    return OK
-
-
-def _print_replay(search: SearchRecord) -> int:
-    view = replay_view(replay(search))
+def _print_table(search: SearchRecord, table: Table, lines: Sequence[str] = (), *, left_out: Sequence[str] = ()) -> int:
+    """Print a table in 80 columns, then lines. Marked rows have a star, which needs no colour."""
+    shown = RichTable(box=SIMPLE_HEAD, collapse_padding=True)
+    kept = [title for title in table.columns if title not in left_out]
+    for title in kept:
+        shown.add_column(title, justify="right" if title in table.numbers else "left")
+    for line in table.lines:
+        marked = any(isinstance(cell, Marked) for cell in line.values())
+        shown.add_row(*(_text(line[title]) for title in kept), style="bold" if marked else "")
     console = Console()
-    if view.rows:
-        console.print(_table(view))
-    console.print(Text(view.words))
-    if search.manifest.proxy:
-        _say(console, search.manifest.proxy)
-    for note in search.all_notes:
-        _say(console, f"note: {note}")
+    if table.lines:
+        console.print(shown)
+    if table.text:
+        console.print(Text(table.text))
+    notes = [f"note: {note}" for note in search.all_notes]
+    for text in [*([search.manifest.proxy] if search.manifest.proxy else []), *notes, *lines]:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)  # unbroken: a path must survive copying
     return OK
 
 
-def _table(view: View) -> Table:
-    """In 80 columns. What is marked has a star, which needs no colour."""
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True)
-    for title in view.columns:
-        table.add_column(title, justify="right" if title in view.numbers else "left")
-    for row in view.rows:
-        marked = any(cell.marked for cell in row)
-        cells = [Text(f"{cell.text}*" if cell.marked else cell.text) for cell in row]
-        table.add_row(*cells, style="bold" if marked else "")
-    return table
-
-
-def _write(report: Report, out: Storage) -> int:
-    page = report.write(out)
-    console = Console()
-    console.print(_verdict_table(report))
-    for line in best_lines(report.search):
-        _say(console, line)
-    for note in report.search.all_notes:
-        _say(console, f"note: {note}")
-    if report.next_command:
-        _say(console, "what the undecided rows need: add --next to this command")
-    _say(console, f"report: {page}")
-    return OK
-
-
-def _verdict_table(report: Report) -> Table:
-    """What it says needs no colour. As Text throughout: words may hold brackets."""
-    proxy = report.search.manifest.proxy
-    table = Table(box=SIMPLE_HEAD, caption=Text(proxy) if proxy else None, caption_justify="left")
-    for title in ("row", "promised", "measured", "95 % interval", "verdict", "to decide it"):
-        table.add_column(title, justify="right" if title in ("measured", "95 % interval") else "left")
-    for promise in report.promises:
-        table.add_row(*_cells(promise))
-    return table
-
-
-def _cells(promise: Promise) -> list[Text]:
-    claim = promise.claim
-    reason = f", {claim.reason}" if claim.reason else ""
-    verdict = Text.assemble((f"{promise.symbol} {claim.verdict}", STYLES[claim.verdict]), reason)
-    plain = (claim.run, promise.promised, promise.measured, promise.interval)
-    return [*map(Text, plain), verdict, Text(promise.to_decide)]
-
-
-def _say(console: Console, line: str) -> None:
-    """Never broken over lines by us: a path must survive copying."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+def _text(cell: str) -> Text:
+    """As Text: a cell may hold brackets, which strings would turn into markup."""
+    if isinstance(cell, Badge):
+        return Text(cell, style=STYLES[cell.split()[-1]])
+    return Text(f"{cell}*" if isinstance(cell, Marked) else cell)
 
 
 if __name__ == "__main__":

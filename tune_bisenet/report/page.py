@@ -1,44 +1,53 @@
 """The report of a search: one page that needs no network, the same as Markdown, and its tables as files.
 
-    read_search -> judge_search -> views, figures, pictures -> report.html, report.md, tables/*.csv, tables/*.parquet
+    read_search -> judge_search -> sections -> report.html, report.md; tables/*.csv, tables/*.parquet
 
-What is shown comes from storage alone, so the search may run, have died, or lie elsewhere. Neither Ray nor torch.
+What is shown comes from storage alone, so the search may run, have died, or be elsewhere. Neither Ray nor torch.
 """
 
 import base64
 import hashlib
-import shlex
+import logging
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Any, Final
+from typing import Final
 
 import jinja2
-from plotly.offline import get_plotlyjs
 
-from tune_bisenet.report import figures, heatmaps, pictures, promises, tables, views
-from tune_bisenet.report.judging import judge_search
-from tune_bisenet.report.promises import Promise
+from tune_bisenet.report import figures, sampled, tables
+from tune_bisenet.report.figures import Block, Plots, PythonSource, Section, plots
 from tune_bisenet.report.read import SearchRecord, read_search
-from tune_bisenet.report.sampled import StudySections, study_sections
-from tune_bisenet.report.state import made, state, when
-from tune_bisenet.report.verdicts import Judgement, more_seeds, next_command
+from tune_bisenet.report.tables import Marked, Table
+from tune_bisenet.report.verdicts import Judgement, judge_search
 from tune_bisenet.storage import Storage
+from tune_bisenet.text import counted, markdown_table
 
 HTML: Final = "report.html"
 MARKDOWN: Final = "report.md"
 TABLES: Final = "tables"
 
+SECONDS_BETWEEN_PAGES: Final = 45.0
+"""With the seconds it takes to write one, a page is never older than a minute, but for many hundred trials."""
+MAX_SHARE: Final = 0.1
+"""The share of the driver's time that pages may take: over thousands of trials, each takes seconds."""
+
+_log = logging.getLogger(__name__)
+
 
 def write_report(folder: Storage) -> str:
-    """Read the search in `folder` and write its report there; the page's URI. ValueError if there is no search."""
+    """Write the report of the search in `folder` there; return the page's URI. ValueError if there is no search."""
     return Report.of(folder).write(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A search and what became of its promises. `price` is that of an hour of a device, if known."""
+    """A search and its judgement. `price` is that of an hour of a device, if known."""
 
     search: SearchRecord
     judgement: Judgement
@@ -46,118 +55,251 @@ class Report:
 
     @classmethod
     def of(cls, folder: Storage, *, price: float | None = None) -> "Report":
-        """ValueError, saying what to do, if there is no search in the folder."""
+        """Read it. ValueError, with what to do, if there is no search in the folder."""
         search = read_search(folder)
         return cls(search=search, judgement=judge_search(search), price=price)
 
     @property
-    def promises(self) -> list[Promise]:
-        """The verdict table, in declared order."""
-        search = self.search
-        return promises.promises(self.judgement, search.declared_rows, baseline=search.baseline, price=self.price)
-
-    @property
     def next_command(self) -> str | None:
-        """What would run the seeds that undecided promises need; None if no number up to 100 would decide any.
+        """What would run the seeds that undecided claims need; None if no number up to 100 would decide any.
 
         A study has one seed, but for its choice: its rows are decided by a grid.
         """
-        if self.search.study:
+        if self.search.is_sampled:
             return None
-        storage, name = _parent_and_name(self.search.folder)
-        command = next_command(self.judgement, space=self.search.manifest.space.name, name=name)
-        return command and f"{command} --storage {shlex.quote(storage)}"
+        base, query, options = self.search.folder.uri.partition("?")
+        parent, _, name = base.rstrip("/").rpartition("/")
+        space = self.search.manifest.config.space
+        return self.judgement.next_command(space=space, name=name, storage=f"{parent}{query}{options}")
 
     def write(self, out: Storage) -> str:
-        """Write page, Markdown and tables into a folder; the page's URI."""
-        study = study_sections(self.search)
-        words = _words(self, now=datetime.now(UTC)) | {"study": study}
+        """Write page, Markdown and tables; return the page's URI."""
+        now = datetime.now(UTC)
+        sections = self.sections()
         out.make()
-        out.write(HTML, _rendered(HTML, words | _pictured(self.search, study)).encode())
-        out.write(MARKDOWN, _rendered(MARKDOWN, words).encode())
+        out.write(HTML, _render_html(self, sections, now).encode())
+        out.write(MARKDOWN, _render_markdown(self, sections, now).encode())
         (out / TABLES).make()
-        for name, content in tables.files(tables.tables(self.search, self.judgement)):
+        for name, content in tables.table_files(self.search, self.judgement):
             (out / TABLES).write(name, content)
         return (out / HTML).uri
 
+    def state(self, now: datetime) -> tuple[str, str]:
+        """Return one of a few words, and a sentence: whether the search runs or how it ended; for a study its best."""
+        word, sentence = tables.search_state(self.search, now)
+        best = sampled.best_sample(one for one in sampled.samples_of(self.search) if not one.is_known)
+        return word, sentence + (f" The best of them is {best.trial} with {best.miou:.2f} % mIoU." if best else "")
 
-def _parent_and_name(folder: Storage) -> tuple[str, str]:
-    """As `--storage` and `--name` take them."""
-    base, query, options = folder.uri.partition("?")
-    parent, _, name = base.rstrip("/").rpartition("/")
-    return f"{parent}{query}{options}", name
+    def sections(self) -> list[Section]:
+        """Return what page and Markdown are both made of."""
+        search = self.search
+        curves = figures.curves(search)
+        heatmap, confusion = figures.iou_heatmap(search), figures.confusion_matrix(search)
+        gallery, notes = figures.gallery(search)
+        curve_text = (
+            "Lines are means over seeds, bands reach from the lowest to the highest. A mean may jump where a seed was "
+            "stopped. Losses of rows with different losses do not compare."
+        )
+        return [
+            *(self._study_sections() if search.is_sampled else []),
+            *([self._verdicts()] if self.judgement.claims or not search.is_sampled else []),
+            Section("settings", "What the rows are", [tables.settings_table(search)]),
+            Section(
+                "curves",
+                "Learning curves",
+                [plots(*curves, text=curve_text, style="plots", colours=figures.row_colours(search))]
+                if curves
+                else ["No epoch has ended yet."],
+            ),
+            Section(
+                "classes",
+                "IoU by class",
+                [plots(heatmap)] if heatmap else ["Nothing to compare yet: it takes the baseline and another row."],
+            ),
+            Section(
+                "confusion",
+                "Confusion matrix",
+                [plots(confusion)] if confusion else ["No trial has kept the counts of its best epoch."],
+            ),
+            Section(
+                "pictures",
+                "The same frames, side by side",
+                [*notes, gallery or "No trial has kept pictures of its best epoch."],
+            ),
+            Section("ends", "What ended early, and why", [tables.early_end_table(search)]),
+            Section("cost", "Cost", [tables.cost_table(search, self.price)]),
+            Section("leaderboard", "Leaderboard", [tables.leaderboard_table(search), tables.seed_means_table(search)]),
+            Section("made", "How it was made", [tables.provenance_table(search)]),
+        ]
+
+    def _verdicts(self) -> Section:
+        name, title = "verdicts", "Did each row reach what was expected?"
+        claims, more = self.judgement.claims, self.judgement.more_seeds
+        if not claims:
+            return Section(name, title, ["No row of this space expects anything, so there is nothing to judge."])
+        counts = Counter(claim.verdict for claim in claims)
+        blocks: list[Block] = [
+            ", ".join(f"{counts[verdict]} {verdict}" for verdict in tables.VERDICT_SYMBOLS if counts[verdict]) + ".",
+            tables.verdict_table(self.search, self.judgement, self.price),
+            "Gains are in percentage points of mIoU, paired by seed. Confirmed also means p under 0.05 after Holm’s "
+            f"correction over {counted(self.judgement.family, 'claim')}.",
+        ]
+        if self.next_command and more:
+            hours = "" if more.hours is None else f": {more.hours:.3g} {self.judgement.unit}"
+            cost = "" if more.hours is None or self.price is None else f", cost {more.hours * self.price:,.2f}"
+            blocks += [
+                f"What up to 100 more seeds can decide, at 80 % power, takes {len(more.seeds)} more of each of "
+                f"{', '.join(more.runs)}{hours}{cost}.",
+                PythonSource(self.next_command),
+            ]
+        drawn = figures.intervals(self.judgement)
+        if drawn:
+            text = "Dots are means over seeds, lines their 95 % intervals, bands what was expected."
+            blocks.append(plots(*drawn, text=text))
+        return Section(name, title, blocks)
+
+    def _study_sections(self) -> list[Section]:
+        from tune_bisenet.report import study_plots  # late: Optuna takes half a second
+
+        search, samples = self.search, sampled.samples_of(self.search)
+        source = sampled.best_source(search)
+        on_a_proxy = " It is on the scale of the space's own rows, of which this proxy trained a part."
+        paste = "As a row to paste into the file of a space:" + (on_a_proxy if search.manifest.proxy else "")
+        importance_table, importance_plot = study_plots.importances(samples)
+        history, parallel = study_plots.history(samples), study_plots.parallel(samples)
+        fresh = sampled.fresh_seed_tables(search)
+        best: list[Block] = [*sampled.best_lines(search)[: 1 if fresh else None], *fresh]
+        best += [paste, PythonSource(source)] if source else []
+        front = []
+        if search.manifest.study and "latency" in search.manifest.study.objectives:
+            table, plot = study_plots.pareto_front(samples)
+            front = [Section("front", "mIoU against latency", [table, plots(plot)])]
+        nothing = "No trial has an mIoU yet."
+        slices = "Each by itself; the warmer the colour, the later in the search."
+        return [
+            Section("best", "The best of the search", best),
+            *front,
+            Section("history", "How the search went", [plots(history)] if history else [nothing]),
+            Section("importance", "Which parameters mattered", [importance_table, plots(importance_plot)]),
+            Section(
+                "parameters",
+                "mIoU over the parameters",
+                [plots(parallel), plots(*study_plots.slices(samples), text=slices, style="slices")]
+                if parallel
+                else [nothing],
+            ),
+        ]
 
 
-# --- rendering ------------------------------------------------------------------------------------------------------
+def _render_html(report: Report, sections: Sequence[Section], now: datetime) -> str:
+    from plotly.offline import get_plotlyjs  # late: it takes half a second
 
-
-def _rendered(name: str, context: dict[str, Any]) -> str:
-    """The template of that name, everything escaped in HTML."""
+    search = report.search
+    word, sentence = report.state(now)
+    blocks = [block for section in sections for block in section.blocks]
+    shown = [figure for block in blocks if isinstance(block, Plots) for figure in block.figures]
+    scripts = [get_plotlyjs(), _source("report.js")]
+    # As a content security policy names a script: the browser then runs no other.
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tune_bisenet.report"),
-        autoescape=jinja2.select_autoescape(["html"]),
+        autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _markdown_cell
-    return environment.get_template(name).render(context)
-
-
-def _markdown_cell(text: str) -> str:
-    """Words that can break neither a table nor, as HTML, the page that shows the Markdown."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
-
-
-def _words(report: Report, *, now: datetime) -> dict[str, Any]:
-    """What page and Markdown both say."""
-    search, more = report.search, more_seeds(report.judgement)
-    counts = Counter(claim.verdict for claim in report.judgement.claims)
-    return {
-        "manifest": search.manifest,
-        "baseline": search.baseline,
-        "notes": search.all_notes,
-        "now": when(now),
-        "state": state(search, now),
-        "summary": [(symbol, verdict, counts[verdict]) for verdict, symbol in promises.SYMBOLS.items()],
-        "promises": report.promises,
-        "judgement": report.judgement,
-        "more": more,
-        "money": more.hours * report.price if more and more.hours is not None and report.price is not None else None,
-        "next_command": report.next_command,
-        "settings": views.settings_view(search),
-        "early_ends": views.early_ends(search),
-        "costs": views.costs(search, report.price),
-        "leaderboard": views.leaderboard(search),
-        "row_means": views.row_means(search),
-        "made": made(search),
-    }
-
-
-def _pictured(search: SearchRecord, study: StudySections | None) -> dict[str, Any]:
-    """What the page alone shows, and the code it needs for that."""
-    curves, heatmap, confusion = figures.curves(search), heatmaps.iou_heatmap(search), heatmaps.confusion_matrix(search)
-    shown = [*(study.figures if study else []), *curves, *(figure for figure in (heatmap, confusion) if figure)]
-    scripts = [get_plotlyjs(), _source("report.js")]
-    return {
-        "curves": curves,
-        "heatmap": heatmap,
-        "confusion": confusion,
-        "gallery": pictures.gallery(search),
-        "legend": pictures.LEGEND,
-        "colours": figures.row_colours(search),
-        "bar_width": promises.BAR_WIDTH,
-        "figures": [asdict(figure) for figure in shown],
-        "style": _source("report.css"),
-        "scripts": scripts,
-        "script_hashes": " ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
-    }
+    environment.tests["a"] = lambda value, name: type(value).__name__ == name
+    return environment.get_template(HTML).render(
+        manifest=search.manifest,
+        notes=search.all_notes,
+        now=tables.format_time(now),
+        state=word,
+        sentence=sentence,
+        sections=sections,
+        figures=[asdict(figure) for figure in shown],
+        style=_source("report.css"),
+        scripts=scripts,
+        script_hashes=" ".join(f"'sha256-{digest}'" for digest in digests),
+    )
 
 
 def _source(name: str) -> str:
     return (resources.files("tune_bisenet.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _sha256(script: str) -> str:
-    """As a content security policy names a script: the browser then runs no other."""
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def _render_markdown(report: Report, sections: Sequence[Section], now: datetime) -> str:
+    """Return the same without plots and pictures."""
+    manifest, notes = report.search.manifest, report.search.all_notes
+    _, sentence = report.state(now)
+    blocks = [
+        f"# {_escaped(manifest.name)}: {_escaped(manifest.space.title)}",
+        f"{_escaped(sentence)} This page: {tables.format_time(now)}.",
+        *([f"**{_escaped(manifest.proxy)}**"] if manifest.proxy else []),
+        *(["Not everything could be read. What follows is made from the rest."] if notes else []),
+        *(f"- {_escaped(note)}" for note in notes),
+    ]
+    for section in sections:
+        written = [_markdown_block(block) for block in section.blocks]
+        if any(written):
+            blocks += [f"## {section.title}{' (proxy)' if manifest.proxy else ''}", *filter(None, written)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_block(block: Block) -> str:
+    match block:
+        case Table():
+            rows = [[f"**{_escaped(cell)}**" if isinstance(cell, Marked) else _escaped(cell) for cell in line.values()]
+                    for line in block.lines]  # fmt: skip
+            table = markdown_table(block.columns, rows, numbers=block.numbers) if rows else ""
+            return "\n\n".join(filter(None, [_escaped(block.text), table]))
+        case PythonSource():
+            return "\n".join(f"    {line}" for line in block.text.splitlines())
+        case str():
+            return _escaped(block)
+    return ""
+
+
+def _escaped(text: str) -> str:
+    """Return text that, as HTML, cannot break the page that shows the Markdown."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+
+
+@contextmanager
+def refreshed(
+    folder: Storage, *, every_seconds: float = SECONDS_BETWEEN_PAGES, max_share: float = MAX_SHARE
+) -> Iterator[None]:
+    """Write the report of the search in `folder` again and again while the block runs; failing never harms it."""
+    done = threading.Event()
+
+    def refresh() -> None:
+        pause = every_seconds
+        while not done.wait(pause):
+            began = time.thread_time()  # waiting for storage takes no processor
+            write_safely(folder.fail_fast())
+            pause = max(every_seconds, (time.thread_time() - began) / max_share)
+
+    thread = threading.Thread(target=refresh, name="report", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def write_safely(folder: Storage) -> str | None:
+    """Write the report and return its page's URI; None, and a line in the log, if that fails for any reason."""
+    try:
+        return write_report(folder)
+    except Exception as error:  # a search of days must not end because of its page
+        _log.warning("the report could not be written: %s: %s", type(error).__name__, error)
+        return None
+
+
+def best_safely(folder: Storage) -> list[str]:
+    """Return what to say of the best of a sampled search; nothing, and a line in the log, if that fails."""
+    try:
+        return sampled.best_lines(read_search(folder))
+    except Exception as error:  # as above
+        _log.warning("the best of the search could not be read: %s: %s", type(error).__name__, error)
+        return []

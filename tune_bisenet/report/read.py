@@ -1,118 +1,76 @@
-"""From a search's folder to values: everything the report needs, read from storage alone.
+"""Read a search's folder into values: everything the report needs, from storage alone.
 
-The search may be running, may have died, and may lie in object storage. A damaged or half-written file of one trial
-costs that trial a note, never the whole. Neither Ray nor torch.
+The search may be running, may have died, and may be in object storage. A damaged or half-written file of one trial
+costs that trial a note, never the whole report. Neither Ray nor torch; Optuna only for a search that has a study.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Annotated, Any, Final
+from functools import cached_property
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter
 
-from tune_bisenet import records as records_module
 from tune_bisenet.config import Run
 from tune_bisenet.data.classes import NUM_CLASSES
-from tune_bisenet.records import BEST_PREDICTIONS, EPOCHS, SEARCH, TRIALS, BestPredictions, Epoch, TrialState, best_of
-from tune_bisenet.report.study import READERS, Study, StudyRecord, one_line, read_study
+from tune_bisenet.records import (
+    BEST_PREDICTIONS,
+    KNOWN,
+    SEARCH,
+    TRIAL,
+    TRIALS,
+    BestPredictions,
+    Epoch,
+    Manifest,
+    SavedState,
+    TrialRecord,
+    TrialSpec,
+    TrialState,
+    best_of,
+    read_manifest,
+    read_record,
+)
 from tune_bisenet.storage import Storage
+from tune_bisenet.text import one_line
 
-_EPOCHS: Final = TypeAdapter(tuple[Epoch, ...])
-_STANDINGS: Final = TypeAdapter(tuple[TrialState, ...])
+Unit = Literal["GPU-hours", "machine-hours"]
 
+READERS: Final = 16
+"""Files read at once: object storage answers slowly, but many requests at a time."""
 
-# --- what search.json says ------------------------------------------------------------------------------------------
-
-
-class _Written(BaseModel):
-    """A part of the manifest. A newer version's manifest may say more."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
+_Value = TypeVar("_Value")
 
 
-class Session(_Written):
-    """One time that the search's driver ran."""
-
-    started: AwareDatetime
-    ended: AwareDatetime | None
-    signal: int | None
-    limit: str | None = None
-    """Which bound ended it, in words."""
-    command: tuple[str, ...]
-    commit: str | None
-    python: str
-    packages: dict[str, str]
-    cpus_per_trial: int
-    gpus_per_trial: float
-    trials_at_once: int
-
-
-class Space(_Written):
-    name: str
-    title: str
-    baseline: str | None
-    """The row that others are measured against."""
-
-
-class Data(_Written):
-    name: str
-    digests: dict[str, str]
-    train_images: int
-    val_images: int
-
-
-class Backbone(_Written):
-    name: str
-    digest: str
-
-
-class Choices(_Written):
-    scheduler: str
-    precision: str
-
-
-class Limits(_Written):
-    """What the search was allowed; None for no bound."""
-
-    trials: int | None = None
-    time_budget_seconds: float | None = None
-    gpu_hours: float | None = None
-
-
-class Manifest(_Written):
-    """How the search was made. `proxy` is the sentence that goes with everything shown of a proxy."""
-
-    name: str
-    choices: Choices
-    space: Space
-    trials: dict[str, Run]
-    data: Data
-    backbone: Backbone
-    proxy: str | None
-    study: Study | None = None
-    """None for a grid."""
-    limits: Limits = Limits()
-    sessions: Annotated[tuple[Session, ...], Field(min_length=1)]
-
-
-# --- what a search has left -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrialRecord:
+@dataclass(frozen=True, kw_only=True)
+class ReportedTrial:
     """One trial as storage has it. `notes` says what could not be read."""
 
-    folder: Storage
-    run: Run
-    standing: TrialState
-    epochs: tuple[Epoch, ...]
-    confusions: NDArray[np.int32] | None  # of its best epoch: N x C x C, labels by rows
-    notes: tuple[str, ...]
+    spec: TrialSpec
+    state: TrialState
+    epochs: Sequence[Epoch]
+    confusions: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
+    """Counts of its best epoch, N images x C x C, labels by rows; None if not kept."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> Run:
+        return self.spec.run
+
+    @property
+    def reached(self) -> int:
+        """The last epoch it came to."""
+        return self.epochs[-1].epoch if self.epochs else 0
+
+    @property
+    def ended_at(self) -> int | None:
+        """The epoch it came to, if that is not its last."""
+        return self.reached if self.reached < self.run.num_epochs else None
+
+    def best(self, until: int) -> Epoch:
+        return best_of([epoch for epoch in self.epochs if epoch.epoch <= until])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,21 +79,30 @@ class SearchRecord:
 
     folder: Storage
     manifest: Manifest
-    trials: dict[str, TrialRecord]
-    study: StudyRecord | None
-    """None for a grid."""
+    trials: dict[str, ReportedTrial]
+    known: tuple[TrialRecord, ...]
+    """Trials of earlier searches that its study began with."""
     changed: datetime
-    """When any trial last was heard of."""
+    """When any trial last wrote."""
     notes: tuple[str, ...]
 
     @property
+    def is_sampled(self) -> bool:
+        return self.manifest.study is not None
+
+    @cached_property
+    def sampled_rows(self) -> frozenset[str]:
+        """The names of runs that the sampler made up, in this or an earlier search."""
+        specs = [*(trial.spec for trial in self.trials.values()), *(record.spec for record in self.known)]
+        return frozenset(spec.run.name for spec in specs if spec.origin == "sampled")
+
+    @property
     def baseline(self) -> str | None:
-        """The row that others are measured against."""
         return self.manifest.space.baseline
 
     @property
     def rows(self) -> tuple[Run, ...]:
-        """Each row of the space once, in declared order, whatever its seeds."""
+        """Each row of the space once, in declared order: the run of its first seed."""
         rows: dict[str, Run] = {}
         for record in self.trials.values():
             rows.setdefault(record.run.name, record.run)
@@ -144,117 +111,120 @@ class SearchRecord:
     @property
     def declared_rows(self) -> tuple[Run, ...]:
         """The same without the runs that a sampler made up."""
-        return tuple(row for row in self.rows if not self.study or row.name not in self.study.sampled_rows)
+        return tuple(row for row in self.rows if row.name not in self.sampled_rows)
 
     @property
-    def standings(self) -> list[TrialState]:
-        return [record.standing for record in self.trials.values()]
+    def states(self) -> list[TrialState]:
+        return [record.state for record in self.trials.values()]
+
+    @property
+    def fresh_trials(self) -> dict[str, ReportedTrial]:
+        """Those at fresh seeds, trained after a study had made its choice."""
+        return {name: record for name, record in self.trials.items() if record.spec.origin == "confirm"}
 
     @property
     def all_notes(self) -> list[str]:
         """What could not be read, of the search and of its trials."""
         return [*self.notes, *(f"{name}: {note}" for name, record in self.trials.items() for note in record.notes)]
 
+    @property
+    def devices_per_trial(self) -> tuple[float, Unit]:
+        """Devices that a trial has to itself, and the unit of an hour of them: GPUs, or shares of the machine."""
+        session = self.manifest.sessions[-1]
+        if session.gpus_per_trial:
+            return session.gpus_per_trial, "GPU-hours"
+        return 1 / max(session.trials_at_once, 1), "machine-hours"
+
 
 def read_search(folder: Storage) -> SearchRecord:
-    """All that a search's folder holds. ValueError, saying what to do, if there is none or its manifest is lost."""
-    content = folder.read(SEARCH)
-    if content is None:
-        raise ValueError(f"there is no search in {folder.uri}: expected {SEARCH} there. Point to STORAGE/NAME.")
-    try:
-        manifest = Manifest.model_validate_json(content)
-    except ValueError as error:
-        raise ValueError(
-            f"{folder.uri}/{SEARCH} is damaged ({one_line(error)}): without it nobody can say what was run."
-        ) from error
-    study, study_notes = read_study(folder, manifest.study) if manifest.study else (None, ())
-    runs = study.runs(manifest.trials) if study else manifest.trials
-    standings, notes = _read_standings(folder)
-
-    def read(name: str) -> TrialRecord:
-        return _read_trial(folder / name, runs[name], trial=name, standing=standings.get(name))
-
+    """Read all of a search's folder. ValueError, with what to do, if there is none or its manifest is damaged."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(f"there is no search in {folder.uri}: expected {SEARCH} there. Give STORAGE/NAME.")
+    notes: list[str] = []
+    saved = _read(SavedState, folder, TRIALS, notes) or SavedState()
+    names = list(manifest.trials)
+    if manifest.study:
+        written = [name for name in sorted(folder.folder_names()) if (folder / name).exists(TRIAL)]
+        names = list(dict.fromkeys([*names, *written]))
     with ThreadPoolExecutor(READERS) as pool:
-        trials = dict(zip(runs, pool.map(read, runs), strict=True))
+        trials = list(pool.map(lambda name: _read_trial(folder / name, name, manifest.trials.get(name)), names))
+    notes += [trial for trial in trials if isinstance(trial, str)]
+    readable = sorted((trial for trial in trials if isinstance(trial, ReportedTrial)), key=_position)
+    known: tuple[TrialRecord, ...] = ()
+    if manifest.study:
+        known = _read(tuple[TrialRecord, ...], folder, KNOWN, notes) or ()
+    states = {state.trial: state for state in saved.states}
+    infos = folder.stat(TRIALS, *(f"{name}/{TRIAL}" for name in names))
+    times = [info.mtime for info in infos if info.mtime is not None]
     return SearchRecord(
         folder=folder,
         manifest=manifest,
-        trials=trials,
-        study=study,
-        changed=_changed(folder, manifest, trials),
-        notes=(*notes, *study_notes),
-    )
-
-
-def _changed(folder: Storage, manifest: Manifest, trials: Iterable[str]) -> datetime:
-    paths = [f"{folder.path}/{TRIALS}", *(f"{folder.path}/{name}/{EPOCHS}" for name in trials)]
-    times: list[datetime | None] = [info.mtime for info in folder.filesystem.get_file_info(paths)]
-    return max([manifest.sessions[-1].started, *(time for time in times if time is not None)])
-
-
-def _read_standings(folder: Storage) -> tuple[dict[str, TrialState], tuple[str, ...]]:
-    """By trial, and notes."""
-    try:
-        record = json.loads(folder.read(TRIALS) or b"")
-        standings = _STANDINGS.validate_python([vars(TrialState.from_json(row)) for row in record["standings"]])
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        words = f"{TRIALS} cannot be read ({one_line(error)}); how trials stand is taken from their own folders."
-        return {}, (words,)
-    return {standing.trial: standing for standing in standings}, ()
-
-
-def _read_trial(folder: Storage, run: Run, *, trial: str, standing: TrialState | None) -> TrialRecord:
-    notes: list[str] = []
-    epochs = _read_epochs(folder, notes)
-    confusions = _read_confusions(folder, notes)
-    return TrialRecord(
-        folder=folder,
-        run=run,
-        standing=standing or records_module.read_ending(folder) or _standing(trial, run, epochs),
-        epochs=epochs,
-        confusions=confusions,
+        trials={
+            trial.spec.trial: replace(trial, state=states.get(trial.spec.trial, trial.state)) for trial in readable
+        },
+        known=known,
+        changed=max([manifest.sessions[-1].started, *times]),
         notes=tuple(notes),
     )
 
 
-def _read_epochs(folder: Storage, notes: list[str]) -> tuple[Epoch, ...]:
+def _position(trial: ReportedTrial) -> tuple[int, int, str]:
+    """Sort trials as the study numbers them, then those that it does not, as declared; fresh seeds come last."""
+    number = trial.spec.number
+    if trial.spec.origin == "confirm":
+        return 2, 0, trial.spec.trial
+    return (1, 0, "") if number is None else (0, number, "")
+
+
+def _read(kind: type[_Value], folder: Storage, name: str, notes: list[str]) -> _Value | None:
+    """Return the record in a file; None if it is missing, or damaged and noted."""
     try:
-        content = folder.read(EPOCHS)
-        records = [] if content is None else json.loads(content)
-        epochs = _EPOCHS.validate_python([vars(Epoch.from_json(record)) for record in records])
-        if any(len(epoch.iou) != NUM_CLASSES for epoch in epochs):
-            raise ValueError(f"an epoch has no IoU for each of {NUM_CLASSES} classes")
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-        notes.append(f"{EPOCHS} cannot be read: {one_line(error)}")
-        return ()
-    return epochs
+        value = read_record(kind, folder, name)
+        for record in value if isinstance(value, tuple) else (value,):
+            if isinstance(record, TrialRecord):
+                _check(record)
+        return value
+    except (ValueError, OSError) as error:
+        notes.append(f"{name} cannot be read: {error}")
+        return None
 
 
-def _standing(name: str, run: Run, epochs: Sequence[Epoch]) -> TrialState:
-    """How a trial stands by its epochs alone."""
-    if not epochs:
-        return TrialState(trial=name, run=run.name, seed=run.seed, num_epochs=run.num_epochs)
-    best, last = best_of(epochs), epochs[-1]
-    return TrialState(
-        trial=name,
-        run=run.name,
-        seed=run.seed,
-        num_epochs=run.num_epochs,
-        status="diverged" if last.diverged else "finished" if last.epoch == run.num_epochs else "running",
-        epochs=last.epoch,
-        best_miou=best.miou,
-        best_epoch=best.epoch,
-        last_miou=last.miou,
-        pixel_accuracy=last.pixel_accuracy,
-        seconds=sum(epoch.seconds for epoch in epochs),
+def _read_trial(folder: Storage, name: str, declared: Run | None) -> ReportedTrial | str:
+    """Return the trial; a note if its record is damaged and it was not declared, so that its run is not known."""
+    notes: list[str] = []
+    record = _read(TrialRecord, folder, TRIAL, notes)
+    if record:
+        spec = replace(record.spec, run=declared or record.spec.run)
+    elif declared:
+        spec = TrialSpec(trial=name, run=declared)
+    else:
+        return f"{name}: {notes[0]}"
+    return ReportedTrial(
+        spec=spec,
+        state=record.state if record else TrialState.of_run(name, spec.run),
+        epochs=record.epochs if record else (),
+        confusions=_read_confusions(folder, notes),
+        notes=tuple(notes),
     )
 
 
-# --- the file of a best epoch ---------------------------------------------------------------------------------------
+def _check(record: TrialRecord) -> None:
+    """Raise ValueError unless each epoch has an IoU for each class, and each parameter a range that Optuna knows."""
+    if any(len(epoch.iou) != NUM_CLASSES for epoch in record.epochs):
+        raise ValueError(f"an epoch has no IoU for each of {NUM_CLASSES} classes")
+    spec = record.spec
+    for name in spec.params.keys() - spec.distributions.keys():
+        raise ValueError(f"the parameter {name} has no range")
+    if spec.distributions:
+        from optuna.distributions import json_to_distribution  # late: it takes a second, and a grid does not need it
+
+        for text in spec.distributions.values():
+            json_to_distribution(text)
 
 
 def read_best(folder: Storage) -> BestPredictions:
-    """What a trial's best epoch predicted. ValueError if there is none or it is damaged."""
+    """Return what a trial's best epoch predicted. ValueError if there is none or it is damaged."""
     names = ("confusions", "names", "images", "labels", "predictions")
     confusions, frames, images, labels, predictions = _read_arrays(folder, names)
     if not len(frames) == len(images) == len(labels) == len(predictions) or images.shape[1:2] != (3,):
@@ -270,18 +240,15 @@ def _read_confusions(folder: Storage, notes: list[str]) -> NDArray[np.int32] | N
         if confusions.shape[1:] != (NUM_CLASSES, NUM_CLASSES):
             raise ValueError(f"confusions of shape {confusions.shape}")
     except ValueError as error:
-        notes.append(f"{BEST_PREDICTIONS} cannot be read: {one_line(error)}")
+        notes.append(f"{BEST_PREDICTIONS} cannot be read: {error}")
         return None
     return confusions
 
 
 def _read_arrays(folder: Storage, names: Sequence[str]) -> list[NDArray[Any]]:
-    """Only the named members are fetched: the pictures of thirty trials are many, and few of them are shown."""
+    """Return the named members alone: the pictures of thirty trials are many, and few of them are shown."""
     try:
-        with (
-            folder.filesystem.open_input_file(f"{folder.path}/{BEST_PREDICTIONS}") as file,
-            np.load(file, allow_pickle=False) as archive,
-        ):
+        with folder.open(BEST_PREDICTIONS) as file, np.load(file, allow_pickle=False) as archive:
             return [archive[name] for name in names]
     except Exception as error:  # zip, zlib and numpy each fail on damaged bytes in ways of their own
         raise ValueError(f"{BEST_PREDICTIONS} is missing or damaged: {one_line(error)}") from error

@@ -1,128 +1,45 @@
-"""What another scheduler, or other settings of it, would have done to a search, told from its logs alone.
+"""What other stopping rules, or other settings of them, would have done to a search, from its logs alone.
 
-A replay lets the search's trials happen again on as many slots: every epoch takes the seconds it took, and a judge as
-it is used in a search hears of each in turn. Whom it stops frees a slot. Nothing is trained, and beyond the end of a
-trial's log nothing is known: a trial that a policy would have let go on is cut short there. Neither Ray nor torch.
+A replay runs the search's trials again on as many slots: every epoch takes the seconds it took, and the stopper that a
+search uses gets each in turn. A stopped trial frees its slot. Nothing is trained, and beyond the end of a trial's log
+nothing is known: a trial that a rule would have continued is cut short there. Neither Ray nor torch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from heapq import heappop, heappush
 from math import fsum
-from typing import Final, assert_never
+from typing import Final
 
-from tune_bisenet.config import Run
 from tune_bisenet.records import Epoch, best_of
-from tune_bisenet.report.read import SearchRecord, TrialRecord
-from tune_bisenet.report.verdicts import Unit
-from tune_bisenet.report.views import Cell, View, cost_basis
-from tune_bisenet.rungs import (
-    FIRST_SHARE,
-    REDUCTION_FACTOR,
-    Judge,
-    MedianRule,
-    Rungs,
-    first_judged_epoch,
-    no_rungs,
-    rung_epochs,
-    spared_rows,
-)
+from tune_bisenet.report.read import ReportedTrial, SearchRecord
+from tune_bisenet.report.tables import Marked, Table
+from tune_bisenet.rungs import RULES, AshaRule, MedianRule, Stopper, StoppingRule, protected_rows
 from tune_bisenet.text import counted
 
-FIRST_SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+FIRST_SHARES: Final = (0.2, 0.4, 0.6)
 REDUCTION_FACTORS: Final = (2, 3, 4)
-MOST_NAMED: Final = 3
-"""Of policies that save the same, the words name so many."""
-
-
-# --- what is tried ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fifo:
-    """Only a diverged loss stops a trial."""
-
-    def __str__(self) -> str:
-        return "fifo"
-
-
-@dataclass(frozen=True)
-class Asha:
-    """As `rungs.Rungs`."""
-
-    first_share: float = FIRST_SHARE
-    reduction_factor: int = REDUCTION_FACTOR
-
-    def __str__(self) -> str:
-        return f"asha (grace {self.first_share:g}, factor {self.reduction_factor})"
-
-
-@dataclass(frozen=True)
-class Median:
-    """As `median.MedianRule`."""
-
-    first_share: float = FIRST_SHARE
-
-    def __str__(self) -> str:
-        return f"median (grace {self.first_share:g})"
-
-
-Policy = Fifo | Asha | Median
-
-POLICIES: Final[tuple[Policy, ...]] = (
-    Fifo(),
-    *(Asha(share, factor) for factor in REDUCTION_FACTORS for share in FIRST_SHARES),
-    *(Median(share) for share in FIRST_SHARES),
+TRIED_RULES: Final[tuple[StoppingRule | None, ...]] = (
+    None,
+    *(AshaRule(first_share=share, reduction_factor=factor) for factor in REDUCTION_FACTORS for share in FIRST_SHARES),
+    *(MedianRule(first_share=share) for share in FIRST_SHARES),
 )
-USED: Final[Mapping[str, Policy]] = {"fifo": Fifo(), "asha": Asha(), "median": Median()}
-"""What a search is run with, by its `--scheduler`."""
-
-
-def judge_of(policy: Policy, *, train_images: int, spared: frozenset[str]) -> Judge:
-    """A judge that has seen nothing yet, as a search over so many training images would make it."""
-    match policy:
-        case Fifo():
-            return Rungs(rungs_of=no_rungs)
-        case Asha():
-            return Rungs(
-                rungs_of=partial(_rungs_on, train_images, policy),
-                spared=spared,
-                reduction_factor=policy.reduction_factor,
-            )
-        case Median():
-            return MedianRule(judged_from=partial(_judged_from_on, train_images, policy), spared=spared)
-        case _:
-            assert_never(policy)
-
-
-def _rungs_on(train_images: int, policy: Asha, run: Run) -> tuple[int, ...]:
-    return rung_epochs(
-        run,
-        iterations_per_epoch=train_images // run.batch_size,
-        first_share=policy.first_share,
-        reduction_factor=policy.reduction_factor,
-    )
-
-
-def _judged_from_on(train_images: int, policy: Median, run: Run) -> int:
-    return first_judged_epoch(run, iterations_per_epoch=train_images // run.batch_size, first_share=policy.first_share)
-
-
-# --- what would have happened -----------------------------------------------------------------------------------
+"""Those that a search can be run with are among them."""
+MOST_NAMED: Final = 3
+"""The number of rules named in the text, where several save the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """A search under one policy."""
+class ReplayedRule:
+    """A search under one rule."""
 
-    policy: Policy
+    rule: StoppingRule | None
     stopped: tuple[str, ...]
-    """Trials that are compared and stopped; those that diverge end under every policy."""
+    """Trials that are compared and stopped; those that diverge end under every rule."""
     cut_short: tuple[str, ...]
-    """Trials that would have gone on where their log ends."""
+    """Trials that would have continued where their log ends."""
     epochs_share_saved: float
-    """Of the epochs in the log, 0 to 1."""
+    """The share of the epochs in the log, 0 to 1."""
     hours_saved: float
     """Device hours of the epochs in the log that are not trained."""
     keeps_winner: bool
@@ -130,68 +47,57 @@ class Outcome:
     """The highest that any trial reaches until it ends."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replay:
-    """A search under every policy, and what they are held against."""
-
-    outcomes: tuple[Outcome, ...]
-    used: Policy | None
-    """What the search was run with; None for a scheduler that only a newer version knows."""
-    winner: str
-    """The trial of the highest best mIoU in the log."""
-    winner_miou: float
-    num_trials: int
-    num_ended_early: int
-    """Trials whose log ends before their last epoch, though they did not diverge."""
-    num_epochs: int
-    """In the log."""
-    hours: float
-    unit: Unit
-    slots: int
-
-    def most_saving(self) -> list[Outcome]:
-        """Those that keep the winner and save most; more than one if they save the same, none if nothing is saved."""
-        keeping = [one for one in self.outcomes if one.keeps_winner and one.hours_saved > 0]
-        most = max((one.hours_saved for one in keeping), default=0.0)
-        return [one for one in keeping if one.hours_saved == most]
-
-
-def replay(search: SearchRecord) -> Replay | None:
-    """None as long as no trial has gone to its last epoch: there is nobody to hold the others against."""
-    trials = {name: record for name, record in search.trials.items() if record.epochs}
-    if not any(_reached(record) == record.run.num_epochs for record in trials.values()):
-        return None
-    session = search.manifest.sessions[-1]
-    devices, unit = cost_basis(session)
+def replay(search: SearchRecord) -> list[ReplayedRule]:
+    """Replay a search under every rule; nothing until a trial has completed: there is nothing to compare with."""
+    trials = _trials(search)
+    if not any(record.ended_at is None for record in trials.values()):
+        return []
+    winner, train_images = _winner(trials), search.manifest.data.train_images
     known = [epoch for record in trials.values() for epoch in record.epochs]
-    best = {name: best_of(record.epochs).miou for name, record in trials.items()}
-    winner = max(best, key=best.__getitem__)
-    slots = max(session.trials_at_once, 1)
-    spared = spared_rows(search.rows)
-    outcomes = []
-    for policy in POLICIES:
-        judge = judge_of(policy, train_images=search.manifest.data.train_images, spared=spared)
-        trained = simulate(trials, judge, slots=slots)
-        outcomes.append(_outcome(policy, trials, trained, judge=judge, winner=winner, devices=devices))
-    return Replay(
-        outcomes=tuple(outcomes),
-        used=USED.get(search.manifest.choices.scheduler),
-        winner=winner,
-        winner_miou=best[winner],
-        num_trials=len(trials),
-        num_ended_early=sum(_ended_early(record) for record in trials.values()),
-        num_epochs=len(known),
-        hours=_hours(known, devices),
-        unit=unit,
-        slots=slots,
-    )
+    replayed = []
+    for rule in TRIED_RULES:
+        stopper = Stopper(
+            rule=rule,
+            iterations_per_epoch=lambda run: train_images // run.batch_size,
+            protected=protected_rows(search.rows),
+        )
+        trained = simulate(trials, stopper, slots=_slots(search))
+        untrained = [epoch for name, record in trials.items() for epoch in record.epochs[trained[name] :]]
+        ended = {name: record.epochs[trained[name] - 1] for name, record in trials.items()}
+        stopped = [name for name in trials if name in stopper.stops and not ended[name].diverged]
+        replayed.append(
+            ReplayedRule(
+                rule=rule,
+                stopped=tuple(stopped),
+                cut_short=tuple(
+                    name for name, record in trials.items() if name not in stopper.stops and _ended_early(record)
+                ),
+                epochs_share_saved=len(untrained) / len(known),
+                hours_saved=_hours(untrained, search),
+                keeps_winner=winner not in stopped,
+                best_miou=max(best_of(record.epochs[: trained[name]]).miou for name, record in trials.items()),
+            )
+        )
+    return replayed
 
 
-def simulate(trials: Mapping[str, TrialRecord], judge: Judge, *, slots: int) -> dict[str, int]:
-    """How many of its logged epochs each trial trains if `judge` hears of each when it ends.
+def _trials(search: SearchRecord) -> dict[str, ReportedTrial]:
+    return {name: record for name, record in search.trials.items() if record.epochs}
+
+
+def _winner(trials: Mapping[str, ReportedTrial]) -> str:
+    return max(trials, key=lambda name: best_of(trials[name].epochs).miou)
+
+
+def _slots(search: SearchRecord) -> int:
+    return max(search.manifest.sessions[-1].trials_at_once, 1)
+
+
+def simulate(trials: Mapping[str, ReportedTrial], stopper: Stopper, *, slots: int) -> dict[str, int]:
+    """Return how many of its logged epochs each trial trains if `stopper` gets each when it ends.
 
     Trials, which have an epoch at least, start in their order on `slots` slots; one that is stopped or whose log ends
-    frees its slot at once. Of epochs that end at the same moment, that of the trial started first is heard first.
+    frees its slot at once. Of epochs that end at the same moment, that of the trial started first comes first.
     """
     waiting = iter(range(len(trials)))
     names, records = list(trials), list(trials.values())
@@ -210,121 +116,82 @@ def simulate(trials: Mapping[str, TrialRecord], judge: Judge, *, slots: int) -> 
         name, record = names[order], records[order]
         epoch = record.epochs[count - 1]
         trained[name] = count
-        verdict = judge.judge(record.run, name, epoch=epoch.epoch, miou=epoch.miou, diverged=epoch.diverged)
-        if verdict.stop or count == len(record.epochs):
+        decision = stopper.decide(record.run, name, epoch=epoch.epoch, miou=epoch.miou, diverged=epoch.diverged)
+        if decision.stop or count == len(record.epochs):
             start_next(now)
         else:
             heappush(running, (now + record.epochs[count].seconds, order, count + 1))
     return trained
 
 
-def _outcome(
-    policy: Policy,
-    trials: Mapping[str, TrialRecord],
-    trained: Mapping[str, int],
-    *,
-    judge: Judge,
-    winner: str,
-    devices: float,
-) -> Outcome:
-    stopped = [name for name in trials if name in judge.stops and not trials[name].epochs[trained[name] - 1].diverged]
-    known = sum(len(record.epochs) for record in trials.values())
-    untrained = [epoch for name, record in trials.items() for epoch in record.epochs[trained[name] :]]
-    return Outcome(
-        policy=policy,
-        stopped=tuple(stopped),
-        cut_short=tuple(name for name, record in trials.items() if name not in judge.stops and _ended_early(record)),
-        epochs_share_saved=len(untrained) / known,
-        hours_saved=_hours(untrained, devices),
-        keeps_winner=winner not in stopped,
-        best_miou=max(best_of(record.epochs[: trained[name]]).miou for name, record in trials.items()),
-    )
+def _ended_early(record: ReportedTrial) -> bool:
+    return record.ended_at is not None and not record.epochs[-1].diverged
 
 
-def _reached(record: TrialRecord) -> int:
-    return record.epochs[-1].epoch
-
-
-def _ended_early(record: TrialRecord) -> bool:
-    return _reached(record) < record.run.num_epochs and not record.epochs[-1].diverged
-
-
-def _hours(epochs: Iterable[Epoch], devices: float) -> float:
+def _hours(epochs: Iterable[Epoch], search: SearchRecord) -> float:
+    """Return device hours."""
+    devices, _ = search.devices_per_trial
     return fsum(epoch.seconds for epoch in epochs) * devices / 3600
 
 
-# --- in words ---------------------------------------------------------------------------------------------------
+def replay_table(search: SearchRecord) -> Table:
+    """Return a line for each rule. Marked: what the search was run with."""
+    replayed = replay(search)
+    if not replayed:
+        return Table(text="No trial has completed yet, so there is nothing to replay.")
+    trials, scheduler = _trials(search), search.manifest.config.scheduler
+    winner_miou = best_of(trials[_winner(trials)].epochs).miou
+    lines = []
+    for outcome in replayed:
+        rule = outcome.rule
+        name = str(rule).split(" ")[0] if rule else "fifo"
+        lines.append(
+            {
+                "rule": Marked(name) if rule == RULES[scheduler] else name,
+                "grace": f"{rule.first_share:g}" if rule else "",
+                "factor": str(rule.reduction_factor) if isinstance(rule, AshaRule) else "",
+                "stops": str(len(outcome.stopped)),
+                "epochs saved": f"{outcome.epochs_share_saved:.0%}",
+                "hours saved": f"{outcome.hours_saved:,.2f}",
+                "winner": "kept" if outcome.keeps_winner else "stopped",
+                "best mIoU": f"{outcome.best_miou:.2f}",
+                "loss": f"{winner_miou - outcome.best_miou:.2f}",
+                "cut short": str(len(outcome.cut_short)),
+            }
+        )
+    numbers = [title for title in lines[0] if title not in ("rule", "winner")]
+    return Table(text=" ".join(_sentences(search, replayed)), lines=lines, numbers=numbers)
 
 
-def replay_view(replayed: Replay | None) -> View:
-    """A line for each policy. Marked: what the search was run with."""
-    if replayed is None:
-        return View(words="No trial has gone to its last epoch yet, so there is nothing to replay.")
-    numbers = ("grace", "factor", "stops", "epochs saved", "hours saved", "best mIoU", "loss", "cut short")
-    return View(
-        words=" ".join(_sentences(replayed)),
-        columns=("rule", *numbers[:5], "winner", *numbers[5:]),
-        rows=tuple(_cells(outcome, replayed) for outcome in replayed.outcomes),
-        numbers=frozenset(numbers),
+def _sentences(search: SearchRecord, replayed: Sequence[ReplayedRule]) -> list[str]:
+    trials = _trials(search)
+    winner = _winner(trials)
+    epochs = [epoch for record in trials.values() for epoch in record.epochs]
+    _, unit = search.devices_per_trial
+    num_early = sum(map(_ended_early, trials.values()))
+    early = (
+        f"{num_early} of {len(trials)} trials ended early in this log: where a rule would have continued them they "
+        "count as cut short, and savings beyond the log are not known. A search run with --scheduler fifo answers best."
     )
-
-
-def _cells(outcome: Outcome, replayed: Replay) -> tuple[Cell, ...]:
-    rule, *settings = _settings(outcome.policy)
-    return (
-        Cell(rule, marked=outcome.policy == replayed.used),
-        *map(Cell, settings),
-        Cell(str(len(outcome.stopped))),
-        Cell(f"{outcome.epochs_share_saved:.0%}"),
-        Cell(f"{outcome.hours_saved:,.2f}"),
-        Cell("kept" if outcome.keeps_winner else "stopped"),
-        Cell(f"{outcome.best_miou:.2f}"),
-        Cell(f"{replayed.winner_miou - outcome.best_miou:.2f}"),
-        Cell(str(len(outcome.cut_short))),
-    )
-
-
-def _settings(policy: Policy) -> tuple[str, str, str]:
-    """Rule, grace share and reduction factor."""
-    match policy:
-        case Fifo():
-            return "fifo", "", ""
-        case Asha():
-            return "asha", f"{policy.first_share:g}", str(policy.reduction_factor)
-        case Median():
-            return "median", f"{policy.first_share:g}", ""
-        case _:
-            assert_never(policy)
-
-
-def _sentences(replayed: Replay) -> list[str]:
     return [
-        f"What each rule would have done to this search, from its log alone: {counted(replayed.num_trials, 'trial')}, "
-        f"{replayed.slots} at once, {counted(replayed.num_epochs, 'epoch')}, {replayed.hours:,.2f} {replayed.unit}.",
-        f"The winner is {replayed.winner} with {replayed.winner_miou:.2f} % mIoU; the loss is in points below that.",
-        _advice(replayed.most_saving()),
-        *([f"Marked: {replayed.used}, which it was run with."] if replayed.used else []),
-        "Grace is the share of its epochs that a trial has before it is judged; with factor 3, about one in three goes "
-        "on from each rung.",
-        *_doubts(replayed),
+        f"What each rule would have done to this search, from its log alone: {counted(len(trials), 'trial')}, "
+        f"{_slots(search)} at once, {counted(len(epochs), 'epoch')}, {_hours(epochs, search):,.2f} {unit}.",
+        f"The winner is {winner} with {best_of(trials[winner].epochs).miou:.2f} % mIoU; the loss is in points below "
+        "that.",
+        _advice(replayed),
+        "Grace is the share of its epochs that a trial has before it is judged; with factor 3, about one in three "
+        "continues from each rung. Marked: what the search was run with.",
+        *([early] if num_early else []),
     ]
 
 
-def _advice(outcomes: Sequence[Outcome]) -> str:
-    if not outcomes:
-        return "Nothing that keeps the winner saves anything."
-    names = [str(one.policy) for one in outcomes]
-    told = " or ".join([*names[:MOST_NAMED], *([f"{len(names) - MOST_NAMED} more"] if names[MOST_NAMED:] else [])])
-    saved = outcomes[0].epochs_share_saved
-    return f"Of those that keep the winner, {told} saves most: {saved:.0%} of the epochs, chosen in hindsight."
-
-
-def _doubts(replayed: Replay) -> list[str]:
-    """Where trials were stopped, what stopped them has also hidden whether it should have."""
-    if not replayed.num_ended_early:
-        return []
-    return [
-        f"{replayed.num_ended_early} of {replayed.num_trials} trials ended early in this log, and nobody knows what "
-        "would have become of them: where they would have gone on they count as cut short, and no savings beyond the "
-        "log are told. A search run with --scheduler fifo answers best."
-    ]
+def _advice(replayed: Sequence[ReplayedRule]) -> str:
+    keeping = [outcome for outcome in replayed if outcome.keeps_winner and outcome.hours_saved > 0]
+    most = max((outcome.hours_saved for outcome in keeping), default=0.0)
+    best = [outcome for outcome in keeping if outcome.hours_saved == most]
+    if not best:
+        return "No rule that keeps the winner saves anything."
+    names = [str(outcome.rule) for outcome in best]
+    names = names[:MOST_NAMED] + ([f"{len(names) - MOST_NAMED} more"] if names[MOST_NAMED:] else [])
+    share = f"{best[0].epochs_share_saved:.0%}"
+    return f"Of those that keep the winner, {' or '.join(names)} saves most: {share} of the epochs, in hindsight."

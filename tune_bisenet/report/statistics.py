@@ -1,4 +1,4 @@
-"""The bare statistics behind the verdicts: t intervals, Holm's correction, seeds for a power, a bootstrap over images.
+"""The statistics behind the verdicts: t intervals, Holm's correction, seeds for a power, a bootstrap over images.
 
 Numbers in, numbers out: nothing here knows rows, trials or words.
 """
@@ -39,7 +39,7 @@ class MeanTest:
 
 
 def mean_test(values: Sequence[float], *, null: float, least_sd: float = 0.0) -> MeanTest:
-    """The mean of at least two values, its interval, and its test against `null`.
+    """Return the mean of at least two values, its interval, and its test against `null`.
 
     `least_sd` is the spread that the values' own resolution gives them: whole numbers, say, that happen to be equal are
     not known to be equal. Without any spread the interval is the one value, and nothing is tested.
@@ -55,7 +55,7 @@ def mean_test(values: Sequence[float], *, null: float, least_sd: float = 0.0) ->
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's (1979) adjusted p-values. None, a claim not tested yet, stays None but counts in the family."""
+    """Return Holm's (1979) adjusted p-values. None, a claim not tested yet, stays None but counts in the family."""
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
@@ -66,7 +66,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def seeds_for_power(*, effect: float, sd: float, alpha: float, most: int) -> int | None:
-    """The fewest seeds, at least 2, at which a two-sided t test finds `effect` with a power of 80 %; None above `most`.
+    """Return the fewest seeds, 2 or more, at which a two-sided t test has 80 % power for `effect`; None above `most`.
 
     From the noncentral t distribution: df = n - 1, noncentrality effect / sd * sqrt(n). Found on the effect's own side:
     a rejection on the other side is no finding (and that tail is where scipy's noncentral t turns to NaN).
@@ -79,38 +79,24 @@ def seeds_for_power(*, effect: float, sd: float, alpha: float, most: int) -> int
     return int(n[enough[0]]) if len(enough) else None
 
 
-# --- over images --------------------------------------------------------------------------------------------------
-
-
 def image_interval(counts: Counts, reference: Counts) -> tuple[float, float]:
-    """The 95 % interval of mIoU(counts) - mIoU(reference) in points, had other validation images been drawn.
+    """Return the 95 % interval of mIoU(counts) - mIoU(reference) in points, had other validation images been drawn.
 
     A percentile bootstrap that draws images, each with both its predictions; always the same for the same counts.
     """
     from scipy import stats  # late: it takes a second to import, and only searches of one seed need it
 
     assert len(counts) == len(reference), "both were validated on the same images"
-    sums, reference_sums = _iou_sums(counts), _iou_sums(reference)
-
-    def difference(images: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
-        """By resample; `images` is resamples x images, or one resample alone."""
-        draws = _draws(np.atleast_2d(np.moveaxis(images, axis, -1)), len(counts))
-        return (_miou(draws @ sums) - _miou(draws @ reference_sums)).reshape(images.shape[:-1])
-
-    found = stats.bootstrap(
-        (np.arange(len(counts)),),
-        difference,
-        n_resamples=NUM_RESAMPLES,
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    drawn = np.random.default_rng(0).integers(0, len(counts), (NUM_RESAMPLES, len(counts)))
+    times = np.stack([np.bincount(images, minlength=len(counts)) for images in drawn]).astype(float)
+    differences = _miou(times @ _iou_sums(counts)) - _miou(times @ _iou_sums(reference))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = stats.quantile(differences, np.array([tail, 1 - tail]))
+    return float(low), float(high)
 
 
 def _iou_sums(counts: Counts) -> NDArray[np.float64]:
-    """By image, each class's intersection, then each class's union: images x 2 classes.
+    """Return each class's intersection, then each class's union: images x 2 classes.
 
     mIoU needs no more of the counts, and float64 holds the pixels of any split exactly.
     """
@@ -118,16 +104,8 @@ def _iou_sums(counts: Counts) -> NDArray[np.float64]:
     return np.concatenate((hits, counts.sum(1) + counts.sum(2) - hits), axis=1).astype(np.float64)
 
 
-def _draws(images: NDArray[np.int64], num_images: int) -> NDArray[np.float64]:
-    """How often each image was drawn: resamples x images."""
-    rows = np.arange(len(images))[:, None] * num_images
-    return (
-        np.bincount((images + rows).ravel(), minlength=len(images) * num_images).reshape(-1, num_images).astype(float)
-    )
-
-
 def _miou(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """In percent by resample; a class that a resample nowhere holds has no part in its mean."""
+    """Return mIoU in percent by resample; a class that a resample nowhere holds has no part in its mean."""
     hits, union = np.split(sums, 2, axis=1)
     occurs = union > 0
     iou = np.divide(hits, union, out=np.zeros_like(hits), where=occurs)

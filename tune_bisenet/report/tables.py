@@ -1,181 +1,415 @@
-"""A search as plain tables, a line each for what was judged, reached and measured: as CSV and as Parquet.
+"""A search as tables: those of the page, cells of text for a person, and those of files, numbers as measured.
 
-Numbers as they were measured: mIoU, IoU and accuracy in percent, gains in percentage points; empty where nothing was.
+mIoU, IoU and accuracy are in percent, gains in percentage points; empty where nothing was measured.
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+import statistics
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from tune_bisenet.config import Run, format_size
 from tune_bisenet.data.classes import CLASS_NAMES
-from tune_bisenet.records import best_of
-from tune_bisenet.report.leaderboard import gains
-from tune_bisenet.report.read import SearchRecord
-from tune_bisenet.report.verdicts import Claim, Judgement
+from tune_bisenet.records import best_of, to_plain
+from tune_bisenet.report.claims import Claim, Verdict, differences, format_setting, settings
+from tune_bisenet.report.leaderboard import (
+    NOTE,
+    best_first,
+    format_percent,
+    format_status,
+    gains,
+    numbers_of,
+    ranked,
+    seed_table,
+)
+from tune_bisenet.report.read import ReportedTrial, SearchRecord
+from tune_bisenet.report.verdicts import (
+    Judgement,
+    format_evidence,
+    format_expected,
+    format_interval,
+    format_measured,
+    format_sample_size,
+)
+from tune_bisenet.text import counted, format_duration
 
-Line = dict[str, Any]
+VERDICT_SYMBOLS: Final[dict[Verdict, str]] = {"confirmed": "✓", "refuted": "✗", "undecided": "?", "not judged": "–"}
+"""To tell a verdict without its colour."""
 
-NOT_SETTINGS: Final = {"name", "seed", "expect"}
-"""Fields of a row that do not say how it is trained."""
+NUM_BEST: Final = 5
+"""Trials that stand out in plots of many."""
 
-
-def tables(search: SearchRecord, judgement: Judgement) -> dict[str, list[Line]]:
-    """All tables, by the name of their files."""
-    return {
-        "verdicts": [_verdict(claim, judgement) for claim in judgement.claims],
-        "leaderboard": _leaderboard(search),
-        "epochs": _epochs(search),
-        "iou": _iou(search),
-        "settings": [{**_who(search, trial), **settings(record.run)} for trial, record in search.trials.items()],
-        "params": _params(search),
-    }
-
-
-def files(of: Mapping[str, Sequence[Line]]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file. A table without lines has no columns, so it has no file either."""
-    for name, lines in of.items():
-        if lines:
-            table = pa.Table.from_pylist(list(lines))
-            yield f"{name}.csv", _written(table, pyarrow.csv.write_csv)
-            yield f"{name}.parquet", _written(table, pyarrow.parquet.write_table)
-
-
-def settings(run: Run) -> dict[str, Any]:
-    """Every setting that decides how a row is trained, by a name such as `optimizer lr`; the size in words."""
-    leaves: dict[str, Any] = {}
-    for name, value in run.model_dump(exclude=NOT_SETTINGS).items():
-        leaves |= {f"{name} {key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
-    return leaves | {"image_size": format_size(run.image_size)}
+PATIENCE: Final = timedelta(minutes=10)
+PATIENCE_EPOCHS: Final = 5
+"""A search has perhaps died after this many of its slowest epochs without news, but not before PATIENCE."""
 
 
-def mean_iou(search: SearchRecord) -> dict[str, list[float | None]]:
-    """By row, the IoU of each class at the trials' best epochs, in percent, averaged over the seeds that have it."""
-    return {
-        row.name: [_mean(values) for values in zip(*_best_ious(search, row.name), strict=True)]
-        for row in search.rows
-        if _best_ious(search, row.name)
-    }
+class Marked(str):
+    """A cell that stands out: a setting that is not the baseline's, a trial that has a note."""
 
 
-def _best_ious(search: SearchRecord, run: str) -> list[tuple[float | None, ...]]:
-    return [best_of(trial.epochs).iou for trial in search.trials.values() if trial.run.name == run and trial.epochs]
+class Badge(str):
+    """A verdict with its symbol, in its colour where there is one."""
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of text with a sentence above it; without lines, only the sentence."""
+
+    text: str = ""
+    lines: Sequence[Mapping[str, str]] = ()
+    """Cells by column, alike in all lines."""
+    numbers: Collection[str] = ()
+    """The columns that are set to the right."""
+    style: str = ""
+    """Its CSS class."""
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.lines[0]) if self.lines else []
 
 
-# --- lines ----------------------------------------------------------------------------------------------------------
+def shown_rows(search: SearchRecord) -> list[str]:
+    """Return the rows that stand out: in a grid all, in a study the baseline, the best declared row and the best."""
+    names = [row.name for row in search.rows]
+    if not search.is_sampled:
+        return names
+    declared = {row.name for row in search.declared_rows}
+    ranked = list(dict.fromkeys(state.run for state in best_first(search.states) if state.best_miou is not None))
+    chosen = {search.baseline, *[name for name in ranked if name in declared][:1], *ranked[:NUM_BEST]}
+    return [name for name in names if name in chosen]
 
 
-def _verdict(claim: Claim, judgement: Judgement) -> Line:
-    nothing = (None, None)
-    return {
-        "run": claim.run,
-        "kind": claim.kind,
-        "reference": claim.reference,
-        **_ends("promised", claim.promised or nothing),
-        "estimate": claim.estimate,
-        **_ends("interval", claim.interval or nothing),
-        **_ends("image_interval", claim.image_interval or nothing),
-        "num_seeds": claim.n_pairs,
-        "p": claim.p,
-        "p_holm": claim.p_holm,
-        "verdict": claim.verdict,
-        "reason": claim.reason,
-        "compared_at_epoch": claim.compared_at_epoch,
-        "seeds_needed": claim.seeds_needed,
-        "more_than_that": claim.seeds_capped,
-        "cost_hours": claim.cost_hours,
-        "hours_of": judgement.unit,
-        "proxy": judgement.proxy,
-        "flags": "; ".join(claim.flags),
-        "note": claim.note,
-        "words": claim.words,
-    }
+def verdict_table(search: SearchRecord, judgement: Judgement, price: float | None) -> Table:
+    """Return a line for each claim in declared order. `price` is that of a device hour."""
+    rows = {row.name: row for row in search.declared_rows}
+    bar = rows.get(search.baseline or "")
+    lines = []
+    for claim in judgement.claims:
+        changes = differences(rows[claim.run], bar) if bar else {}
+        changed = [] if claim.confounded else [f"{name} {change}" for name, change in changes.items()]
+        lines.append(
+            {
+                "row": claim.run,
+                "expected": format_expected(claim),
+                "measured": format_measured(claim),
+                "95 % interval": format_interval(claim),
+                "verdict": Badge(f"{VERDICT_SYMBOLS[claim.verdict]} {claim.verdict}"),
+                "why": claim.reason,
+                "to decide it": format_sample_size(claim, judgement.unit, price),
+                "evidence": format_evidence(claim),
+                "remarks": "; ".join([*claim.remarks, *changed]),
+            }
+        )
+    return Table(lines=lines, numbers=("measured", "95 % interval"), style="verdicts")
 
 
-def _ends(name: str, bounds: tuple[float | None, float | None]) -> Line:
-    return {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
+def settings_table(search: SearchRecord) -> Table:
+    """Return a column for each setting that rows differ in; the sentence lists what all rows share."""
+    declared, shown = [row.name for row in search.declared_rows], shown_rows(search)
+    rows = {row.name: settings(row) for row in search.rows if row.name in declared or row.name in shown}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    varied = [name for name in names if len({format_setting(row, name) for row in rows.values()}) > 1]
+    first = next(iter(rows.values()), {})
+    shared = [f"{name.replace('_', ' ')} {format_setting(first, name)}" for name in names if name not in varied]
+    bar = rows.get(search.baseline or "")
 
+    def cell(row: Mapping[str, Any], name: str) -> str:
+        text = format_setting(row, name)
+        return Marked(text) if bar and text != format_setting(bar, name) else text
 
-def _leaderboard(search: SearchRecord) -> list[Line]:
-    gain_of = gains(search.standings, baseline=search.baseline)
-    return [
-        {**record.standing.to_json(), "gain": gain_of[trial], "notes": "; ".join(record.notes)}
-        for trial, record in search.trials.items()
+    sentences = [
+        f"Marked: what differs from {search.baseline}." if bar else "",
+        f"All rows share: {', '.join(shared)}." if shared else "",
+        "The other trials are in tables/settings.csv." if len(rows) < len(search.rows) else "",
     ]
+    return Table(
+        text=" ".join(filter(None, sentences)),
+        lines=[
+            {"run": run} | {name.replace("_", " "): cell(row, name) for name in varied} for run, row in rows.items()
+        ],
+    )
 
 
-def _epochs(search: SearchRecord) -> list[Line]:
-    return [
-        {**_who(search, trial), **{key: value for key, value in epoch.to_json().items() if key != "iou"}}
-        for trial, record in search.trials.items()
-        for epoch in record.epochs
-    ]
+def early_end_table(search: SearchRecord) -> Table:
+    """Return the trials that did not complete, and why."""
+    early = [state for state in search.states if state.status != "finished"]
+    if not early:
+        return Table(text="Every trial completed.")
+    return Table(
+        text=f"{len(early)} of {len(search.states)} trials have not completed.",
+        lines=[
+            {
+                "trial": state.trial,
+                "epochs": f"{state.epochs} of {state.num_epochs}",
+                "status and reason": format_status(state),
+                "best mIoU": format_percent(state.best_miou),
+            }
+            for state in early
+        ],
+        numbers=("epochs", "best mIoU"),
+        style="ends",
+    )
 
 
-def _iou(search: SearchRecord) -> list[Line]:
-    """At each trial's best epoch."""
-    return [
-        {**_who(search, trial), "epoch": best.epoch, "class": name, "iou": value}
-        for trial, record in search.trials.items()
-        if record.epochs
-        for best in [best_of(record.epochs)]
-        for name, value in zip(CLASS_NAMES, best.iou, strict=True)
-    ]
+def leaderboard_table(search: SearchRecord) -> Table:
+    """Return all trials, best first. Marked: something of the trial could not be read."""
+    columns, lines = ranked(search.states, search.baseline)
+    for state, cells in lines:
+        notes = search.trials[state.trial].notes
+        status = "; ".join([format_status(state), *notes])
+        cells["status"] = Marked(status) if notes else status
+    return Table(
+        text=f"The best epoch of each trial counts. {NOTE}" if lines else "There are no trials.",
+        lines=[cells for _, cells in lines],
+        numbers=numbers_of(columns),
+        style="leaderboard",
+    )
 
 
-def _params(search: SearchRecord) -> list[Line]:
-    """Of a study: its trials and those of the earlier searches that it knew; parameters named as Optuna's own table."""
-    if search.study is None:
-        return []
-    own = [(one, search.trials[trial].standing, "") for trial, one in search.study.suggested.items()]
-    everything = [*((one.suggested, one.standing, one.source) for one in search.study.known), *own]
-    names = dict.fromkeys(name for one, _, _ in everything for name in one.params)
-    lines = [
-        {
-            "trial": one.trial,
-            "number": one.number,
-            "origin": one.origin,
-            "state": standing.status,
-            "best_miou": standing.best_miou,
-            "latency_ms": standing.latency_ms,
-            **{f"params_{name}": one.params.get(name) for name in names},
-            "known_from": source,
+def seed_means_table(search: SearchRecord) -> Table:
+    """Return rows over the seeds that completed; nothing for a study, whose runs have one seed but for the choice."""
+    if search.is_sampled:
+        return Table()
+    if len({state.seed for state in search.states}) < 2 or search.baseline is None:
+        return Table(text="One seed a row: there is no spread over seeds.")
+    columns, rows = seed_table(search.states, baseline=search.baseline)
+    return Table(
+        text="Mean ± standard deviation over the seeds that completed, gains paired by seed.",
+        lines=[dict(zip(columns, row, strict=True)) for row in rows],
+        numbers=columns[1:],
+    )
+
+
+def cost_table(search: SearchRecord, price: float | None) -> Table:
+    """Return, by row, hours of its trials' epochs, speed, and cost at `price` for an hour of a device."""
+    devices, unit = search.devices_per_trial
+    groups = _by_row_or_origin(search)
+    if not groups:
+        return Table(text="No epoch has ended yet, so speed and cost are unknown.")
+    if len(groups) > 1:
+        groups["all"] = [trial for trials in groups.values() for trial in trials]
+    share = f"{devices:g} GPU" if unit == "GPU-hours" else f"{devices:.0%} of the machine"
+    at = "" if price is None else f" Cost at {price:g} an hour."
+    lines = []
+    for name, trials in groups.items():
+        epochs = [epoch for trial in trials for epoch in trial.epochs]
+        hours = sum(epoch.seconds for epoch in epochs) * devices / 3600
+        line = {
+            "trials of" if search.is_sampled else "run": name,
+            "trials": str(len(trials)),
+            "epochs": str(len(epochs)),
+            unit: f"{hours:,.2f}",
+            "cost": "" if price is None else f"{hours * price:,.2f}",
+            "images per second": f"{statistics.median(epoch.images_per_second for epoch in epochs):.1f}",
+            "seconds per epoch": f"{statistics.median(epoch.seconds for epoch in epochs):.1f}",
+            "of that validation": f"{statistics.median(epoch.val_seconds for epoch in epochs):.1f}",
         }
-        for one, standing, source in everything
+        lines.append({title: cell for title, cell in line.items() if cell})
+    return Table(
+        text=f"Training and validation of all epochs; each trial has {share}. Start-up and retried epochs are not "
+        f"counted. Speeds are medians over epochs.{at}",
+        lines=lines,
+        numbers=list(lines[0])[1:],
+    )
+
+
+def _by_row_or_origin(search: SearchRecord) -> dict[str, list[ReportedTrial]]:
+    """Return trials that have epochs by row; in a study by origin, for it has too many rows."""
+    groups: dict[str, list[ReportedTrial]] = {}
+    if search.is_sampled:
+        groups = {"declared rows": [], "sampled": [], "fresh seeds": []}
+    for trial in search.trials.values():
+        group = trial.run.name
+        if trial.spec.origin == "confirm" and search.is_sampled:
+            group = "fresh seeds"
+        elif search.is_sampled:
+            group = "sampled" if group in search.sampled_rows else "declared rows"
+        if trial.epochs:
+            groups.setdefault(group, []).append(trial)
+    return {name: trials for name, trials in groups.items() if trials}
+
+
+def search_state(search: SearchRecord, now: datetime) -> tuple[str, str]:
+    """Return one of a few words, and a sentence: whether the search runs or how it ended, as of `now`."""
+    ended = [state for state in search.states if state.status not in ("waiting", "running")]
+    failed = [state.trial for state in ended if state.status == "failed"]
+    progress = f"{len(ended)} of {len(search.states)} trials have ended"
+    session = search.manifest.sessions[-1]
+    if session.ended is None:
+        slowest = max((epoch.seconds for trial in search.trials.values() for epoch in trial.epochs), default=0.0)
+        if now - search.changed > max(PATIENCE, timedelta(seconds=PATIENCE_EPOCHS * slowest)):
+            since = format_time(search.changed)
+            return "silent", f"No news since {since}: it has died, or an epoch takes very long. {progress}."
+        return "running", f"Still running, as of {format_time(search.changed)}: {progress}."
+    ended_at = format_time(session.ended)
+    if session.signal is not None:
+        return "interrupted", f"Interrupted by signal {session.signal} on {ended_at}: {progress}."
+    because = f", as {session.limit}" if session.limit else ""
+    if session.limit and len(ended) < len(search.states):
+        return "limit reached", f"Ended on {ended_at}{because}: {progress}."
+    if failed or len(ended) < len(search.states):
+        lost = f", of which failed: {', '.join(failed)}" if failed else ""
+        return "ended with failures", f"Ended on {ended_at}: {progress}{lost}."
+    return "finished", f"Finished on {ended_at}{because}: {progress}."
+
+
+def format_time(time: datetime) -> str:
+    """Format as `2026-03-01 14:05 UTC`."""
+    return f"{time:%Y-%m-%d %H:%M %Z}"
+
+
+def provenance_table(search: SearchRecord) -> Table:
+    """Return what is needed to believe the search, or to repeat it."""
+    manifest, study, limits = search.manifest, search.manifest.study, search.manifest.config.limits
+    bounds = [
+        counted(limits.trials, "trial") if limits.trials else "",
+        format_duration(limits.time_budget) if limits.time_budget else "",
+        f"{limits.gpu_hours:g} GPU-hours" if limits.gpu_hours else "",
     ]
-    return _of_one_type(lines)
+    lines = {
+        "space": f"{manifest.config.space}: {manifest.space.title}",
+        "data": f"{manifest.config.data}: {manifest.data.train_images:,} training images, "
+        f"{manifest.data.val_images:,} validation images",
+        "data digest": ", ".join(f"{digest} at {size}" for size, digest in manifest.data.digests.items()),
+        "backbone": f"ResNet-18, {manifest.config.backbone}, digest {manifest.backbone_digest}",
+        "scheduler": manifest.config.scheduler,
+        "study": f"{study.name} in {study.url}" if study else "",
+        "sampler": f"{study.sampler}, for {' and '.join(study.objectives)}" if study else "",
+        "began with": ", ".join(study.warm_start) if study else "",
+        "limits": ", ".join(filter(None, bounds)),
+        "precision": manifest.config.precision,
+        "storage": search.folder.uri,
+    }
+    rows = [(title, text) for title, text in lines.items() if text]
+    for number, session in enumerate(manifest.sessions, start=1):
+        until = "open" if session.ended is None else format_time(session.ended)
+        gpus = f"{session.gpus_per_trial:g} GPU and " if session.gpus_per_trial else ""
+        versions = ", ".join(f"{name} {version}" for name, version in session.packages.items())
+        rows += [
+            (f"session {number}", f"{format_time(session.started)} to {until}"),
+            *([("ended as", session.limit)] if session.limit else []),
+            ("command", shlex.join(session.command)),
+            ("commit", session.commit or "not from a checkout"),
+            ("versions", f"Python {session.python}, {versions}"),
+            (
+                "resources",
+                f"{gpus}{counted(session.cpus_per_trial, 'CPU core')} a trial, "
+                f"{counted(session.trials_at_once, 'trial')} at once",
+            ),
+        ]
+    return Table(lines=[{"what": title, "value": text} for title, text in rows], style="made")
 
 
-def _of_one_type(lines: list[Line]) -> list[Line]:
-    """Columns that mix words with numbers, or with truth values, become words: a column has one type."""
-    names = lines[0] if lines else {}
-    types = {name: {_type(line[name]) for line in lines if line[name] is not None} for name in names}
-    mixed = {name for name, found in types.items() if len(found) > 1}
-    return [
-        {name: str(value) if name in mixed and value is not None else value for name, value in line.items()}
-        for line in lines
-    ]
+FileRow = dict[str, Any]
 
 
-def _type(value: object) -> type:
-    return float if type(value) is int else type(value)
+def table_files(search: SearchRecord, judgement: Judgement) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every file. A table without lines has no columns, so it has no file either."""
+    for name, lines in file_tables(search, judgement).items():
+        if lines:
+            table = pa.Table.from_pylist(lines)
+            for suffix, write in (("csv", pyarrow.csv.write_csv), ("parquet", pyarrow.parquet.write_table)):
+                buffer = io.BytesIO()
+                write(table, buffer)
+                yield f"{name}.{suffix}", buffer.getvalue()
 
 
-def _who(search: SearchRecord, trial: str) -> Line:
-    run = search.trials[trial].run
-    return {"trial": trial, "run": run.name, "seed": run.seed}
+def file_tables(search: SearchRecord, judgement: Judgement) -> dict[str, list[FileRow]]:
+    """Return all tables, by the name of their files."""
+    gain_of = gains(search.states, baseline=search.baseline)
+    identity = {
+        trial: {"trial": trial, "run": record.run.name, "seed": record.run.seed}
+        for trial, record in search.trials.items()
+    }
+    epochs = [(trial, to_plain(epoch)) for trial, record in search.trials.items() for epoch in record.epochs]
+    bests = [(trial, best_of(record.epochs)) for trial, record in search.trials.items() if record.epochs]
+    return {
+        "verdicts": [_verdict_line(claim, judgement) for claim in judgement.claims],
+        "leaderboard": [
+            {**asdict(record.state), "gain": gain_of[trial], "notes": "; ".join(record.notes)}
+            for trial, record in search.trials.items()
+        ],
+        "epochs": [
+            identity[trial] | {key: value for key, value in epoch.items() if key != "iou"} for trial, epoch in epochs
+        ],
+        "iou": [
+            identity[trial] | {"epoch": best.epoch, "class": name, "iou": value}
+            for trial, best in bests
+            for name, value in zip(CLASS_NAMES, best.iou, strict=True)
+        ],
+        "settings": [identity[trial] | settings(record.run) for trial, record in search.trials.items()],
+        "params": _param_lines(search),
+    }
 
 
-def _written(table: pa.Table, write: Any) -> bytes:
-    buffer = io.BytesIO()
-    write(table, buffer)
-    return buffer.getvalue()
+def _verdict_line(claim: Claim, judgement: Judgement) -> FileRow:
+    bounds = {"expected": claim.expected, "interval": claim.interval, "image_interval": claim.image_interval}
+    low = {f"{name}_low": ends and ends[0] for name, ends in bounds.items()}
+    high = {f"{name}_high": ends and ends[1] for name, ends in bounds.items()}
+    size = claim.sample_size
+    return {
+        **{name: getattr(claim, name) for name in ("run", "kind", "reference", "estimate", "p", "p_holm")},
+        **low,
+        **high,
+        "num_seeds": len(claim.pairs),
+        **{name: getattr(claim, name) for name in ("verdict", "reason", "compared_at_epoch", "on_proxy")},
+        "seeds_needed": size and size.seeds,
+        "more_than_that": size is not None and size.is_capped,
+        "cost_hours": size and size.hours,
+        "hours_of": judgement.unit,
+        "remarks": "; ".join(claim.remarks),
+    }
+
+
+def _param_lines(search: SearchRecord) -> list[FileRow]:
+    """Return a study's trials and those of the earlier searches that it knew; columns as in Optuna's own table."""
+    if not search.is_sampled:
+        return []
+    own = [(record.spec, record.state, "") for record in search.trials.values()]
+    everything = [*((record.spec, record.state, record.source) for record in search.known), *own]
+    kinds: dict[str, set[type]] = {}
+    for spec, _, _ in everything:
+        for name, value in spec.params.items():
+            known = kinds.setdefault(name, set())
+            if value is not None:
+                known.add(float if type(value) is int else type(value))
+    lines = []
+    for spec, state, source in everything:
+        params: FileRow = {}
+        for name in kinds:
+            value = spec.params.get(name)
+            is_mixed = len(kinds[name]) > 1  # words and numbers, or truth values: a column of a file has one type
+            params[f"params_{name}"] = str(value) if is_mixed and value is not None else value
+        lines.append(
+            {
+                "trial": spec.trial,
+                "number": spec.number,
+                "origin": spec.origin,
+                "state": state.status,
+                "best_miou": state.best_miou,
+                "latency_ms": state.latency_ms,
+                **params,
+                "known_from": source,
+            }
+        )
+    return lines
+
+
+def mean_class_iou(search: SearchRecord) -> dict[str, list[float | None]]:
+    """Return, by row, the IoU in percent of each class at the trials' best epochs, the mean over seeds that have it."""
+    ious: dict[str, list[tuple[float | None, ...]]] = {}
+    for record in search.trials.values():
+        if record.epochs:
+            ious.setdefault(record.run.name, []).append(best_of(record.epochs).iou)
+    means = {}
+    for row, by_seed in ious.items():
+        known = [[value for value in values if value is not None] for values in zip(*by_seed, strict=True)]
+        means[row] = [sum(values) / len(values) if values else None for values in known]
+    return means

@@ -1,4 +1,4 @@
-"""The 19 Cityscapes classes: names, colours, and the way from `labelIds` to `trainIds`.
+"""The 19 Cityscapes classes: names, colours, and the map from `labelIds` to `trainIds`.
 
 Source: Cordts et al., The Cityscapes Dataset (2016), and the label table of cityscapesScripts.
 """
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class StreetClass(NamedTuple):
-    """One of the classes that are trained and scored; its place in `CLASSES` is its trainId."""
+    """A class that is trained and scored. Its index in `CLASSES` is its trainId."""
 
     name: str
     label_id: int
@@ -42,13 +42,13 @@ CLASSES: Final = (
 NUM_CLASSES: Final = len(CLASSES)
 CLASS_NAMES: Final = tuple(street_class.name for street_class in CLASSES)
 VOID: Final = 255
-"""The trainId of pixels that are neither trained nor scored."""
+"""The trainId of pixels that are neither trained on nor scored."""
 
 MAX_LABEL_ID: Final = 33
 
 
 def train_id_table() -> NDArray[np.uint8]:
-    """The look-up table `labelId -> trainId`, 256 entries; ids that are not scored give `VOID`."""
+    """Return the look-up table `labelId -> trainId`, 256 entries; ids that are not scored give `VOID`."""
     table = np.full(256, VOID, dtype=np.uint8)
     for train_id, street_class in enumerate(CLASSES):
         table[street_class.label_id] = train_id
@@ -56,7 +56,7 @@ def train_id_table() -> NDArray[np.uint8]:
 
 
 def palette() -> NDArray[np.uint8]:
-    """RGB colours by trainId, shape (256, 3); void is black."""
+    """Return RGB colours by trainId, shape (256, 3); void is black."""
     colours = np.zeros((256, 3), dtype=np.uint8)
     colours[:NUM_CLASSES] = [street_class.colour for street_class in CLASSES]
     return colours

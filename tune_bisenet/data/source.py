@@ -1,4 +1,4 @@
-"""A source of labelled street frames: what the packer reads and the rest never sees."""
+"""A source of labelled street frames: what the packer reads and everything after it never sees."""
 
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple, Protocol
@@ -12,10 +12,10 @@ MAX_LISTED_PROBLEMS: Final = 20
 
 
 class Frame(NamedTuple):
-    """One decoded frame. `image` is RGB uint8 (H, W, 3); `label` is trainIds uint8 (H, W), void 255."""
+    """One decoded frame."""
 
-    image: NDArray[np.uint8]
-    label: NDArray[np.uint8]
+    image: NDArray[np.uint8]  # H x W x 3, RGB
+    label: NDArray[np.uint8]  # H x W, trainIds, void 255
 
 
 class DataError(ValueError):
@@ -32,22 +32,22 @@ class DataError(ValueError):
 
 
 class Source(Protocol):
-    """Frames by split and number."""
+    """Frames by split and index."""
 
     @property
     def name(self) -> str:
-        """What a person calls this data: a path, or `streets`."""
+        """Return what the user calls this data: a path, a URI, or `streets`."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the frames may have changed; cheap, so no frame is read for it."""
+        """Return a text that changes whenever the frames may have changed, without reading a frame."""
 
     @property
     def frame_size(self) -> tuple[int, int]:
-        """Height and width in pixels of every frame."""
+        """Return height and width in pixels of every frame."""
 
     def names(self, split: Split) -> Sequence[str]:
-        """The frames' names, in order; their number is the size of the split."""
+        """Return the frames' names in order, one for each frame of the split."""
 
     def load(self, split: Split, index: int) -> Frame:
         """Decode one frame. Raises DataError if it is damaged."""

@@ -1,20 +1,28 @@
-"""Milliseconds of one prediction at batch 1, on the device it is trained on. Knows nothing of Ray or storage.
+"""Time a prediction, and the training of one trial, on this machine. Knows neither Ray nor storage nor real frames.
 
-What is timed is what validation does for one image: normalise, the network, the likeliest class of each pixel. The
-network has no auxiliary heads, for nobody predicts with them, and weights of its own, for speed does not depend on
-them. Who else works on the device meanwhile is in the number: compare trials that had as much of it.
+measure_latency     milliseconds of one prediction at batch 1
+benchmark_training  images per second and memory of a trial while others train beside it
 """
 
+import multiprocessing
+import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Self
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Final
 
+import numpy as np
 import torch
-from pydantic import PositiveFloat, PositiveInt, TypeAdapter
 
-from tune_bisenet.config import Precision, Run
+from tune_bisenet.config import Precision, Resources, Run, WarmupPoly
+from tune_bisenet.data.classes import NUM_CLASSES
+from tune_bisenet.data.packed import Packed, PackedSplit
+from tune_bisenet.records import Latency
 from tune_bisenet.text import counted
 from tune_bisenet.training import engine
 from tune_bisenet.training.model import BiSeNet
@@ -23,74 +31,185 @@ NUM_WARMUPS: Final = 5
 """Predictions before the first that counts: caches fill, cuDNN chooses its algorithms, clocks rise."""
 MIN_REPEATS: Final = 10
 MAX_REPEATS: Final = 50
-MAX_SECONDS: Final = 5.0
-"""No repeat beyond `MIN_REPEATS` begins after this time."""
+MAX_SECONDS: Final = 5.0  # after this time no repeat beyond `MIN_REPEATS` begins
+BENCHMARK_SECONDS: Final = 8.0  # after this time no epoch beyond the first begins
+GPU_BATCHES: Final = 8
+"""Batches of a timed epoch on a GPU, which hides the launch of one behind the work on another; on a CPU one will do."""
+MAX_PROCESSES: Final = 8
+CUDA_BYTES: Final = 10**9
+"""Roughly what CUDA, cuDNN's workspace and torch's unused blocks take on a GPU beside all tensors."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """How long one prediction takes: median and quartiles of `repeats`, in milliseconds."""
-
-    median_ms: PositiveFloat
-    low_ms: PositiveFloat
-    """A quarter of the repeats took no longer."""
-    high_ms: PositiveFloat
-    """A quarter of the repeats took at least as long."""
-    repeats: PositiveInt
-    device: str
-    """The GPU's name, or how many threads of the CPU."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Any) -> Self:
-        """ValueError if `record` is anything else than what `to_json` gives."""
-        return TypeAdapter(cls).validate_python(record)
+class BenchmarkError(ValueError):
+    """No trial can be trained on this machine."""
 
 
 def measure_latency(run: Run, *, device: torch.device, precision: Precision) -> Latency:
-    """Time predictions of one image of the run's size, with `run.head_width`; takes some seconds.
+    """Time what validation does for one image of the run's size: normalise, network, likeliest class of each pixel.
 
-    Training is not disturbed: torch's global generators are left as they were.
+    The network has the run's head width, no auxiliary heads, and random weights, since speed does not depend on them.
+    Takes some seconds. Other work on the device is in the number: compare trials that had as much of it.
     """
-    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
+    with torch.random.fork_rng(devices=[]):  # training is not disturbed; weights are drawn on the CPU
         model = BiSeNet(head_width=run.head_width, auxiliary_heads=False)
     engine.place(model, device)
     noise = torch.Generator().manual_seed(0)
     image = torch.randint(256, (1, 3, *run.image_size), generator=noise, dtype=torch.uint8).to(device)
 
     def predict_once() -> float:
-        _wait_for(device)
+        _synchronize(device)
         started = time.perf_counter()
         engine.predict(model, image, run.image_size, precision=precision)
-        _wait_for(device)
+        _synchronize(device)
         return time.perf_counter() - started
 
     for _ in range(NUM_WARMUPS):
         predict_once()
-    return _summary(_repeated(predict_once), device=_name_of(device))
+    name = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return summarize(repeat_timing(predict_once), device=name)
 
 
-def _repeated(once: Callable[[], float]) -> list[float]:
-    """The seconds that `once` returns, time after time until they are enough."""
+def repeat_timing(time_once: Callable[[], float]) -> list[float]:
+    """Return the seconds of each call: at least MIN_REPEATS, and up to MAX_REPEATS within MAX_SECONDS."""
     seconds: list[float] = []
     while len(seconds) < MIN_REPEATS or (len(seconds) < MAX_REPEATS and sum(seconds) < MAX_SECONDS):
-        seconds.append(once())
+        seconds.append(time_once())
     return seconds
 
 
-def _summary(seconds: list[float], *, device: str) -> Latency:
+def summarize(seconds: list[float], *, device: str) -> Latency:
     low, median, high = (1000.0 * quartile for quartile in statistics.quantiles(seconds, n=4, method="inclusive"))
     return Latency(median_ms=median, low_ms=low, high_ms=high, repeats=len(seconds), device=device)
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _name_of(device: torch.device) -> str:
+@dataclass(frozen=True, kw_only=True)
+class TrainingBenchmark:
+    """Speed and memory of one trial. Speeds are medians over the timed epochs of all processes."""
+
+    images_per_second: float
+    val_images_per_second: float
+    spread: float  # half the range of `images_per_second`, as a share of it
+    memory_bytes: int  # peak of the tensors on a GPU, and CUDA_BYTES; without a GPU, peak of the whole process
+    available_bytes: int  # what there is for one trial: its share of the GPU's memory; without a GPU, of the machine's
+    device: str
+    num_processes: int
+    seconds: float
+
+
+def benchmark_training(
+    run: Run, *, frame_size: tuple[int, int], with_lovasz: bool, resources: Resources, precision: Precision
+) -> TrainingBenchmark:
+    """Train `run` on noise for some seconds, in as many processes as trials will share this machine or one GPU.
+
+    The loss before its switch is timed. One more epoch, with Lovász-Softmax if `with_lovasz`, counts for memory only.
+    Validation labels have `frame_size` (h, w). Raise BenchmarkError with the reason if the run cannot be trained here.
+    """
+    started = time.perf_counter()
+    use_gpu, threads = resources.gpus_per_trial > 0, resources.cpus_per_trial
+    if use_gpu:
+        num_sharing = max(1, int(1 / resources.gpus_per_trial))
+    else:
+        num_sharing = max(1, min(resources.concurrency, (os.cpu_count() or 1) // threads))
+    num_processes = min(num_sharing, resources.concurrency, MAX_PROCESSES)
+    if use_gpu and not torch.cuda.is_available():
+        raise BenchmarkError("this machine has no GPU to time a trial on")
+    device = torch.device("cuda" if use_gpu else "cpu")
+    time_training = partial(
+        _time_training, with_lovasz=with_lovasz, precision=precision, device=device, threads=threads
+    )
+    # Processes of their own: CUDA wants a fresh one, and memory is that of a trial alone.
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            answers = list(pool.map(time_training, [run] * num_processes, [frame_size] * num_processes))
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise BenchmarkError(f"no trial can be trained here: {reason}") from error
+    train_seconds, val_seconds = zip(*(epoch for epochs, _memory in answers for epoch in epochs), strict=True)
+    median = statistics.median(train_seconds)
+    device_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if use_gpu:
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
+    return TrainingBenchmark(
+        images_per_second=1 / median,
+        val_images_per_second=1 / statistics.median(val_seconds),
+        spread=(max(train_seconds) - min(train_seconds)) / 2 / median,
+        memory_bytes=max(memory for _epochs, memory in answers),
+        available_bytes=device_bytes // num_sharing,
+        device=torch.cuda.get_device_name(device) if use_gpu else f"CPU, {counted(threads, 'thread')} each",
+        num_processes=num_processes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _time_training(
+    run: Run,
+    frame_size: tuple[int, int],
+    *,
+    with_lovasz: bool,
+    precision: Precision,
+    device: torch.device,
+    threads: int,
+) -> tuple[list[tuple[float, float]], int]:
+    """Return the seconds of an image in training and in validation, for each timed epoch; and the bytes of memory."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # as a trial does
+    before_switch, after_switch = (run.loss.model_copy(update={"lovasz_after": switch}) for switch in (None, 0))
+    endless = {"schedule": WarmupPoly(warmup_iterations=0, power=0.9), "num_epochs": 10**6, "loss": before_switch}
+    run = run.model_copy(update=endless)
+    noise = _noise(run, frame_size, num_batches=GPU_BATCHES if device.type == "cuda" else 1)
+    training = engine.begin(run, noise, device=device, precision=precision, backbone=None)
+    epochs = engine.fit(training)
+
+    def time_epoch() -> tuple[float, float]:
+        epoch = next(epochs).epoch
+        return epoch.train_seconds / len(training.train), epoch.val_seconds / len(training.val)
+
+    ends = time.perf_counter() + BENCHMARK_SECONDS
+    first = time_epoch()  # slow: caches fill and cuDNN chooses its algorithms
+    timed = []
+    while time.perf_counter() < ends:
+        timed.append(time_epoch())
+    if with_lovasz:
+        training.run = run.model_copy(update={"loss": after_switch})
+        time_epoch()
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+        return timed or [first], torch.cuda.max_memory_allocated(device) + CUDA_BYTES
+    return timed or [first], 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _noise(run: Run, frame_size: tuple[int, int], *, num_batches: int) -> Packed:
+    """Return a random batch for each split, `num_batches` times over: what frames show does not change the time."""
+    rng = np.random.default_rng(0)
+
+    def split(label_size: tuple[int, int]) -> PackedSplit:
+        images = rng.integers(256, size=(run.batch_size, 3, *run.image_size), dtype=np.uint8)
+        labels = rng.integers(NUM_CLASSES, size=(run.batch_size, *label_size), dtype=np.uint8)
+        names = [""] * run.batch_size
+        return PackedSplit(names * num_batches, list(images) * num_batches, list(labels) * num_batches)
+
+    return Packed(
+        path=Path(),
+        source_name="noise",
+        fingerprint="",
+        image_size=run.image_size,
+        label_size=frame_size,
+        class_counts=np.ones(NUM_CLASSES, dtype=np.int64),
+        digest="",
+        train=split(run.image_size),
+        val=split(frame_size),
+    )
+
+
+@cache
+def weights_bytes(head_width: int) -> int:
+    """Return the size of the network's weights and running statistics: that of `best.pt`, but for some kilobytes."""
+    with torch.device("meta"):  # shapes without numbers
+        model = BiSeNet(head_width=head_width)
+    return sum(tensor.nbytes for tensor in model.state_dict().values())

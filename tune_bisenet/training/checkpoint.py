@@ -1,9 +1,9 @@
-"""Save and load a run's state: whole or not at all, versioned, checked, and with no code in it.
+"""Save and load a run's state, whole or not at all, versioned, checked and without code; load backbone weights.
 
-A trial that goes on keeps three files: `last.pt` to go on from, `previous.pt` should that one be damaged, and
-`best.pt`, the weights of its best epoch; that alone stays when the trial has ended (`endings`). Each is an archive
-as torch writes it, followed by its SHA-256, which torch.load skips. The archive's own CRC-32 sums do not cover its
-directory, where one flipped bit makes torch load anything as weights.
+A running trial has three files: `last.pt` to resume from, `previous.pt` in case that one is damaged, and `best.pt`, the
+weights of its best epoch, which alone remains when the trial has ended. Each is an archive as torch writes it, followed
+by its SHA-256, which torch.load skips. The archive's own CRC-32 sums do not cover its directory, where one flipped bit
+makes torch load anything as weights.
 """
 
 import hashlib
@@ -14,76 +14,22 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
-from torchvision.models import ResNet18_Weights
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights, resnet18
 
 from tune_bisenet.options import NO_BACKBONE
 from tune_bisenet.records import BEST_WEIGHTS, LAST, PREVIOUS, Epoch
 from tune_bisenet.storage import Storage
 from tune_bisenet.training.engine import Training
-from tune_bisenet.training.model import backbone_problems
 
 _log = logging.getLogger(__name__)
 
+FORMAT: Final = 1
+DAMAGED_SUFFIX: Final = ".damaged"
+_EPOCHS: Final = TypeAdapter(list[Epoch])
 IMAGENET: Final = "imagenet"
 _WEIGHTS: Final = ResNet18_Weights.IMAGENET1K_V1
-
-
-class BackboneError(ValueError):
-    """The weights cannot be had or do not fit."""
-
-
-def load_backbone(backbone: str) -> dict[str, Tensor] | None:
-    """The weights of `imagenet`, of a file, or None for `none`. Raises BackboneError saying what to do."""
-    if backbone == NO_BACKBONE:
-        return None
-    weights = _fetched() if backbone == IMAGENET else _read(Path(backbone))
-    features = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-    problems = backbone_problems(features)
-    if problems:
-        raise BackboneError(
-            f"--backbone {backbone} is not a ResNet-18 under torchvision's names: {'; '.join(problems)}."
-        )
-    return features
-
-
-def backbone_digest(backbone: str) -> str:
-    """What stands for the weights in a run's identity: the same on every machine that has the same weights."""
-    if backbone == NO_BACKBONE:
-        return NO_BACKBONE
-    if backbone == IMAGENET:
-        return f"torchvision {_WEIGHTS}"
-    return hashlib.sha256(Path(backbone).read_bytes()).hexdigest()[:16]
-
-
-def _fetched() -> dict[str, Tensor]:
-    try:
-        weights: dict[str, Tensor] = _WEIGHTS.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except Exception as error:  # from the network, or as in `_read`
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(_WEIGHTS.url).name
-        if cached.exists():
-            raise BackboneError(f"{cached} cannot be read ({error}): delete it, and it is fetched again.") from error
-        raise BackboneError(
-            f"torchvision's ImageNet weights cannot be fetched from {_WEIGHTS.url} ({error}). Without a network, "
-            "pass --backbone FILE with a ResNet-18 saved elsewhere, or --backbone none to train from scratch."
-        ) from error
-    return weights
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise BackboneError(f"--backbone {path}: there is no such file. Pass imagenet, none or a file.") from error
-    except Exception as error:  # a file of another kind is taken for a pickle, whose reader fails in any way it likes
-        raise BackboneError(f"--backbone {path} cannot be read as weights saved by torch.save: {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise BackboneError(f"--backbone {path} does not hold a state dict of tensors.")
-    return weights
-
-
-FORMAT: Final = 1
-ASIDE: Final = ".damaged"
 
 
 class CheckpointError(ValueError):
@@ -95,10 +41,10 @@ class DamagedError(CheckpointError):
 
 
 def save(training: Training, history: list[Epoch], folder: Storage, *, identity: str) -> None:
-    """Write `last.pt`, keeping the one before as `previous.pt`. `identity` says which run, data and precision."""
+    """Write `last.pt`, keeping the one before as `previous.pt`. `identity` names run, data and precision."""
     state = _state(training, identity) | {
         "optimizer": training.optimizer.state_dict(),
-        "history": [epoch.to_json() for epoch in history],
+        "history": _EPOCHS.dump_python(history),
     }
     content = to_bytes(state)
     if folder.exists(LAST):
@@ -108,11 +54,11 @@ def save(training: Training, history: list[Epoch], folder: Storage, *, identity:
 
 def save_best(training: Training, epoch: Epoch, folder: Storage, *, identity: str) -> None:
     """Write `best.pt`: the weights of this epoch, and what they scored."""
-    folder.write(BEST_WEIGHTS, to_bytes(_state(training, identity) | {"epoch": epoch.to_json()}))
+    folder.write(BEST_WEIGHTS, to_bytes(_state(training, identity) | {"epoch": _EPOCHS.dump_python([epoch])[0]}))
 
 
 def _state(training: Training, identity: str) -> dict[str, Any]:
-    """What every file holds: the weights, and what they are of."""
+    """Return what every file holds: the weights, and which run they belong to."""
     return {
         "format": FORMAT,
         "identity": identity,
@@ -122,10 +68,10 @@ def _state(training: Training, identity: str) -> dict[str, Any]:
 
 
 def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]:
-    """Bring `training` to where `folder` left it and return its epochs so far; an empty list if nothing is there.
+    """Restore `training` from `folder` and return its epochs so far; an empty list if there is no state.
 
-    A damaged `last.pt` costs one epoch: `previous.pt` takes its place; if both are, the run begins anew. Raises
-    CheckpointError if the state belongs to another run, which must never be trained on under this one's name.
+    A damaged `last.pt` costs one epoch: `previous.pt` replaces it; if both are damaged, the run starts again. Raises
+    CheckpointError if the state belongs to another run, which must never be continued under this one's name.
     """
     for name in (LAST, PREVIOUS):
         content = folder.read(name)
@@ -134,16 +80,25 @@ def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]
         try:
             state = from_bytes(content)
         except DamagedError as error:
-            _log.warning("%s/%s is put aside as %s%s: %s", folder.path, name, name, ASIDE, error)
-            folder.move(name, f"{name}{ASIDE}")  # or the next save would put it in place of the one that is whole
+            _log.warning("%s/%s is renamed to %s%s: %s", folder.path, name, name, DAMAGED_SUFFIX, error)
+            folder.move(name, f"{name}{DAMAGED_SUFFIX}")  # else the next save would replace the good one with it
             continue
-        _check_identity(state, identity, f"{folder.path}/{name}")
-        return _restore(training, state)
+        if state["identity"] != identity:
+            raise CheckpointError(
+                f"{folder.path}/{name} was written by another run (identity {state['identity']}, this one is "
+                f"{identity}): its settings, data, backbone or precision differ. Give this search another --name, or "
+                "move that folder away."
+            )
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        history = _EPOCHS.validate_python(state["history"])
+        training.epochs_done = len(history)
+        return history
     return []
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
-    """`state`, of tensors and plain values, as an archive and its SHA-256."""
+    """Return `state`, of tensors and plain values, as an archive and its SHA-256."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
@@ -151,30 +106,75 @@ def to_bytes(state: dict[str, Any]) -> bytes:
 
 
 def from_bytes(content: bytes) -> dict[str, Any]:
-    """The state `to_bytes` was given; runs no code from it. DamagedError, or CheckpointError if it is another thing."""
+    """Return the state passed to `to_bytes`, without running its code. DamagedError, or CheckpointError if foreign."""
     digest_size = hashlib.sha256().digest_size
     if hashlib.sha256(memoryview(content)[:-digest_size]).digest() != content[-digest_size:]:
-        raise DamagedError("damaged: its SHA-256 is another")
+        raise DamagedError("damaged: its SHA-256 does not match")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError("not a state of plain values, and nothing else is ever loaded") from error
+        raise CheckpointError("not a state of plain values, and nothing else is loaded") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"not of format {FORMAT}")
     return state
 
 
-def _check_identity(state: dict[str, Any], identity: str, path: str) -> None:
-    if state["identity"] != identity:
-        raise CheckpointError(
-            f"{path} was written by another run (identity {state['identity']}, this one is {identity}): its settings, "
-            "data, backbone or precision differ. Give this search another --name, or move that folder away."
-        )
+class BackboneError(ValueError):
+    """The weights cannot be loaded or do not fit."""
 
 
-def _restore(training: Training, state: dict[str, Any]) -> list[Epoch]:
-    training.model.load_state_dict(state["model"])
-    training.optimizer.load_state_dict(state["optimizer"])
-    history = [Epoch.from_json(record) for record in state["history"]]
-    training.epochs_done = len(history)
-    return history
+def load_backbone(backbone: str) -> dict[str, Tensor] | None:
+    """Return the weights of `imagenet` or of a file; None for `none`. Raises BackboneError with what to do."""
+    if backbone == NO_BACKBONE:
+        return None
+    weights = _load_imagenet() if backbone == IMAGENET else _load_file(Path(backbone))
+    resnet = resnet18(weights=None)
+    resnet.fc = nn.Identity()  # the classifier is not part of BiSeNet
+    features = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    wanted = {key: tuple(value.shape) for key, value in resnet.state_dict().items()}
+    problems = [f"{key} is missing" for key in wanted if key not in features]
+    problems += [f"{key} is unknown" for key in features if key not in wanted]
+    problems += [
+        f"{key} has shape {tuple(features[key].shape)} and should have {shape}"
+        for key, shape in wanted.items()
+        if key in features and features[key].shape != shape
+    ]
+    if problems:
+        listed = "; ".join(problems[:5])  # another network has hundreds
+        raise BackboneError(f"--backbone {backbone} is not a ResNet-18 under torchvision's names: {listed}.")
+    return features
+
+
+def backbone_digest(backbone: str) -> str:
+    """Return what identifies the weights: equal on all machines that have the same ones."""
+    if backbone == NO_BACKBONE:
+        return NO_BACKBONE
+    if backbone == IMAGENET:
+        return f"torchvision {_WEIGHTS}"
+    return hashlib.sha256(Path(backbone).read_bytes()).hexdigest()[:16]
+
+
+def _load_imagenet() -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = _WEIGHTS.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # from the network, or as in `_load_file`
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(_WEIGHTS.url).name
+        if cached.exists():
+            raise BackboneError(f"{cached} cannot be read ({error}): delete it to fetch it again.") from error
+        raise BackboneError(
+            f"torchvision's ImageNet weights cannot be fetched from {_WEIGHTS.url} ({error}). Without a network, "
+            "pass --backbone FILE with a ResNet-18 saved elsewhere, or --backbone none to train from scratch."
+        ) from error
+    return weights
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise BackboneError(f"--backbone {path}: there is no such file. Pass imagenet, none or a file.") from error
+    except Exception as error:  # a file of another kind is read as a pickle, which can fail in any way
+        raise BackboneError(f"--backbone {path} cannot be read as weights saved by torch.save: {error}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise BackboneError(f"--backbone {path} does not hold a state dict of tensors.")
+    return weights

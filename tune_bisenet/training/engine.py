@@ -1,7 +1,7 @@
 """Train one run: an epoch loop that yields after every epoch and knows nothing of Ray, files or screens.
 
 State is small because the rest is pure: the rate is a function of the iteration, all randomness one of
-`(seed, epoch)`. Weights, optimizer and the number of epochs done say everything.
+`(seed, epoch)`. Weights, optimizer and the number of completed epochs are the whole state.
 
 Shapes: B images, C classes, H x W pixels trained on, h x w pixels of a validation label.
 """
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from tune_bisenet.config import OHEM, CrossEntropy, Precision, Run, WeightedCrossEntropy
-from tune_bisenet.data.augment import augment_batch, epoch_draw, epoch_order, normalise
-from tune_bisenet.data.frames import Frames
+from tune_bisenet.data.batches import Frames, augment_batch, epoch_draw, epoch_order, normalise
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.records import Epoch
 from tune_bisenet.training import losses, metrics, optim
@@ -26,7 +25,7 @@ from tune_bisenet.training.model import BiSeNet
 from tune_bisenet.training.optim import lr_at
 
 NUM_SAMPLES: Final = 3
-"""Validation images whose predictions are handed out for a person to look at."""
+"""Validation images whose predictions are returned for people to look at."""
 
 
 @dataclass
@@ -49,9 +48,9 @@ class Training:
 
     @property
     def sample_indices(self) -> list[int]:
-        """Validation images spread over the split."""
+        """Return validation images spread over the split."""
         count = min(NUM_SAMPLES, len(self.val))
-        return [round(place * (len(self.val) - 1) / max(count - 1, 1)) for place in range(count)]
+        return [round(number * (len(self.val) - 1) / max(count - 1, 1)) for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -63,65 +62,49 @@ class EpochEnd:
     samples: dict[int, Tensor]  # validation image -> its prediction, h x w uint8, on the CPU
 
 
-@dataclass(frozen=True)
-class _TrainSums:
-    losses: tuple[float, float, float, float]  # total, main, aux1, aux2: means over the epoch
-    grad_norm: float
-    lr: float
-    seconds: float
-
-
 def begin(
-    run: Run,
-    data: Packed,
-    *,
-    device: torch.device,
-    precision: Precision,
-    backbone: dict[str, Tensor] | None,
+    run: Run, data: Packed, *, device: torch.device, precision: Precision, backbone: dict[str, Tensor] | None
 ) -> Training:
-    """A run before its first epoch, its weights drawn from its seed. `backbone` holds ResNet-18 weights, if any."""
+    """Return a run before its first epoch, its weights drawn from its seed, or from `backbone` for the ResNet-18."""
     torch.manual_seed(run.seed)
     model = BiSeNet(head_width=run.head_width)
     if backbone is not None:
-        model.load_backbone(backbone)
+        model.context.resnet.load_state_dict(backbone)
     place(model, device)
+    class_weights = None
+    match run.loss:
+        case WeightedCrossEntropy(exponent=exponent):
+            counts = torch.from_numpy(data.class_counts.copy())
+            class_weights = losses.class_weights_from(counts, exponent).to(device)
+        case CrossEntropy() | OHEM():
+            pass
+        case _:
+            assert_never(run.loss)
     return Training(
         run=run,
         device=device,
         precision=precision,
         model=model,
-        optimizer=optim.build(run, model),
+        optimizer=optim.build_optimizer(run, model),
         train=Frames(data.train, device),
         val=Frames(data.val, device),
-        class_weights=_class_weights(run, data, device),
+        class_weights=class_weights,
     )
 
 
 def fit(training: Training) -> Iterator[EpochEnd]:
-    """Train the epochs that are left, yielding after each. `training` may be saved whenever this has yielded."""
+    """Train the remaining epochs and yield after each. `training` may be saved whenever this has yielded."""
     while training.epochs_done < training.run.num_epochs:
-        sums = _train_epoch(training, training.epochs_done + 1)
+        measured = _train_epoch(training, training.epochs_done + 1)
         training.epochs_done += 1
-        yield _validate(training, sums)
+        yield _validate(training, measured)
 
 
-def _class_weights(run: Run, data: Packed, device: torch.device) -> Tensor | None:
-    """What each class weighs, C float32; None where the loss does not weigh classes."""
-    loss = run.loss
-    match loss:
-        case WeightedCrossEntropy():
-            return losses.class_weights_from(torch.from_numpy(data.class_counts.copy()), loss.exponent).to(device)
-        case CrossEntropy() | OHEM():
-            return None
-        case _:
-            assert_never(loss)
+def _train_epoch(training: Training, epoch: int) -> dict[str, float]:
+    """Pass once over the training split; return what `Epoch` holds of it, by field.
 
-
-# --- training ---------------------------------------------------------------------------------------------------
-
-
-def _train_epoch(training: Training, epoch: int) -> _TrainSums:
-    """One pass over the training split; waits for the device only at its end, and where its loss does."""
+    It waits for the device only at the end, and where the loss does.
+    """
     started = time.perf_counter()
     run = training.run
     training.model.train()
@@ -142,11 +125,21 @@ def _train_epoch(training: Training, epoch: int) -> _TrainSums:
             norms.append(_step(training, lr))
     total, main, aux1, aux2 = (loss_sums / num_iterations).tolist()
     grad_norm = torch.stack(norms).mean().item()
-    return _TrainSums((total, main, aux1, aux2), grad_norm, lr, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return {
+        "loss": total,
+        "loss_main": main,
+        "loss_aux1": aux1,
+        "loss_aux2": aux2,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "images_per_second": num_iterations * run.batch_size / max(seconds, math.ulp(1.0)),
+        "train_seconds": seconds,
+    }
 
 
 def _group_size(iteration: int, num_iterations: int, accumulation: int) -> int:
-    """How many micro-batches share this iteration's optimizer step; an epoch's last group may be smaller."""
+    """Return how many micro-batches share this iteration's optimizer step; an epoch's last group may be smaller."""
     first = iteration - iteration % accumulation
     return min(accumulation, num_iterations - first)
 
@@ -161,19 +154,17 @@ def _backward(training: Training, images: Tensor, labels: Tensor, *, epoch: int,
 
 
 def _step(training: Training, lr: float) -> Tensor:
-    """One optimizer step at rate `lr`; returns the gradient's norm before clipping."""
+    """Take one optimizer step at rate `lr`; return the gradient's norm before clipping."""
     norm = optim.clip_gradients(training.model.parameters(), training.run.max_grad_norm)
-    optim.set_lr(training.optimizer, lr)
+    for group in training.optimizer.param_groups:  # a run has one rate
+        group["lr"] = lr
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     return norm.detach()
 
 
-# --- validation -------------------------------------------------------------------------------------------------
-
-
-def _validate(training: Training, sums: _TrainSums) -> EpochEnd:
-    """Score whole validation images at the resolution of their labels."""
+def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
+    """Score whole validation images at the resolution of their labels. `measured` is what training gave."""
     started = time.perf_counter()
     wanted = set(training.sample_indices)
     matrices, samples = [], {}
@@ -186,45 +177,31 @@ def _validate(training: Training, sums: _TrainSums) -> EpochEnd:
         for index in wanted.intersection(indices.tolist()):
             samples[index] = predictions[index - first].cpu()
     confusion = torch.cat(matrices).cpu()
-    return EpochEnd(_measured(training, sums, confusion, time.perf_counter() - started), confusion, samples)
+    val_seconds = time.perf_counter() - started
+    matrix = confusion.sum(dim=0)
+    iou = metrics.iou_per_class(matrix)
+    epoch = Epoch(
+        epoch=training.epochs_done,
+        iterations=training.epochs_done * training.iterations_per_epoch,
+        miou=metrics.mean_iou(iou),
+        iou=tuple(iou),
+        pixel_accuracy=metrics.pixel_accuracy(matrix),
+        val_seconds=val_seconds,
+        **measured,
+    )
+    return EpochEnd(epoch, confusion, samples)
 
 
 @torch.no_grad()
 def predict(model: BiSeNet, images: Tensor, size: tuple[int, int], *, precision: Precision) -> Tensor:
-    """The likeliest trainId of each pixel: uint8 B x 3 x H x W to uint8 B x h x w, `size` being (h, w).
+    """Return the likeliest trainId of each pixel: uint8 B x 3 x H x W to uint8 B x h x w, `size` being (h, w).
 
-    `images` lie where `place` has put `model`, which is left in evaluation mode.
+    `images` are on the device of `model`, which is left in evaluation mode.
     """
     model.eval()
     with _autocast(images.device, precision):
         logits = model(_laid_out(normalise(images)))
     return losses.argmax(logits.main, size)
-
-
-def _measured(training: Training, sums: _TrainSums, confusion: Tensor, val_seconds: float) -> Epoch:
-    matrix = confusion.sum(dim=0)
-    iou = metrics.iou_per_class(matrix)
-    num_iterations = training.iterations_per_epoch
-    total, main, aux1, aux2 = sums.losses
-    return Epoch(
-        epoch=training.epochs_done,
-        iterations=training.epochs_done * num_iterations,
-        loss=total,
-        loss_main=main,
-        loss_aux1=aux1,
-        loss_aux2=aux2,
-        lr=sums.lr,
-        grad_norm=sums.grad_norm,
-        miou=metrics.mean_iou(iou),
-        iou=tuple(iou),
-        pixel_accuracy=metrics.pixel_accuracy(matrix),
-        images_per_second=num_iterations * training.run.batch_size / max(sums.seconds, math.ulp(1.0)),
-        train_seconds=sums.seconds,
-        val_seconds=val_seconds,
-    )
-
-
-# --- the device -------------------------------------------------------------------------------------------------
 
 
 def place(model: BiSeNet, device: torch.device) -> None:

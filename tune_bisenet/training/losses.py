@@ -1,7 +1,7 @@
 """The losses of one micro-batch: cross-entropy, of all pixels or of the hard ones, and Lovász-Softmax.
 
-Void never counts. A batch without a labelled pixel has loss 0 and gradient 0. Nothing here
-waits for the device but the counting of Lovász-Softmax (torch.bincount asks a GPU for the largest value).
+Void never counts. A batch without a labelled pixel has loss 0 and gradient 0. Only the counting of Lovász-Softmax waits
+for the device: torch.bincount asks a GPU for the largest value.
 
 Shapes: B images, C classes, H x W pixels of the labels, h x w of the logits.
 """
@@ -24,7 +24,7 @@ BAND_ELEMENTS: Final = {"cpu": 2**20, "cuda": 2**25}
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Mean over the labelled pixels, each weighted by its class (C weights, or all alike); 0 where there are none.
+    """Return the mean over the labelled pixels, weighted by class (C weights, or all alike); 0 where there are none.
 
     `logits` are B x C x h x w of any float type, `targets` B x H x W int64 trainIds with void 255; a float32 scalar.
     """
@@ -36,7 +36,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None 
 
 
 def hard_cross_entropy(logits: Tensor, targets: Tensor, *, threshold: float, min_kept: float) -> Tensor:
-    """Mean over the hard pixels alone (Shrivastava et al., 2016), all of them weighing the same; shapes as above.
+    """Return the mean over the hard pixels alone (Shrivastava et al., 2016), equally weighted; shapes as above.
 
     A labelled pixel is hard if its own class has a probability below `threshold`. Where fewer than `min_kept` of the
     labelled pixels, rounded up, are, the hardest make up that number, with any that tie with the last of them.
@@ -51,7 +51,7 @@ def hard_cross_entropy(logits: Tensor, targets: Tensor, *, threshold: float, min
 
 
 def argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The likeliest class of each pixel: B x C x h x w to uint8 B x H x W, `size` being (H, W)."""
+    """Return the likeliest class of each pixel: B x C x h x w to uint8 B x H x W, `size` being (H, W)."""
     height, width = size
     wide = logits.float() @ bilinear(width, logits.shape[3], logits.device).T  # B x C x h x W
     predictions = torch.zeros((len(logits), height, width), dtype=torch.uint8, device=logits.device)
@@ -90,7 +90,7 @@ class _BandedSum(torch.autograd.Function):
 
 @torch.no_grad()
 def _pixel_losses(logits: Tensor, classes: Tensor) -> Tensor:
-    """The cross-entropy of each pixel, B x H x W; never negative."""
+    """Return the cross-entropy of each pixel, B x H x W; never negative."""
     height, width = classes.shape[1:]
     wide = logits.float() @ bilinear(width, logits.shape[3], logits.device).T  # B x C x h x W
     losses = torch.empty(classes.shape, device=logits.device)
@@ -100,17 +100,17 @@ def _pixel_losses(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def _kth_largest(values: Tensor, rank: Tensor) -> Tensor:
-    """The `rank`-th largest of float32 `values`, a scalar; NaN if `rank` is 0. At least `rank` must not be negative.
+    """Return the `rank`-th largest of float32 `values`; NaN if `rank` is 0. At least `rank` must not be negative.
 
     It is found bit by bit, as numbers from 0 on have the order of their bits. On a CPU its 31 counts take a fifth of
     the time of a sort, and unlike `kthvalue` it leaves a `rank` that is a tensor on its device.
     """
     bits = values.view(torch.int32)
-    found = torch.zeros((), dtype=torch.int32, device=values.device)
-    for place in reversed(range(31)):
-        candidate = found + (1 << place)
-        found = candidate.where(torch.count_nonzero(bits >= candidate) >= rank, found)
-    return found.view(torch.float32)
+    largest = torch.zeros((), dtype=torch.int32, device=values.device)
+    for bit in reversed(range(31)):
+        candidate = largest + (1 << bit)
+        largest = candidate.where(torch.count_nonzero(bits >= candidate) >= rank, largest)
+    return largest.view(torch.float32)
 
 
 class _Band(NamedTuple):
@@ -138,7 +138,7 @@ def _bands(wide: Tensor, height: int) -> Iterator[_Band]:
 
 @cache
 def bilinear(outputs: int, inputs: int, device: torch.device) -> Tensor:
-    """Weights of linear interpolation between pixel centres (`align_corners=False`), outputs x inputs, float32."""
+    """Return the weights of linear interpolation between pixel centres, outputs x inputs, float32."""
     impulses = torch.eye(inputs, device=device).unsqueeze(0)
     return F.interpolate(impulses, size=outputs, mode="linear", align_corners=False)[0].T.contiguous()
 
@@ -152,32 +152,22 @@ class HeadLosses(NamedTuple):
     aux2: Tensor
 
 
-def head_losses(
-    logits: Logits,  # B x C x h x w
-    labels: Tensor,  # B x H x W, uint8 trainIds
-    loss: Loss,
-    *,
-    class_weights: Tensor | None,
-    epoch: int,
-) -> HeadLosses:
-    """The loss of each head in `epoch` (from 1); from `lovasz_after` on, the main head's is Lovász-Softmax."""
-    size = (labels.shape[1], labels.shape[2])
+def head_losses(logits: Logits, labels: Tensor, loss: Loss, *, class_weights: Tensor | None, epoch: int) -> HeadLosses:
+    """Return the loss of each head in `epoch` (from 1); after `lovasz_after`, the main head's is Lovász-Softmax.
+
+    `labels` are uint8 trainIds, B x H x W.
+    """
     targets = labels.long()
-    if uses_lovasz(loss, epoch):
-        main = lovasz_softmax(upsample(logits.main, size), targets)
+    if loss.lovasz_after is not None and epoch > loss.lovasz_after:
+        main = lovasz_softmax(upsample(logits.main, (labels.shape[1], labels.shape[2])), targets)
     else:
         main = _by_pixel(logits.main, targets, loss, class_weights)
     aux1, aux2 = (_by_pixel(aux, targets, loss, class_weights) for aux in logits.aux)
     return HeadLosses(main + loss.aux_weight * (aux1 + aux2), main, aux1, aux2)
 
 
-def uses_lovasz(loss: Loss, epoch: int) -> bool:
-    """Whether the main head has switched by `epoch` (from 1)."""
-    return loss.lovasz_after is not None and epoch > loss.lovasz_after
-
-
 def class_weights_from(counts: Tensor, exponent: float) -> Tensor:
-    """`weight[c] = (total / (num_classes * counts[c])) ** exponent`; 0 for a class that never occurs.
+    """Return `weight[c] = (total / (num_classes * counts[c])) ** exponent`; 0 for a class that never occurs.
 
     C float32 from C int64 counts of pixels.
     """
@@ -186,7 +176,7 @@ def class_weights_from(counts: Tensor, exponent: float) -> Tensor:
 
 
 def _by_pixel(logits: Tensor, targets: Tensor, loss: Loss, class_weights: Tensor | None) -> Tensor:
-    """The loss of a head that has not switched to Lovász-Softmax."""
+    """Return the loss of a head that has not switched to Lovász-Softmax."""
     match loss:
         case CrossEntropy() | WeightedCrossEntropy():
             return cross_entropy(logits, targets, class_weights)
@@ -197,7 +187,7 @@ def _by_pixel(logits: Tensor, targets: Tensor, loss: Loss, class_weights: Tensor
 
 
 def lovasz_softmax(scores: Tensor, targets: Tensor) -> Tensor:
-    """Lovász-Softmax over the classes present in the batch (Berman et al., 2018, https://arxiv.org/abs/1705.08790).
+    """Return Lovász-Softmax over the classes in the batch (Berman et al., 2018, https://arxiv.org/abs/1705.08790).
 
     The loss is linear in the errors as long as their order stays: `sum(errors * growth)`, where `growth` is what the
     Jaccard loss gains when a pixel joins those of larger error (equation 9). It depends only on how many foreground
@@ -214,7 +204,9 @@ def lovasz_softmax(scores: Tensor, targets: Tensor) -> Tensor:
     length = num_classes * _ERROR_BINS
     counts = torch.bincount(codes.flatten(), minlength=length + 1)[:length].view(num_classes, -1)
     foreground = torch.bincount(codes.gather(0, own).flatten(), minlength=length + 1)[:length].view(num_classes, -1)
-    growth = _growth(codes, own, foreground, counts - foreground)
+    for_foreground, for_background = _jaccard_growth(foreground, counts - foreground)
+    growth = F.pad(for_background.flatten(), (0, 1))[codes]  # C x P; 0 for void pixels
+    growth.scatter_(0, own, F.pad(for_foreground.flatten(), (0, 1))[codes.gather(0, own)])
     num_present = (foreground.sum(dim=1) > 0).sum()
     return (errors * growth).sum() / num_present.clamp_min(1)
 
@@ -224,7 +216,7 @@ _ERROR_BINS = 8192
 
 
 def _bins(errors: Tensor, labelled: Tensor) -> Tensor:
-    """The bin of each error, C x P: those of class c in `c * bins .. (c + 1) * bins - 1`, large errors first.
+    """Return the bin of each error, C x P: for class c `c * bins .. (c + 1) * bins - 1`, large errors first.
 
     Void pixels share one bin behind all others.
     """
@@ -233,15 +225,8 @@ def _bins(errors: Tensor, labelled: Tensor) -> Tensor:
     return (ranks + first.unsqueeze(1)).where(labelled, len(errors) * _ERROR_BINS).long()
 
 
-def _growth(codes: Tensor, own: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
-    """What each pixel adds to each class's Jaccard loss, C x P; 0 for void pixels and absent classes."""
-    for_foreground, for_background = _jaccard_growth(foreground, background)
-    growth = F.pad(for_background.flatten(), (0, 1))[codes]
-    return growth.scatter_(0, own, F.pad(for_foreground.flatten(), (0, 1))[codes.gather(0, own)])
-
-
 def _jaccard_growth(foreground: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
-    """What one foreground, and one background, pixel of each bin adds to the Jaccard loss; counts are C x bins.
+    """Return what a foreground and a background pixel of each bin add to the Jaccard loss; counts are C x bins.
 
     With `g` foreground pixels in all and `f`, `b` before, a foreground pixel adds `1 / (g + b)` and a background
     one `(g - f) / ((g + b) (g + b + 1))`. Pixels of one bin share the sum of their bin, averaged over "foreground

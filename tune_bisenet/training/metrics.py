@@ -22,7 +22,7 @@ def confusion(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 def iou_per_class(matrix: Tensor) -> list[float | None]:
-    """IoU in percent by trainId from a C x C confusion matrix; None where a class never occurs."""
+    """Return IoU in percent by trainId from a C x C confusion matrix; None where a class never occurs."""
     hits = matrix.diagonal().double()
     union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
     values: list[float] = (100.0 * hits / union).tolist()
@@ -30,13 +30,13 @@ def iou_per_class(matrix: Tensor) -> list[float | None]:
 
 
 def mean_iou(iou: list[float | None]) -> float:
-    """The mean over the classes that occur, in percent; 0 if none does."""
+    """Return the mean over the classes that occur, in percent; 0 if none does."""
     occurring = [value for value in iou if value is not None]
     return sum(occurring) / len(occurring) if occurring else 0.0
 
 
 def pixel_accuracy(matrix: Tensor) -> float:
-    """The share of labelled pixels that are right, in percent; 0 if none is labelled."""
+    """Return the share of labelled pixels that are right, in percent; 0 if none is labelled."""
     return 100.0 * int(matrix.trace()) / max(int(matrix.sum()), 1)
 
 

@@ -1,12 +1,11 @@
 """BiSeNet V1 with a ResNet-18 context path (Yu et al., 2018, https://arxiv.org/abs/1808.00897).
 
-Knows nothing of losses, labels or downloads: weights for the backbone are handed in. Logits leave the network at
-the resolution they are computed at (1/8 and 1/16); whoever needs pixels calls `upsample`.
+It knows nothing of losses, labels or pretrained weights. Logits leave the network at the resolution they are computed
+at (1/8 and 1/16); callers that need pixels call `upsample`.
 
 Shapes: B images, C classes, H x W pixels, H and W multiples of 32.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ class Logits(NamedTuple):
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear (pixel centres, `align_corners=False`) to `size` (H, W), contiguous: strided logits slow the loss."""
+    """Interpolate bilinearly (pixel centres) to `size` (H, W), contiguously: strided logits slow the loss."""
     return F.interpolate(logits.contiguous(), size=size, mode="bilinear", align_corners=False)
 
 
@@ -105,7 +104,7 @@ class ContextPath(nn.Module):
 
 
 class FeatureFusion(nn.Module):
-    """FFM: join both paths and let a gate say which channels count twice (figure 2c)."""
+    """FFM: join both paths and let a gate decide which channels count twice (figure 2c)."""
 
     def __init__(self, channels: int = 256) -> None:
         super().__init__()
@@ -139,7 +138,11 @@ class BiSeNet(nn.Module):
         self.head = Head(256, head_width)
         self.aux8 = Head(128, 64) if auxiliary_heads else None
         self.aux16 = Head(128, 64) if auxiliary_heads else None
-        self._initialise()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("context.resnet."):  # that one is initialised
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Logits:  # B x 3 x H x W, normalised
         check_image_size((images.shape[2], images.shape[3]))
@@ -148,36 +151,6 @@ class BiSeNet(nn.Module):
         if self.aux8 is None or self.aux16 is None:
             return Logits(main, ())
         return Logits(main, (self.aux8(context8), self.aux16(context16)))
-
-    def load_backbone(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy a ResNet-18 under torchvision's names; ValueError if a tensor is missing, unknown or misshapen."""
-        features = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-        problems = backbone_problems(features)
-        if problems:
-            raise ValueError("not a ResNet-18 under torchvision's names: " + "; ".join(problems))
-        self.context.resnet.load_state_dict(features)
-
-    def _initialise(self) -> None:
-        """He's normal initialisation outside the ResNet, which torchvision has initialised itself."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d) and not name.startswith("context.resnet."):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-
-def backbone_problems(weights: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `weights` (without a classifier) from being a ResNet-18; at most a few entries, empty if nothing."""
-    network = resnet18(weights=None)
-    wanted = {key: value.shape for key, value in network.state_dict().items() if not key.startswith("fc.")}
-    problems = [f"{key} is missing" for key in wanted if key not in weights]
-    problems += [f"{key} is unknown" for key in weights if key not in wanted]
-    problems += [
-        f"{key} has shape {tuple(weights[key].shape)} and should have {tuple(shape)}"
-        for key, shape in wanted.items()
-        if key in weights and weights[key].shape != shape
-    ]
-    return problems[:5]
 
 
 def _double(features: Tensor) -> Tensor:

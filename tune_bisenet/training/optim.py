@@ -1,4 +1,4 @@
-"""Optimizers from their configuration, and one step with a measured, perhaps clipped, gradient."""
+"""The optimizer of a run, its rate as a function of the iteration, and gradient clipping."""
 
 from collections.abc import Iterable
 from typing import assert_never
@@ -10,7 +10,7 @@ from tune_bisenet.config import SGD, AdamW, Run, WarmupPoly
 
 
 def lr_at(schedule: WarmupPoly, base_lr: float, iteration: int, total_iterations: int) -> float:
-    """The rate of iteration 0 .. total_iterations - 1; 0 from there on.
+    """Return the rate of iteration 0 .. total_iterations - 1; 0 after that.
 
     Linear from `start_lr` to `base_lr` over the warm-up, then `base_lr * (1 - progress) ** power`,
     with `progress` counted from the end of the warm-up, so the two meet at `base_lr`.
@@ -23,8 +23,8 @@ def lr_at(schedule: WarmupPoly, base_lr: float, iteration: int, total_iterations
     return base_lr * float(max(remaining, 0.0) ** schedule.power)
 
 
-def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
-    """The run's optimizer over all parameters of `model`, at the run's base rate."""
+def build_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the run's optimizer over all parameters of `model`, at the run's base rate."""
     groups = parameter_groups(model, decay_norms_and_biases=run.decay_norms_and_biases)
     config = run.optimizer
     match config:
@@ -37,7 +37,7 @@ def build(run: Run, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def parameter_groups(model: nn.Module, *, decay_norms_and_biases: bool) -> list[dict[str, object]]:
-    """One group, or two of which the second (everything with at most one dimension) has no weight decay."""
+    """Return one group, or two, the second of which (parameters of at most one dimension) has no weight decay."""
     parameters = list(model.parameters())
     if decay_norms_and_biases:
         return [{"params": parameters}]
@@ -46,16 +46,10 @@ def parameter_groups(model: nn.Module, *, decay_norms_and_biases: bool) -> list[
     return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One rate for all groups: the table names one."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients down to an L2 norm of `max_norm` if theirs is larger; return the norm before that."""
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

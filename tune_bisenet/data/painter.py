@@ -1,12 +1,8 @@
-"""Flat faces in perspective, and the photograph of them: how the built-in streets come to look like a picture.
+"""Paint flat faces in perspective and photograph them: how the built-in streets come to look like a picture.
 
-The world is in metres: x right, y up from the ground, z ahead of the camera. Faces are painted back to front on a
-plate of face numbers; then the world point under each pixel gives texture and light. It refuses to know what a street
-is, what stands in it and what the labels mean.
-
-    STONE to DARK, Texture, Look            what a face looks like before any light falls on it
-    Painter, rectangle, rounded             which face each pixel shows
-    develop -> _world_points, _textured, _lit, _photographed    what a camera makes of it
+The world is in metres: x right, y up from the ground, z ahead of the camera. A `Painter` paints faces back to front on
+a plate of face numbers; then `develop` takes texture and light from the world point under each pixel. It refuses to
+know what a street is, what stands in it and what the labels mean.
 
 A change that moves a byte of any frame raises `GENERATOR_VERSION` in `streets`.
 Legend: H x W pixels, P points of an outline.
@@ -26,28 +22,12 @@ FOCAL_U, FOCAL_V, EYE_METRES = 1.1, 2.2, 1.25  # of frame width, of frame height
 NEAR_METRES, _ENDLESS_METRES = 1.0, 4000.0
 X, Y, Z = range(3)
 
-Floats = NDArray[np.float32]
-Pair = tuple[float, float]
-Outline = Sequence[Pair]
-Colour = tuple[float, float, float]
+FloatArray = NDArray[np.float32]
+FloatPair = tuple[float, float]
+Outline = Sequence[FloatPair]
+Colour = tuple[float, float, float]  # RGB, 0 to 255
 
-
-# --- What faces look like.
-
-STONE: Final = ((150, 142, 128), (122, 86, 72), (186, 174, 152), (112, 112, 114), (168, 134, 104), (200, 196, 190))
-GREYS: Final = ((88, 88, 92), (106, 104, 104), (122, 120, 118))
-LEAVES: Final = ((62, 84, 42), (78, 92, 50), (48, 66, 40), (104, 102, 52), (96, 84, 58))
-GRASS: Final = ((92, 112, 56), (118, 112, 70), (128, 110, 84))
-METAL: Final = ((96, 98, 100), (136, 138, 138), (66, 72, 70))
-LACQUER: Final = ((30, 31, 35), (92, 94, 98), (158, 160, 164), (212, 212, 212), (128, 30, 30), (38, 56, 110))
-LIVERY: Final = ((196, 190, 180), (168, 50, 44), (190, 160, 50), (60, 90, 130), (90, 110, 90), (130, 130, 134))
-CLOTH: Final = ((40, 42, 50), (62, 70, 96), (110, 100, 92), (140, 50, 50), (186, 180, 170), (70, 84, 70))
-SKIN: Final = ((198, 156, 132), (150, 108, 84), (92, 66, 52))
-ENAMEL: Final = ((196, 40, 40), (40, 80, 170), (222, 200, 60), (214, 214, 210))
-LAMPS: Final = ((230, 60, 40), (240, 180, 60), (70, 220, 130))
-HEAVEN: Final = ((232, 236, 240), (110, 156, 220), (190, 198, 206))
-DARK: Final = ((30, 32, 36), (50, 56, 62))
-"""RGB, 0 to 255; each thing varies one colour of its palette."""
+_HAZE: Final[Colour] = (190, 198, 206)
 
 
 class Texture(NamedTuple):
@@ -64,18 +44,11 @@ class Texture(NamedTuple):
 
 
 PLAIN: Final = Texture()
-FOLIAGE: Final = Texture(0.32)
-MASONRY: Final = Texture(0.08, 0.9, 0.4, 0.93, 0.85, between=0.8, variety=0.06)
-FACADE: Final = Texture(0.07, 2.4, 3.1, 0.5, 0.55, cell=0.45, variety=0.2)
-SHOPS: Final = Texture(0.07, 4.1, 3.4, 0.8, 0.7, cell=0.4, variety=0.25)
-PAVING: Final = Texture(0.08, 0.8, 0.8, 0.93, 0.9, between=0.82, variety=0.03)
-SLATS: Final = Texture(0.08, 0.4, 9.0, 0.5, cell=0.6, between=1.1)
-PANES: Final = Texture(0.10, 1.4, 9.0, 0.9, between=2.2, variety=0.2)
 
 
 @cache
-def _noise_tile() -> Floats:
-    """Noise with equal power in every octave, (512, 512), mean 0, standard deviation 1; it repeats without a seam."""
+def _noise_tile() -> FloatArray:
+    """Return noise of equal power in every octave, (512, 512), mean 0, standard deviation 1; it repeats seamlessly."""
     rng, tile = np.random.default_rng(0), np.zeros((512, 512))
     for step in (1, 2, 4, 8, 16, 32, 64, 128):
         layer = np.kron(rng.standard_normal((512 // step, 512 // step)), np.ones((step, step)))
@@ -112,11 +85,18 @@ class Painter:
 
     def face(self, axis: int, at: float, outline: Outline, look: Look) -> None:
         """Paint a face. `outline` (P, 2) holds the two other world coordinates, in the order x, y, z."""
-        points = [(*point[:axis], at, *point[axis:]) for point in outline]
-        self._draw.polygon([self._pixel(*point) for point in points], fill=len(self.faces))
+        width, height = self.plate.size
+        pixels = []
+        for point in outline:
+            coordinates = list(point)
+            coordinates.insert(axis, at)
+            x, y, z = coordinates
+            across, down = FOCAL_U * x / max(z, NEAR_METRES), FOCAL_V * (EYE_METRES - y) / max(z, NEAR_METRES)
+            pixels.append(((self.vanishing_point[0] + across) * width, (self.vanishing_point[1] + down) * height))
+        self._draw.polygon(pixels, fill=len(self.faces))
         self.faces.append((axis, at, *look))
 
-    def box(self, look: Look, x: Pair, y: Pair, z: Pair, *, taper: float = 0.0) -> None:
+    def box(self, look: Look, x: FloatPair, y: FloatPair, z: FloatPair, *, taper: float = 0.0) -> None:
         """Paint the sides of a box that we see: towards the road and towards us. `taper` metres narrow its top."""
         if min(x) > 0 or max(x) < 0:
             outline = [(y[0], z[0]), (y[0], z[1]), (y[1], z[1] - taper), (y[1], z[0] + taper)]
@@ -124,31 +104,23 @@ class Painter:
         self.face(Z, z[0], [(x[0], y[0]), (x[1], y[0]), (x[1] - taper, y[1]), (x[0] + taper, y[1])], look)
 
     def colour(self, palette: Sequence[Colour]) -> Colour:
-        """A colour near one of the palette's."""
+        """Draw a colour near one of the palette's."""
         red, green, blue = palette[int(self.rng.integers(len(palette)))]
         brightness, warmth = 1 + 0.12 * self.rng.standard_normal(), 0.04 * self.rng.standard_normal()
         return red * (brightness + warmth), green * brightness, blue * (brightness - warmth)
 
-    def _pixel(self, *point: float) -> Pair:
-        x, y, z = point
-        across, down = FOCAL_U * x / max(z, NEAR_METRES), FOCAL_V * (EYE_METRES - y) / max(z, NEAR_METRES)
-        width, height = self.plate.size
-        return (self.vanishing_point[0] + across) * width, (self.vanishing_point[1] + down) * height
 
-
-def rectangle(a: Pair, b: Pair) -> Outline:
+def rectangle(a: FloatPair, b: FloatPair) -> Outline:
+    """Return the corners of `a[0]` to `a[1]` by `b[0]` to `b[1]`."""
     return [(a[0], b[0]), (a[1], b[0]), (a[1], b[1]), (a[0], b[1])]
 
 
-def rounded(x: float, y: float, radii: float | Pair, spokes: NDArray[np.float64] | float = 1.0) -> Outline:
-    """16 points around (x, y); `spokes` stretch the radii, one for each point."""
+def rounded(x: float, y: float, radii: float | FloatPair, spokes: NDArray[np.float64] | float = 1.0) -> Outline:
+    """Return 16 points around (x, y); `spokes` stretch the radii, one for each point."""
     across, up = np.broadcast_to(radii, 2)
     angles = np.arange(16) * (np.pi / 8)
     points = np.stack([x + across * spokes * np.cos(angles), y + up * spokes * np.sin(angles)], axis=1)
     return [(float(a), float(b)) for a, b in points]
-
-
-# --- What a camera makes of them.
 
 
 def develop(p: Painter, oversampling: int) -> Frame:
@@ -163,22 +135,22 @@ def develop(p: Painter, oversampling: int) -> Frame:
     return Frame(_photographed(p, radiance), label)
 
 
-def _world_points(p: Painter, faces: NDArray[np.void]) -> Floats:
-    """Where each pixel's ray meets the plane of its face: x, y, z in metres, (3, H, W)."""
+def _world_points(p: Painter, faces: NDArray[np.void]) -> FloatArray:
+    """Return where each pixel's ray meets the plane of its face: x, y, z in metres, (3, H, W)."""
     height, width = faces.shape
     u = ((np.arange(width) + 0.5) / width - p.vanishing_point[0]) / FOCAL_U
     v = (p.vanishing_point[1] - (np.arange(height) + 0.5) / height) / FOCAL_V
     ray = np.stack(np.broadcast_arrays(u, v[:, None], 1.0)).astype(np.float32)
     reach = faces["at"] - np.where(faces["axis"] == Y, np.float32(EYE_METRES), np.float32(0))
     along = np.choose(faces["axis"], ray)
-    along[np.abs(along) < 1e-4] = 1e-4  # edge-on: an endless way off
+    along[np.abs(along) < 1e-4] = 1e-4  # edge-on: as far away as can be
     points = ray * np.clip(reach / along, NEAR_METRES, _ENDLESS_METRES)
     points[Y] += EYE_METRES
     return np.asarray(points)
 
 
-def _textured(numbers: NDArray[np.int32], faces: NDArray[np.void], points: Floats) -> Floats:
-    """The brightness factor of every pixel's texture, (H, W)."""
+def _textured(numbers: NDArray[np.int32], faces: NDArray[np.void], points: FloatArray) -> FloatArray:
+    """Return the brightness factor of every pixel's texture, (H, W)."""
     across = np.where(faces["axis"] == X, points[Z], points[X])
     up = np.where(faces["axis"] == Y, points[Z], points[Y])
     texels, tile = faces["texels"], _noise_tile()
@@ -191,20 +163,20 @@ def _textured(numbers: NDArray[np.int32], faces: NDArray[np.void], points: Float
     return np.asarray(np.where(in_cell, cell, texture.between) * (1 + texture.roughness * noise))
 
 
-def _lit(p: Painter, faces: NDArray[np.void], points: Floats, brightness: Floats) -> Floats:
-    """Sun, shadow and haze on the faces' colours, (H, W, 3), 0 to about 1."""
+def _lit(p: Painter, faces: NDArray[np.void], points: FloatArray, brightness: FloatArray) -> FloatArray:
+    """Put sun, shadow and haze on the faces' colours: (H, W, 3), 0 to about 1."""
     sun, sun_side, visibility = p.rng.uniform(0, 0.5), p.rng.choice((-1, 1)), p.rng.uniform(200, 2000)
     turned_away = (faces["axis"] == X) & (faces["at"] * sun_side > 0)
     roofline = p.rng.uniform(-4, 6) + 0.6 * _noise_tile()[0][np.clip(points[Z] * 6, 0, 511).astype(int)]
     in_shadow = (points[X] * sun_side > roofline) & (points[Y] < 0.01)
     light = brightness * (1 + sun * np.where(turned_away | in_shadow, np.float32(-0.9), np.float32(0.4)))
     haze = (points[Z] / (points[Z] + visibility))[..., None]
-    radiance = faces["colour"] * light[..., None] * (1 - haze) + haze * np.asarray(HEAVEN[2], np.float32)
+    radiance = faces["colour"] * light[..., None] * (1 - haze) + haze * np.asarray(_HAZE, np.float32)
     return np.asarray(radiance / 255, dtype=np.float32)
 
 
-def _photographed(p: Painter, radiance: Floats) -> NDArray[np.uint8]:
-    """Exposure, colour cast, contrast and grain: RGB (H, W, 3)."""
+def _photographed(p: Painter, radiance: FloatArray) -> NDArray[np.uint8]:
+    """Apply exposure, colour cast, contrast and grain: RGB (H, W, 3)."""
     exposure, contrast, grain = p.rng.uniform(0.65, 1.2), p.rng.uniform(0.1, 0.9), p.rng.uniform(0.01, 0.035)
     exposed = np.clip(radiance * np.float32(exposure * p.rng.normal(1, 0.05, 3)), 0, 1)
     exposed += contrast * (2 * exposed - 1) * exposed * (1 - exposed)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Begins a search or, where storage has one of that name, goes on with it. What runs it again after a failure needs no
-# memory of its own.
+# Begin a search or, if storage has one of that name, resume it. What runs this again after a failure needs no state of
+# its own.
 #
 #   bash cluster/search.sh --name NAME --storage DIR_OR_URI -- --space runs10 --data DATA --address auto
 set -euo pipefail

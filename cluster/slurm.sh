@@ -4,7 +4,7 @@
 #   sbatch cluster/slurm.sh --name runs10 --storage /shared/searches -- --space runs10 --data /shared/cityscapes
 #
 # Given in the project's folder, on a file system that all nodes share, after `make setup` there. Slurm runs the job again
-# when it was preempted, lost a node, or came to its time limit; it then goes on from storage. What is before `--` names
+# when it was preempted, lost a node, or came to its time limit; it then resumes from storage. What is before `--` names
 # the search, what follows are flags of tune_bisenet.run.
 #
 # EDIT: what your Slurm calls its partition, account and GPUs; all of it can be given to sbatch instead.
@@ -56,7 +56,7 @@ end() {
 # Preempted, or near the time limit: the driver flushes its state, and the job goes back into the queue.
 preempted() {
   trap '' TERM
-  echo "SIGTERM at $(date -Is): ending the driver, to go on later"
+  echo "SIGTERM at $(date -Is): ending the driver, to resume later"
   if [ -n "$driver" ]; then
     kill -TERM "$driver" 2> /dev/null || true
     timeout "$GRACE_SECONDS" tail --pid="$driver" -f /dev/null || true
@@ -68,7 +68,7 @@ preempted() {
 trap preempted TERM
 trap end EXIT
 
-# On a node: Ray until it is told to end, and nothing of it left behind.
+# On a node: run Ray until SIGTERM, and leave nothing of it behind.
 # shellcheck disable=SC2016  # the node's shell is the one to fill this in
 node='mkdir -p -m 700 "$RAY_TMPDIR"
 ray start "$@" --block --temp-dir="$RAY_TMPDIR" &

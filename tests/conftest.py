@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from rows import plain_row
+from helpers.rows import plain_row
 
 from tune_bisenet.config import Run
 
@@ -21,11 +21,11 @@ def _one_thread() -> None:
 
 
 def _packed_streets(num_train: int, image_size: tuple[int, int], cache_dir: Path) -> "Packed":
-    from tune_bisenet.data.packing import prepare
+    from tune_bisenet.data.packing import prepare_packed
     from tune_bisenet.data.streets import Streets
 
     source = Streets(num_train=num_train, num_val=4, frame_size=(64, 128))
-    return prepare(source, image_size=image_size, cache_dir=cache_dir)
+    return prepare_packed(source, image_size=image_size, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Rows are frozen, strict and portable; what is wrong with one is said in words that help."""
+"""Rows are frozen, strict and portable; a mistake in one is named with its place and the rule."""
 
 from typing import Any
 
@@ -15,6 +15,7 @@ from tune_bisenet.config import (
     check_image_size,
     fingerprint,
     format_size,
+    trial_name,
 )
 
 ROW: dict[str, Any] = {
@@ -25,30 +26,14 @@ ROW: dict[str, Any] = {
     "accumulation": 1,
     "max_grad_norm": None,
 }
+ADAMW = {"kind": "adamw", "lr": 0.001, "weight_decay": 0.1}
 
 
 def row(**changes: object) -> Run:
     return Run.model_validate(ROW | changes)
 
 
-def job(**changes: object) -> TrialContext:
-    fields: dict[str, Any] = {
-        "data": "streets",
-        "packs": {"512x1024": "/cache/pack"},
-        "data_digests": {"512x1024": "abc", "256x512": "def"},
-        "cache_dir": "/cache",
-        "backbone": "none",
-        "backbone_digest": "none",
-        "precision": "fp32",
-        "storage": "/results/search",
-        "cpus_per_trial": 1,
-        "use_gpu": False,
-        "default_seed": 2,
-    }
-    return TrialContext.model_validate(fields | changes)
-
-
-# --- a row ------------------------------------------------------------------------------------------------------
+# --- a row ------------------------------------------------------------------------------------------------------------
 
 
 def test_what_a_row_leaves_out_is_what_the_table_says_of_all_rows() -> None:
@@ -60,74 +45,58 @@ def test_what_a_row_leaves_out_is_what_the_table_says_of_all_rows() -> None:
     assert run.seed == 0
 
 
-@pytest.mark.parametrize("place", ["optimizer", "schedule", "loss", "accumulation", "max_grad_norm", "name"])
-def test_no_column_of_the_table_may_be_left_out(place: str) -> None:
-    fields = {key: value for key, value in ROW.items() if key != place}
-    with pytest.raises(ValidationError, match=rf"(?m)^{place}\n  Field required"):
+@pytest.mark.parametrize("column", ["optimizer", "schedule", "loss", "accumulation", "max_grad_norm", "name"])
+def test_no_column_of_the_table_may_be_left_out(column: str) -> None:
+    fields = {key: value for key, value in ROW.items() if key != column}
+    with pytest.raises(ValidationError, match=rf"(?m)^{column}\n  Field required"):
         Run.model_validate(fields)
 
 
-def test_a_row_cannot_be_changed() -> None:
+def test_a_row_is_an_immutable_value() -> None:
     run = row()
     with pytest.raises(ValidationError, match="frozen"):
         run.num_epochs = 3  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
         run.optimizer.lr = 3.0  # type: ignore[misc]
-
-
-def test_a_row_can_be_a_key() -> None:
     assert len({row(), row(), row(seed=1)}) == 2
 
 
-def test_a_row_survives_the_way_through_plain_values() -> None:
-    for changes in (
-        {},
-        {
-            "optimizer": {"kind": "adamw", "lr": 0.001, "weight_decay": 0.1},
-            "loss": {"kind": "weighted_ce", "aux_weight": 0.4},
-        },
-        {"expect": {"gain": (0.3, 0.5), "over": "r00"}, "max_grad_norm": 1.0, "image_size": (64, 128)},
-    ):
-        run = row(**changes)
-        assert Run.model_validate(run.model_dump()) == run
-        assert Run.model_validate(run.model_dump(mode="json")) == run
-        assert Run.model_validate(run.model_dump(mode="json")).fingerprint() == run.fingerprint()
-
-
-def test_the_kind_says_which_optimizer_it_is() -> None:
-    assert isinstance(row().optimizer, SGD)
-    assert isinstance(row(optimizer={"kind": "adamw", "lr": 0.001, "weight_decay": 0.1}).optimizer, AdamW)
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"expect": {"gain": (0.3, 0.5), "over": "r00"}, "max_grad_norm": 1.0, "image_size": (64, 128)}, SGD),
+        ({"optimizer": ADAMW, "loss": {"kind": "weighted_ce", "aux_weight": 0.4}}, AdamW),
+    ],
+)
+def test_a_row_survives_the_way_through_plain_values(changes: dict[str, Any], kind: type) -> None:
+    run = row(**changes)
+    assert isinstance(run.optimizer, kind)
+    assert Run.model_validate(run.model_dump()) == run
+    assert Run.model_validate(run.model_dump(mode="json")) == run
+    assert Run.model_validate(run.model_dump(mode="json")).fingerprint() == run.fingerprint()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 0.1}, r"learning_rate\n  Extra inputs are not permitted"),
+        ({"learning_rate": 0.1}, r"learning_rate\n  Extra inputs"),
         ({"optimizer": ROW["optimizer"] | {"nesterov": True}}, r"optimizer\.sgd\.nesterov\n  Extra inputs"),
-        ({"optimizer": ROW["optimizer"] | {"lr": -1}}, r"optimizer\.sgd\.lr\n  Input should be greater than 0"),
-        (
-            {"optimizer": ROW["optimizer"] | {"lr": float("nan")}},
-            r"optimizer\.sgd\.lr\n  Input should be a finite number",
-        ),
-        (
-            {"optimizer": ROW["optimizer"] | {"momentum": 1.0}},
-            r"optimizer\.sgd\.momentum\n  Input should be less than 1",
-        ),
-        ({"optimizer": ROW["optimizer"] | {"kind": "lion"}}, r"optimizer\n  Input tag 'lion' found .*'sgd', 'adamw'"),
-        ({"optimizer": {"kind": "adamw", "lr": 1, "weight_decay": 0, "momentum": 0.9}}, r"momentum\n  Extra inputs"),
-        (
-            {"schedule": {"warmup_iterations": -1, "power": 0.9}},
-            r"schedule\.warmup_iterations\n  .*greater than or equal to 0",
-        ),
-        ({"loss": {"kind": "ce", "aux_weight": -0.1}}, r"loss\.ce\.aux_weight\n  .*greater than or equal to 0"),
-        ({"accumulation": 0}, r"accumulation\n  Input should be greater than 0"),
-        ({"max_grad_norm": 0}, r"max_grad_norm\n  Input should be greater than 0"),
-        ({"batch_size": 1}, r"batch_size\n  Input should be greater than or equal to 2"),
-        ({"num_epochs": 0}, r"num_epochs\n  Input should be greater than 0"),
-        ({"seed": -1}, r"seed\n  Input should be greater than or equal to 0"),
-        ({"name": "../r01"}, r"name\n  String should match pattern"),
-        ({"name": ""}, r"name\n  String should match pattern"),
-        ({"image_size": (500, 1000)}, r"500x1000 is not a multiple of 32 .*480x992 and 512x1024"),
+        ({"optimizer": ROW["optimizer"] | {"lr": -1}}, r"optimizer\.sgd\.lr\n  .*greater than 0"),
+        ({"optimizer": ROW["optimizer"] | {"lr": float("nan")}}, r"optimizer\.sgd\.lr\n  .*finite"),
+        ({"optimizer": ROW["optimizer"] | {"momentum": 1.0}}, r"optimizer\.sgd\.momentum\n  .*less than 1"),
+        ({"optimizer": ROW["optimizer"] | {"kind": "lion"}}, r"optimizer\n  .*'lion' .*'sgd', 'adamw'"),
+        ({"optimizer": ADAMW | {"momentum": 0.9}}, r"momentum\n  Extra inputs"),
+        ({"schedule": {"warmup_iterations": -1, "power": 0.9}}, r"schedule\.warmup_iterations\n"),
+        ({"loss": {"kind": "ce", "aux_weight": -0.1}}, r"loss\.ce\.aux_weight\n"),
+        ({"accumulation": 0}, r"accumulation\n  .*greater than 0"),
+        ({"max_grad_norm": 0}, r"max_grad_norm\n  .*greater than 0"),
+        ({"batch_size": 1}, r"batch_size\n  .*equal to 2"),
+        ({"num_epochs": 0}, r"num_epochs\n  .*greater than 0"),
+        ({"seed": -1}, r"seed\n  .*equal to 0"),
+        ({"name": "../r01"}, r"name\n"),
+        ({"name": "r01-s1"}, r"name\n  .*r01-s1"),
+        ({"image_size": (500, 1000)}, r"500x1000 .* 32 .*480x992 and 512x1024"),
+        ({"loss": ROW["loss"] | {"lovasz_after": 35}, "num_epochs": 35}, r"epoch 35 .*35 epochs.*--proxy"),
     ],
 )
 def test_a_wrong_row_is_refused_with_the_place_and_the_rule(changes: dict[str, Any], message: str) -> None:
@@ -135,48 +104,32 @@ def test_a_wrong_row_is_refused_with_the_place_and_the_rule(changes: dict[str, A
         row(**changes)
 
 
-def test_all_that_is_wrong_with_a_row_is_said_at_once() -> None:
+def test_all_mistakes_in_a_row_are_reported_together() -> None:
     with pytest.raises(ValidationError) as refusal:
         row(accumulation=0, batch_size=1, optimizer=ROW["optimizer"] | {"lr": -1})
     assert refusal.value.error_count() == 3
 
 
-def test_a_loss_switch_outside_the_run_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"after epoch 35 lies outside .*35 epochs.*--proxy"):
-        row(loss={"kind": "ce", "aux_weight": 1.0, "lovasz_after": 35}, num_epochs=35)
-    assert row(loss={"kind": "ce", "aux_weight": 1.0, "lovasz_after": 35}, num_epochs=36).loss.lovasz_after == 35
-
-
 def test_scales_upside_down_are_refused() -> None:
-    with pytest.raises(ValidationError, match=r"min_scale 2\.0 is larger than max_scale 1\.0: swap them"):
+    with pytest.raises(ValidationError, match=r"min_scale 2\.0 .* max_scale 1\.0"):
         Augment(min_scale=2.0, max_scale=1.0)
-
-
-# --- expectations -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, r"either miou=\(low, high\) or gain=\(low, high\), not both or neither"),
+        ({}, r"either miou=\(low, high\) or gain=\(low, high\)"),
         ({"miou": (55, 57), "gain": (1, 2), "over": "r01"}, r"either miou=\(low, high\) or gain=\(low, high\)"),
-        ({"gain": (0.3, 0.5)}, r'a gain needs the row it is measured against: gain=\(0.3, 0.5\), over="r01"'),
-        ({"miou": (55, 57), "over": "r01"}, "a gain needs the row it is measured against"),
-        ({"miou": (57, 55)}, r"the range \(57, 55\) is upside down: put the lower value first"),
-        ({"gain": (0.5, 0.3), "over": "r01"}, r"the range \(0.5, 0.3\) is upside down"),
+        ({"gain": (0.3, 0.5)}, r'gain=\(0.3, 0.5\), over="r01"'),
+        ({"miou": (55, 57), "over": "r01"}, "a gain needs the row"),
+        ({"miou": (57, 55)}, r"\(57, 55\)"),
     ],
 )
-def test_an_expectation_that_promises_nothing_clear_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_an_expectation_is_one_range_or_one_gain_over_a_row(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Expect.model_validate(fields)
-
-
-def test_an_expectation_is_a_range_or_a_gain_over_a_row() -> None:
     assert Expect(miou=(55, 57)).miou == (55.0, 57.0)
     assert Expect(gain=(0.0, 0.0), over="r01", sooner_than="r01").over == "r01"
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------
 
 
 def test_multiples_of_32_are_taken_as_they_are() -> None:
@@ -187,15 +140,10 @@ def test_multiples_of_32_are_taken_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("size", "down", "up"),
-    [
-        ((33, 64), "32x64", "64x64"),
-        ((512, 1000), "512x992", "512x1024"),
-        ((0, 64), "32x64", "32x64"),
-        ((-5, 1), "32x32", "32x32"),
-    ],
+    [((33, 64), "32x64", "64x64"), ((512, 1000), "512x992", "512x1024"), ((-5, 1), "32x32", "32x32")],
 )
 def test_other_sizes_are_refused_naming_their_neighbours(size: tuple[int, int], down: str, up: str) -> None:
-    with pytest.raises(ValueError, match=rf"nearest that are: {down} and {up}\."):
+    with pytest.raises(ValueError, match=rf"{down} and {up}\."):
         check_image_size(size)
 
 
@@ -257,37 +205,46 @@ def test_a_fingerprint_is_16_hex_digits_and_does_not_heed_the_order_of_keys() ->
     int(row().fingerprint(), 16)
 
 
-# --- a job ------------------------------------------------------------------------------------------------------
+# --- where a run is trained -------------------------------------------------------------------------------------------
+
+
+def context(**changes: object) -> TrialContext:
+    fields: dict[str, Any] = {
+        "data": "streets",
+        "packs": {"512x1024": "/cache/pack"},
+        "data_digests": {"512x1024": "abc", "256x512": "def"},
+        "cache_dir": "/cache",
+        "backbone": "none",
+        "backbone_digest": "none",
+        "precision": "fp32",
+        "storage": "/results/search",
+        "cpus_per_trial": 1,
+        "use_gpu": False,
+    }
+    return TrialContext.model_validate(fields | changes)
 
 
 def test_the_identity_follows_everything_that_decides_the_weights_and_nothing_else() -> None:
-    same = job().identity(row())
+    same = context().identity(row())
     others = [
-        job().identity(row(seed=1)),
-        job(data_digests={"512x1024": "other"}).identity(row()),
-        job(backbone_digest="other").identity(row()),
-        job(precision="bf16").identity(row()),
+        context().identity(row(seed=1)),
+        context(data_digests={"512x1024": "other"}).identity(row()),
+        context(backbone_digest="other").identity(row()),
+        context(precision="bf16").identity(row()),
     ]
     assert len({same, *others}) == 5
-    elsewhere = job(cache_dir="/tmp", storage="s3://bucket", cpus_per_trial=8, use_gpu=True, default_seed=None)
+    elsewhere = context(cache_dir="/tmp", storage="s3://bucket", cpus_per_trial=8, use_gpu=True)
     assert elsewhere.identity(row(name="other")) == same
-
-
-def test_the_identity_looks_at_the_data_of_the_runs_own_size() -> None:
     small = row(image_size=(256, 512))
-    assert job().identity(small) == job(data_digests={"256x512": "def"}).identity(small)
+    assert context().identity(small) == context(data_digests={"256x512": "def"}).identity(small)
 
 
-def test_a_trial_is_named_by_its_row_and_by_its_seed_where_there_are_several() -> None:
-    assert job().trial_name(row(seed=2)) == "r01"
-    assert job(default_seed=None).trial_name(row(seed=2)) == "r01-s2"
-
-
-def test_seeds_added_later_rename_no_trial() -> None:
-    assert [job(default_seed=2).trial_name(row(seed=seed)) for seed in (2, 3)] == ["r01", "r01-s3"]
+def test_a_trial_is_named_by_its_row_and_by_a_seed_that_is_not_the_default() -> None:
+    assert [trial_name(row(seed=seed), default_seed=2) for seed in (2, 3)] == ["r01", "r01-s3"]
+    assert trial_name(row(seed=2), default_seed=None) == "r01-s2"
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"cpus_per_trial": 0}, {"gpu": True}])
-def test_a_wrong_job_is_refused(changes: dict[str, Any]) -> None:
+def test_a_wrong_context_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        job(**changes)
+        context(**changes)

@@ -1,5 +1,7 @@
 """The repository keeps its word: what README, lock and docs say is so."""
 
+import ast
+import importlib.util
 import re
 import subprocess
 import tomllib
@@ -41,14 +43,39 @@ def test_every_make_verb_of_the_readme_exists() -> None:
     assert verbs <= targets
 
 
-def test_every_flag_of_the_readme_exists() -> None:
-    from tune_bisenet import run
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_every_flag_of_a_page_exists(page: str) -> None:
+    from tune_bisenet import options
     from tune_bisenet.report import __main__ as report
 
-    helps = run.parser().format_help() + report._parser().format_help()
+    helps = options.build_parser().format_help() + report._parser().format_help()
     ours = set(re.findall(r"--[a-z][a-z-]+", helps))
     others = {"--logdir"}  # TensorBoard's
-    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= ours | others
+    assert set(re.findall(r"--[a-z][a-z-]+", (ROOT / page).read_text())) <= ours | others
+
+
+def test_every_module_run_by_a_page_exists() -> None:
+    texts = [path.read_text() for path in [*PAGES, ROOT / "cluster" / "README.md", ROOT / "Makefile"]]
+    modules = {name for text in texts for name in re.findall(r"python -m (tune_bisenet[.a-z_]*[a-z])", text)}
+    assert len(modules) >= 5
+    assert not [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+def test_each_public_name_has_one_meaning() -> None:
+    """No two modules define the same public name, but for the `main` of each command line."""
+    modules: dict[str, set[str]] = {}
+    for path in (ROOT / "tune_bisenet").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+            names = [getattr(target, "id", getattr(target, "name", "_")) for target in targets]
+            for name in names:
+                modules.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    shared = {name: where for name, where in modules.items() if not name.startswith("_") and len(where) > 1}
+    assert set(shared) == {"main"}, shared
+
+
+def test_the_root_folder_holds_ten_modules_at_most() -> None:
+    assert len(list((ROOT / "tune_bisenet").glob("*.py"))) <= 10
 
 
 def test_the_lock_holds_every_exact_pin() -> None:

@@ -1,17 +1,28 @@
-"""The ten runs as their table has them, typed in again by hand; and how a space is found, checked and printed."""
+"""The ten runs as their table has them, typed in again by hand; grids, files with spaces, and rows resolved to runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rows import plain_row
+from helpers.rows import plain_row
 
 from tune_bisenet import spaces
 from tune_bisenet.config import Expect, Run
-from tune_bisenet.spaces import Grid, Sampled, SpaceError
+from tune_bisenet.options import InputError
+from tune_bisenet.spaces import (
+    DataFacts,
+    Grid,
+    RowOverrides,
+    Sampled,
+    SpaceError,
+    iterations_per_epoch,
+    proxy_caption,
+    resolve_runs,
+)
 
 
-def row(name: str, expect: Expect | None = None) -> Run:
-    return plain_row(name, warmup=10, expect=expect)
+def row(name: str = "a", **fields: Any) -> Run:
+    return plain_row(name, **fields)
 
 
 # --- the ten runs -----------------------------------------------------------------------------------------------
@@ -87,14 +98,28 @@ def test_the_ten_runs_are_expected_to_do_what_the_table_says() -> None:
     assert found == EXPECTED
 
 
-def test_the_verdict_on_accumulation_says_what_it_cannot_do() -> None:
-    notes = {run.name: run.expect.note for run in spaces.load_space("runs10").runs if run.expect and run.expect.note}
-    assert list(notes) == ["r06"]
-    assert "BatchNorm" in notes["r06"]
-
-
 def test_no_two_of_the_ten_runs_train_the_same() -> None:
     assert len({run.fingerprint() for run in spaces.load_space("runs10").runs}) == 10
+
+
+# --- a grid -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_mistakes_in_a_grid_are_reported_together() -> None:
+    rows = (row("a"), row("a"), row("b", expect=Expect(gain=(0, 1), over="c")))
+    with pytest.raises(ValueError, match=r"(?s)row a .*2 times.*\bb is measured against c"):
+        Grid("twice and nowhere", rows)
+    with pytest.raises(ValueError, match=r"\ba is measured against b"):
+        Grid("nowhere", (row("a", expect=Expect(miou=(0, 1), sooner_than="b")),))
+    with pytest.raises(ValueError, match="no rows"):
+        Grid("empty", ())
+
+
+def test_no_row_is_named_like_a_trial() -> None:
+    with pytest.raises(ValueError, match="r01-s1"):
+        row("r01-s1")
+    with pytest.raises(ValueError, match="t0003"):
+        Sampled(title="", sample=lambda _trial: row("a"), around=Grid("", (row("t0003"),)), point=lambda _row: {})
 
 
 def test_the_baseline_is_the_row_most_others_are_measured_against() -> None:
@@ -102,46 +127,15 @@ def test_the_baseline_is_the_row_most_others_are_measured_against() -> None:
     assert Grid("no promise", (row("a"), row("b"))).baseline is None
 
 
-# --- a grid -----------------------------------------------------------------------------------------------------
-
-
-def test_names_must_differ() -> None:
-    with pytest.raises(ValueError, match="the row a is declared 2 times: give each row its own name"):
-        Grid("twice", (row("a"), row("b"), row("a")))
-
-
-def test_an_expectation_must_point_at_a_row() -> None:
-    with pytest.raises(
-        ValueError, match="the expectation of a is measured against r01, which is not a row of this space"
-    ):
-        Grid("nowhere", (row("a", Expect(gain=(0, 1), over="r01")),))
-    with pytest.raises(ValueError, match="the expectation of a is measured against b, which is not a row"):
-        Grid("nowhere", (row("a", Expect(miou=(0, 1), sooner_than="b")),))
-
-
-def test_a_grid_needs_a_row() -> None:
-    with pytest.raises(ValueError, match="the space has no rows"):
-        Grid("empty", ())
-
-
-def test_all_that_is_wrong_with_a_grid_is_said_at_once() -> None:
-    with pytest.raises(ValueError, match=r"(?s)the row a is declared 2 times.*measured against c"):
-        Grid("twice and nowhere", (row("a"), row("a"), row("b", Expect(gain=(0, 1), over="c"))))
-
-
 def test_rows_are_selected_by_name_and_stay_in_declared_order() -> None:
     grid = Grid("three", (row("a"), row("b"), row("c")))
     assert [run.name for run in spaces.select_rows(grid, ["c", "a"])] == ["a", "c"]
     assert spaces.select_rows(grid, None) == grid.runs
-
-
-def test_unknown_rows_are_named_with_those_there_are() -> None:
-    grid = Grid("two", (row("a"), row("b")))
-    with pytest.raises(ValueError, match="no row x, y in this space: it has a, b"):
+    with pytest.raises(ValueError, match=r"\bx, y\b.*a, b, c"):
         spaces.select_rows(grid, ["a", "x", "y"])
 
 
-# --- finding a space --------------------------------------------------------------------------------------------
+# --- a file with a space ----------------------------------------------------------------------------------------------
 
 A_SPACE = """
 from tune_bisenet.config import SGD, CrossEntropy, Run, WarmupPoly
@@ -155,10 +149,9 @@ SPACE = Grid("Mine", (
 """
 
 
-def written(folder: Path, text: str) -> str:
-    path = folder / "my_space.py"
+def load(path: Path, text: str) -> spaces.Space:
     path.write_text(text)
-    return str(path)
+    return spaces.load_space(str(path))
 
 
 @pytest.mark.parametrize("name", spaces.space_names())
@@ -166,62 +159,35 @@ def test_every_space_that_comes_with_the_package_can_be_loaded(name: str) -> Non
     assert isinstance(spaces.load_space(name), Grid | Sampled)
 
 
-def test_the_ten_runs_come_with_the_package() -> None:
-    assert "runs10" in spaces.space_names()
+def test_a_space_of_ones_own_is_given_by_its_path_and_read_again_when_it_changes(tmp_path: Path) -> None:
+    for lr in (0.5, 0.25):
+        space = load(tmp_path / "my_space.py", A_SPACE.format(lr=lr))
+        assert space.title == "Mine"
+        assert [(run.name, run.optimizer.lr) for run in space.rows] == [("mine", lr)]
 
 
-def test_a_space_of_ones_own_is_given_by_its_path(tmp_path: Path) -> None:
-    space = spaces.load_space(written(tmp_path, A_SPACE.format(lr=0.5)))
-    assert space.title == "Mine"
-    assert [(run.name, run.optimizer.lr) for run in space.runs] == [("mine", 0.5)]
+BROKEN = {
+    "a text without a space": ("my_space.py", "SPACE = 3", "SPACE of type Grid or Sampled"),
+    "no Python": ("my_space.py", "SPACE = Grid(", "my_space.py"),
+    "no Python file": ("space.txt", "hello", "space.txt is not a Python file"),
+    "an unknown name": ("my_space.py", "SPACE = Gird('x', ())", "Gird"),
+    "a missing module": ("my_space.py", "import nosuch_module", "nosuch_module"),
+    "a wrong value": ("my_space.py", A_SPACE.format(lr=-1), r"lr: .*greater than 0 .*-1"),
+    "a wrong grid": ("my_space.py", A_SPACE.format(lr=1) + "SPACE = Grid('x', SPACE.runs * 2)\n", "mine .*2 times"),
+}
 
 
-def test_a_space_that_was_changed_is_read_again(tmp_path: Path) -> None:
-    spaces.load_space(written(tmp_path, A_SPACE.format(lr=0.5)))
-    assert spaces.load_space(written(tmp_path, A_SPACE.format(lr=0.25))).runs[0].optimizer.lr == 0.25
+@pytest.mark.parametrize(("name", "text", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_space_is_refused_with_the_reason(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        load(tmp_path / name, text)
 
 
-def test_an_unknown_space_is_answered_with_those_there_are() -> None:
-    with pytest.raises(
-        SpaceError, match=r"the space runs11 cannot be used: there is none of that name.*runs10.*by its path"
-    ):
+def test_an_unknown_space_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match=r"runs11 .*runs10"):
         spaces.load_space("runs11")
-
-
-def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match=r"there is no file .*nowhere\.py"):
+    with pytest.raises(SpaceError, match=r"no file .*nowhere\.py"):
         spaces.load_space(str(tmp_path / "nowhere.py"))
-
-
-@pytest.mark.parametrize("text", ["x = 1", "SPACE = 3", ""])
-def test_a_file_without_a_space_is_refused_saying_what_to_write(tmp_path: Path, text: str) -> None:
-    with pytest.raises(
-        SpaceError, match=r"defines no SPACE of type Grid or Sampled: end the file with SPACE = Grid\(title, runs\)"
-    ):
-        spaces.load_space(written(tmp_path, text))
-
-
-def test_a_file_that_is_no_python_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match=r"my_space\.py cannot be used"):
-        spaces.load_space(written(tmp_path, "SPACE = Grid("))
-
-
-def test_a_text_that_is_no_python_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "space.txt"
-    path.write_text("hello")
-    with pytest.raises(SpaceError, match=r"space.txt is not a Python file"):
-        spaces.load_space(str(path))
-
-
-def test_a_wrong_value_in_a_space_is_named_with_its_place(tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match=r"lr: Input should be greater than 0 \(given -1\)"):
-        spaces.load_space(written(tmp_path, A_SPACE.format(lr=-1)))
-
-
-def test_a_wrong_grid_in_a_file_is_refused_with_its_reason(tmp_path: Path) -> None:
-    text = A_SPACE.format(lr=1) + "SPACE = Grid('Twice', SPACE.runs * 2)\n"
-    with pytest.raises(SpaceError, match="the row mine is declared 2 times"):
-        spaces.load_space(written(tmp_path, text))
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -253,4 +219,115 @@ def test_the_table_is_markdown_with_aligned_columns() -> None:
     assert text.endswith("|\n")
     assert len(lines) == 12
     assert len({len(line) for line in lines}) == 1
-    assert set(lines[1]) == set("|- ")
+    assert set(lines[1]) == set("|-")
+
+
+# --- rows resolved to runs --------------------------------------------------------------------------------------------
+
+CITYSCAPES = DataFacts(num_train=2975, num_val=500, suggested_image_size=(512, 1024))
+STREETS = DataFacts(num_train=96, num_val=24, suggested_image_size=(96, 192))  # 24 iterations an epoch
+
+
+def resolved(run: Run, data: DataFacts = CITYSCAPES, **settings: Any) -> Run:
+    (found,) = resolve_runs([run], RowOverrides(**settings), data)
+    return found
+
+
+def test_rows_are_kept_as_declared_and_overridden_by_the_command_line_only() -> None:
+    declared = row(lovasz_after=35, image_size=(512, 1024))
+    assert resolved(declared) == declared
+    changed = resolved(declared, num_epochs=40, image_size=(256, 512))
+    assert (changed.num_epochs, changed.image_size, changed.schedule.warmup_iterations) == (40, (256, 512), 1100)
+    small = DataFacts(2975, 500, (352, 480))
+    assert resolved(row(), small).image_size == (352, 480), "the data suggest a size where none is given"
+    assert resolved(declared, small).image_size == (512, 1024), "a row's own size is kept even if it is the default"
+    assert not RowOverrides().proxy
+
+
+def test_every_row_is_resolved_with_every_seed_seed_by_seed() -> None:
+    runs = resolve_runs([row("a"), row("b")], RowOverrides(seeds=(3, 5)), CITYSCAPES)
+    assert [(run.name, run.seed) for run in runs] == [("a", 3), ("b", 3), ("a", 5), ("b", 5)]
+
+
+def test_iterations_are_full_batches() -> None:
+    assert iterations_per_epoch(row(), CITYSCAPES) == 743
+    assert iterations_per_epoch(row(batch_size=8), CITYSCAPES) == 371
+
+
+UNFIT = {
+    "a long warm-up": (row(), STREETS, {"num_epochs": 8}, r"^a: .*1100 .*192 \(8 epochs of 24\).*--proxy"),
+    "a warm-up to the end": (row(warmup=192), STREETS, {"num_epochs": 8}, r"^a: .*192 iterations .*192"),
+    "a late switch": (row(warmup=10, lovasz_after=35), STREETS, {"num_epochs": 8}, r"^a: .*35 .*8 epochs.*--proxy"),
+    "too few images": (row(warmup=0), DataFacts(3, 1, (64, 64)), {}, r"^a: 3 .*batch of 4"),
+    "a size off the grid": (row(), CITYSCAPES, {"image_size": (100, 200)}, r"^a: .*100x200 .*96x192 and 128x224"),
+}
+
+
+@pytest.mark.parametrize(("run", "data", "settings", "message"), UNFIT.values(), ids=UNFIT)
+def test_a_row_that_does_not_fit_the_data_is_refused(
+    run: Run, data: DataFacts, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        resolved(run, data, **settings)
+
+
+def test_a_warmup_leaves_at_least_one_iteration() -> None:
+    assert resolved(row(warmup=191), STREETS, num_epochs=8).schedule.warmup_iterations == 191
+
+
+def test_the_mistakes_of_all_rows_are_reported_together() -> None:
+    rows = [row("long"), row("fine", warmup=10), row("late", warmup=10, lovasz_after=35), row("longer", warmup=2500)]
+    with pytest.raises(InputError) as refusal:
+        resolve_runs(rows, RowOverrides(num_epochs=8), STREETS)
+    assert [problem.split(":")[0] for problem in refusal.value.problems] == ["long", "late", "longer"]
+
+
+# --- a proxy ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("warmup", "num_epochs", "expected"),
+    [
+        (1100, 8, 8),  # 1100 * 192 / 25000 = 8.448
+        (2500, 8, 19),  # 2500 * 192 / 25000 = 19.2
+        (1100, 50, 53),  # 1100 * 1200 / 25000 = 52.8
+        (2500, 50, 120),  # 5 epochs of 24
+        (1100, 1, 1),  # 1100 * 24 / 25000 = 1.056
+        (2500, 1, 2),  # 2500 * 24 / 25000 = 2.4
+        (0, 8, 0),
+    ],
+)
+def test_a_proxy_keeps_the_warmups_share_of_all_iterations(warmup: int, num_epochs: int, expected: int) -> None:
+    found = resolved(row(warmup=warmup), STREETS, num_epochs=num_epochs, proxy=True)
+    assert found.schedule.warmup_iterations == expected
+    assert found.schedule.power == 0.9
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "switch"),
+    [(8, 6), (50, 35), (10, 7), (2, 1), (1, 0)],  # 35 of 50: 5.6, 35, 7, 1.4, 0.7 (which must leave an epoch)
+)
+def test_a_proxy_keeps_the_loss_switchs_share_of_the_epochs(num_epochs: int, switch: int) -> None:
+    found = resolved(row(lovasz_after=35), STREETS, num_epochs=num_epochs, proxy=True)
+    assert found.loss.lovasz_after == switch
+
+
+def test_a_proxy_on_the_tables_own_scale_changes_nothing() -> None:
+    scale_of_the_table = DataFacts(num_train=2000, num_val=500, suggested_image_size=(512, 1024))
+    declared = row(warmup=2500, lovasz_after=35, image_size=(512, 1024))
+    assert resolved(declared, scale_of_the_table, proxy=True) == declared
+
+
+def test_a_proxy_changes_nothing_but_what_is_counted_in_iterations_or_epochs() -> None:
+    declared = row(lovasz_after=35)
+    found = resolved(declared, STREETS, num_epochs=8, proxy=True)
+    changed = {key for key, value in found.model_dump().items() if value != declared.model_dump()[key]}
+    assert changed == {"num_epochs", "image_size", "schedule", "loss"}
+    assert found.loss.aux_weight == declared.loss.aux_weight
+
+
+def test_a_proxy_has_a_caption_with_its_scale() -> None:
+    run = resolved(row(), STREETS, num_epochs=8, proxy=True)
+    caption = proxy_caption(run, STREETS)
+    assert caption.startswith("Proxy: 8 epochs of 24 iterations")
+    assert "500 an epoch" in caption

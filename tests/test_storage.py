@@ -1,16 +1,24 @@
-"""Storage: local paths and URIs, writes that are whole or not there, and file systems that are not a local disk."""
+"""Storage: whole files on local disks and in object storage, and outages of a real S3 server."""
 
+import errno
+import pickle
+import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs
 import pytest
-from object_store import ObjectStore, object_store
+import requests
+from helpers.object_store import KEY_ID, SECRET, ObjectStore, object_store
 
-from tune_bisenet.storage import Storage
+from tune_bisenet.storage import RetryPolicy, Storage, StorageError
+
+RETRY = "TUNE_BISENET_RETRY_SECONDS"
 
 
 @pytest.fixture(scope="module")
@@ -19,79 +27,70 @@ def store() -> Iterator[ObjectStore]:
         yield store
 
 
-@pytest.fixture(params=["local", "elsewhere", "s3", "memory"])
+# --- files and folders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["local", "subtree", "s3", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path, store: ObjectStore) -> Storage:
-    """A folder on the local disk, and some that have no local paths: object storage, and what only fsspec knows."""
-    match request.param:
-        case "local":
-            return Storage.at(str(tmp_path))
-        case "s3":
-            return Storage.at(store.uri(tmp_path.name))
-        case "memory":
-            return Storage.at(f"memory://{tmp_path}/bucket")
+    """A folder on the local disk, and three without local paths: object storage, and what only fsspec knows."""
+    addresses = {"local": str(tmp_path), "s3": store.uri(tmp_path.name), "memory": f"memory://{tmp_path}/bucket"}
+    if request.param in addresses:
+        return Storage.at(addresses[request.param])
     return Storage(pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem()), "bucket", "s3://bucket")
 
 
-def test_what_is_written_can_be_read_and_replaced(storage: Storage) -> None:
+def test_files_are_written_replaced_moved_and_deleted(storage: Storage) -> None:
     storage.make()
-    storage.write("a.json", b"first")
-    storage.write("a.json", b"second")
-    assert storage.read("a.json") == b"second"
-    assert storage.exists("a.json")
+    assert storage.read("a") is None
+    assert (storage / "no folder").read("a") is None
+    storage.write("a", b"first")
+    storage.write("a", b"second")
+    storage.write("b", b"other")
+    assert storage.read("a") == b"second"
+    storage.move("a", "b")
+    assert (storage.exists("a"), storage.read("b"), storage.read("b", at_most=2)) == (False, b"second", b"se")
+    with storage.open("b") as file:
+        file.seek(4)
+        assert file.read() == b"nd"
+    storage.delete("b")
+    assert not storage.exists("b")
+    with pytest.raises(FileNotFoundError):
+        storage.delete("b")
 
 
-def test_a_missing_file_is_none(storage: Storage) -> None:
-    storage.make()
-    assert storage.read("nothing") is None
-    assert (storage / "no folder").read("nothing") is None
-    assert not storage.exists("nothing")
+def test_folders_are_created_with_their_parents_and_list_their_contents(storage: Storage) -> None:
+    trial = storage / "search" / "trial"
+    assert storage.infos() == (storage / "search").folder_names() == []
+    trial.make()
+    trial.make()
+    trial.write("last.pt", b"12345")
+    (storage / "search").write("search.json", b"{}")
+    assert (storage / "search").folder_names() == ["trial"]
+    assert trial.exists()
+    assert [info.base_name for info in storage.infos()] == ["search"]
+    sizes = {info.base_name: info.size for info in storage.infos(recursive=True) if info.is_file}
+    assert sizes == {"last.pt": 5, "search.json": 2}
+    assert [info.size for info in trial.stat("last.pt", "missing")] == [5, None]
 
 
-def test_a_file_can_be_moved_over_another_and_deleted(storage: Storage) -> None:
-    storage.make()
-    storage.write("last.pt", b"new")
-    storage.write("previous.pt", b"old")
-    storage.move("last.pt", "previous.pt")
-    assert (storage.read("last.pt"), storage.read("previous.pt")) == (None, b"new")
-    storage.delete("previous.pt")
-    assert not storage.exists("previous.pt")
-
-
-def test_folders_are_made_with_those_above_them(storage: Storage) -> None:
-    inner = storage / "search" / "trial"
-    inner.make()
-    inner.make()
-    assert inner.exists()
-    assert (storage / "search").exists("trial")
-
-
-def test_a_check_for_writability_leaves_nothing_behind(storage: Storage) -> None:
+def test_checks_leave_nothing_behind(storage: Storage) -> None:
     storage.make()
     storage.check_writable()
+    storage.check_readable()
     assert storage.infos() == []
 
 
-def test_a_folder_tells_what_lies_in_it(storage: Storage) -> None:
-    (storage / "trial").make()
-    (storage / "trial").write("last.pt", b"12345")
-    storage.write("search.json", b"{}")
-    found = {info.base_name: info.type for info in storage.infos()}
-    assert found == {"trial": pyarrow.fs.FileType.Directory, "search.json": pyarrow.fs.FileType.File}
-    files = {info.base_name: info.size for info in storage.infos(recursive=True) if info.is_file}
-    assert files == {"last.pt": 5, "search.json": 2}
-    assert (storage / "nothing").infos() == []
-    assert (storage / "trial").read("last.pt", at_most=2) == b"12"
+def test_a_folder_below_a_file_is_not_writable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        Storage.at(str(tmp_path / "file" / "results")).check_writable()
 
 
-def test_only_a_local_disk_has_local_paths(tmp_path: Path) -> None:
-    assert Storage.at(str(tmp_path)).local_path == tmp_path
-    assert Storage.at(tmp_path.as_uri()).local_path == tmp_path
-    assert Storage(pyarrow.fs.SubTreeFileSystem("/", pyarrow.fs.LocalFileSystem()), "x", "s3://x").local_path is None
-
-
-def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_local_disk_has_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Storage.at("results").uri == str(tmp_path / "results")
+    assert Storage.at(tmp_path.as_uri()).local_path == tmp_path
+    assert Storage.at(f"memory://{tmp_path}").local_path is None
 
 
 def test_a_folder_is_named_below_its_uri(tmp_path: Path) -> None:
@@ -102,32 +101,11 @@ def test_a_folder_is_named_below_its_uri(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
-    [
-        "s3://AKIDofATest:theSecret@bucket/x",
-        "s3://AKIDofATest:theSec/ret@bucket/x",  # such keys hold slashes
-        "s3://bucket/x?region=us-east-1&secret_key=theSecret",
-        "abfs://account@bucket/x?account_key=theSecret",
-        "gs://bucket/x?access_token=theSecret",
-        "sftp://someone:theSecret@host/x",
-    ],
+    "address", ["nosuch://bucket/x", "s3//x://", "file://relative path", "s3://bucket/x?region=us-east-1&nosuch=1"]
 )
-def test_a_key_in_an_address_is_refused_and_not_shown(place: str) -> None:
-    with pytest.raises(ValueError, match="holds a key or a password") as refused:
-        Storage.at(place)
-    assert "Sec" not in str(refused.value)
-
-
-@pytest.mark.parametrize("place", ["nosuch://bucket/x", "s3//x://", "file://relative path"])
-def test_a_place_that_cannot_be_storage_is_refused(place: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot use .* as storage"):
-        Storage.at(place)
-
-
-def test_a_folder_below_a_file_is_not_writable(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="not a folder"):
-        Storage.at(str(tmp_path / "file" / "results")).check_writable()
+def test_an_address_that_cannot_be_storage_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(address)):
+        Storage.at(address)
 
 
 WRITER = """
@@ -140,16 +118,266 @@ while True:
 """
 
 
-def test_a_reader_and_a_kill_never_see_a_part_of_a_file(tmp_path: Path) -> None:
+def test_readers_and_kills_never_see_a_part_of_a_file(tmp_path: Path) -> None:
     storage = Storage.at(str(tmp_path))
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
     try:
         while storage.read("file") is None:
             time.sleep(0.01)
         for _ in range(100):
-            content = storage.read("file")
-            assert content in (b"a" * 5_000_000, b"b" * 5_000_000)
+            assert storage.read("file") in (b"a" * 5_000_000, b"b" * 5_000_000)
     finally:
         writer.kill()
         writer.wait()
     assert storage.read("file") in (b"a" * 5_000_000, b"b" * 5_000_000)
+
+
+# --- retries ----------------------------------------------------------------------------------------------------------
+
+
+class Failing:
+    """Raises the given errors, one a call, then answers."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.calls = 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "answer"
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+UNREACHABLE = OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7")
+
+
+class EndpointConnectionError(Exception):
+    """Such as botocore's, which is not an OSError."""
+
+
+def test_transient_errors_are_retried(caplog: pytest.LogCaptureFixture) -> None:
+    errors = UNREACHABLE, FULL, ConnectionResetError(errno.ECONNRESET, "reset"), EndpointConnectionError("no route")
+    assert RetryPolicy("s3://moment")(failing := Failing(*errors)) == "answer"
+    assert failing.calls == 5
+    away, back = caplog.messages
+    assert away.startswith("s3://moment cannot be read (AWS Error NETWORK_CONNECTION")
+    assert "600 s" in away
+    assert back.startswith("s3://moment answers again")
+
+
+def test_a_read_does_not_end_the_outage_of_a_full_disk(caplog: pytest.LogCaptureFixture) -> None:
+    policy = RetryPolicy("/full", seconds=0.6)
+    with pytest.raises(StorageError, match=r"/full could not be written .*No space left on device.* full"):
+        policy(Failing(*[FULL] * 9), writing=True)
+    assert policy(Failing()) == "answer"
+    assert len(caplog.messages) == 1
+    assert policy(Failing(), writing=True) == "answer"
+    assert "answers again" in caplog.messages[-1]
+
+
+def test_an_outage_is_retried_until_its_limit_and_never_twice() -> None:
+    policy = RetryPolicy("s3://limit", seconds=1.0)
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"could not be read for \d+ s: AWS Error NETWORK_CONN") as caught:
+        policy(Failing(*[UNREACHABLE] * 99))
+    assert time.monotonic() - began >= 1, "whatever the pauses were"
+    with pytest.raises(StorageError):
+        RetryPolicy("s3://another")(outer := Failing(caught.value))
+    assert outer.calls == 1
+    with pytest.raises(StorageError):
+        policy(second := Failing(*[UNREACHABLE] * 99))
+    assert second.calls <= 2, "the limit of this outage has been reached"
+    assert policy(Failing()) == "answer"
+    assert policy(Failing(UNREACHABLE)) == "answer", "this is another outage"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(errno.EACCES, "not yours"), OSError(errno.EROFS, "read-only"), OSError("NO_SUCH_KEY"), KeyError()],
+)
+def test_permanent_errors_are_raised_at_once(error: Exception) -> None:
+    failing = Failing(error)
+    with pytest.raises(type(error)) as caught:
+        RetryPolicy()(failing)
+    assert (caught.value, failing.calls) == (error, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("AWS Error NO_SUCH_BUCKET during PutObject operation", "bucket's name"),
+        ("AWS Error SIGNATURE_DOES_NOT_MATCH during PutObject operation: the signature", "AWS_PROFILE"),
+        ("AWS Error UNKNOWN (HTTP status 301) during HeadObject operation: No response body.", "region="),
+        ("google::cloud::Status(PERMISSION_DENIED: Permission denied error_info={})", "GOOGLE_APPLICATION_CREDENTIALS"),
+    ],
+)
+def test_refusals_are_raised_at_once_with_a_remedy(text: str, remedy: str) -> None:
+    failing = Failing(OSError(text))
+    with pytest.raises(StorageError, match=f"^s3://x: {re.escape(text[:20])}.*{remedy}"):
+        RetryPolicy("s3://x")(failing)
+    assert failing.calls == 1
+
+
+def test_the_limit_is_set_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Storage.at(str(tmp_path)).retry.seconds == 600
+    monkeypatch.setenv(RETRY, "5")
+    assert Storage.at(str(tmp_path)).retry.seconds == 5
+    assert Storage.at(tmp_path.as_uri()).retry.seconds == 5
+    monkeypatch.setenv(RETRY, "long")
+    with pytest.raises(ValueError, match=f"{RETRY} is 'long'"):
+        Storage.at(str(tmp_path))
+
+
+# --- a server that goes away ------------------------------------------------------------------------------------------
+
+
+def test_reads_writes_moves_and_listings_wait_for_a_server(
+    store: ObjectStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Storage.at(store.uri("waits"))
+    folder.write("a", b"1")
+    folder.write("kept", b"3")
+    for_tune = folder.retrying_filesystem
+
+    def upload() -> None:
+        with for_tune.open_output_stream("bucket/waits/tune") as stream:
+            stream.write(b"4")
+
+    results: dict[str, Any] = {}
+    attempts: dict[str, Callable[[], Any]] = {
+        "write": lambda: folder.write("b", b"2"),
+        "read": lambda: folder.read("kept"),
+        "move": lambda: folder.move("a", "c"),
+        "list": lambda: len(folder.infos()),
+        "tune": upload,
+    }
+    store.go_away()
+    threads = [threading.Thread(target=lambda n=n, f=f: results.update({n: f()})) for n, f in attempts.items()]
+    for thread in threads:
+        thread.start()
+    while "cannot be" not in caplog.text:
+        time.sleep(0.1)
+    time.sleep(2)  # by now all have failed, and some more than once
+    assert caplog.text.count("cannot be") == 1
+    assert results == {}
+    store.come_back()
+    for thread in threads:
+        thread.join()
+    assert results.keys() == attempts.keys()
+    assert results["read"] == b"3"
+    assert [folder.read(name) for name in ("a", "b", "c", "tune")] == [None, b"2", b"1", b"4"]
+    assert "s3://bucket answers again" in caplog.text
+    assert caplog.text.count("cannot be") <= len(attempts), "one more for each that was under way at the first answer"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/x?endpoint_override=http://127.0.0.1:9&scheme=http&region=us-east-1",
+        "gs://anonymous@bucket/x?endpoint_override=127.0.0.1:9&scheme=http",  # pyarrow alone retries for 15 minutes
+    ],
+)
+def test_a_person_waits_for_seconds_only(uri: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="could not be written for"):
+        Storage.at(uri, fail_fast=True).check_writable()
+    assert time.monotonic() - began < 100, "some five seconds on an idle machine"
+
+
+def test_a_missing_bucket_and_wrong_keys_are_reported_at_once(
+    store: ObjectStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(StorageError, match="bucket's name"):
+        Storage.at(store.uri("x", bucket="nobucket")).check_writable()
+    with pytest.raises(OSError, match="bucket's name"):
+        Storage.at(store.uri("x", bucket="nobucket")).check_readable()
+    reset = f"{store.endpoint}/moto-api/reset-auth"
+    requests.post(reset, data=b"0", timeout=10).close()  # from now on the server knows no key
+    try:
+        with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID") as caught:
+            Storage.at(store.uri("x")).check_writable()
+    finally:
+        requests.post(reset, data=b"inf", timeout=10).close()
+    assert SECRET not in str(caught.value)
+    assert not caplog.messages, "nothing was retried"
+
+
+class LostAnswers:
+    """A file system that does what it is asked, and the first time raises as if its answer had been lost."""
+
+    def __init__(self, folder: Path) -> None:
+        self._inner = pyarrow.fs.SubTreeFileSystem(str(folder), pyarrow.fs.LocalFileSystem())
+        self._is_first = True
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            result = getattr(self._inner, name)(*args, **options)
+            if self._is_first:
+                self._is_first = False
+                raise ConnectionResetError(errno.ECONNRESET, "lost")
+            return result
+
+        return call
+
+
+def test_a_move_and_a_deletion_whose_answers_are_lost_succeed(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "last.pt").write_text("new")
+    (tmp_path / "x" / "previous.pt").write_text("old")
+    Storage(LostAnswers(tmp_path), "x", "s3://x").move("last.pt", "previous.pt")
+    assert (tmp_path / "x" / "previous.pt").read_text() == "new"
+    Storage(LostAnswers(tmp_path), "x", "s3://x").delete("previous.pt")
+    assert list((tmp_path / "x").iterdir()) == []
+
+
+def test_tune_copies_many_large_files_at_once(store: ObjectStore, tmp_path: Path) -> None:
+    # pyarrow's own background writes wait here for threads that wait for them.
+    for number in range(24):
+        (tmp_path / f"{number}").write_bytes(bytes([number]) * 6_000_000)
+    folder = Storage.at(store.uri("copied"))
+    pyarrow.fs.copy_files(
+        str(tmp_path),
+        folder.path,
+        source_filesystem=pyarrow.fs.LocalFileSystem(),
+        destination_filesystem=pickle.loads(pickle.dumps(folder.retrying_filesystem)),
+    )
+    assert {info.base_name: info.size for info in folder.infos()} == dict.fromkeys(map(str, range(24)), 6_000_000)
+    store.requests = []
+    assert folder.read("17") == bytes([17]) * 6_000_000
+    assert folder.read("17", at_most=3) == bytes([17]) * 3
+    assert len(store.requests) <= 4
+
+
+def test_keys_of_the_environment_are_not_pickled(store: ObjectStore) -> None:
+    folder = Storage.at(store.uri("x"))
+    pickled = pickle.dumps((folder, folder.retrying_filesystem))
+    assert SECRET.encode() not in pickled
+    assert KEY_ID.encode() not in pickled
+    assert pickle.loads(pickled)[0] == folder
+
+
+def test_the_endpoint_may_be_set_in_the_environment(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    Storage.at(store.uri("x")).write("a", b"1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    assert Storage.at("s3://bucket/x").read("a") == b"1"
+
+
+# --- addresses with keys ----------------------------------------------------------------------------------------------
+
+KEYED = [
+    "s3://AKIDofATest:theSecret@bucket/x",
+    "s3://AKIDofATest:theSec/ret@bucket/x",  # such keys contain slashes
+    "s3://bucket/x?region=us-east-1&secret_key=theSecret",
+    "abfs://account@bucket/x?account_key=theSecret",
+    "gs://bucket/x?access_token=theSecret",
+]
+
+
+@pytest.mark.parametrize("address", KEYED)
+def test_an_address_with_a_key_is_refused_and_not_shown(address: str) -> None:
+    with pytest.raises(ValueError, match="holds a key or a password") as refused:
+        Storage.at(address)
+    assert "Sec" not in str(refused.value)

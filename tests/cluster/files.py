@@ -1,4 +1,4 @@
-"""The cluster's files, as they are and as a user would fill them in."""
+"""The cluster's files, as they are, as a user would fill them in, and with one thing changed."""
 
 import re
 from collections.abc import Callable
@@ -25,24 +25,19 @@ _ANSWERS = {
     "worker_ips: [EDIT]": "worker_ips: [192.0.2.2, 192.0.2.3]",
 }
 
+Change = Callable[[Any], object]
+
 
 def filled_text(name: str) -> str:
-    """A file of cluster/ with every placeholder replaced."""
-    comment, text = "EDIT: replace", (CLUSTER / name).read_text()
-    text = re.sub(r"#.*", lambda found: found[0].replace("EDIT", ""), text)
-    assert comment not in text
+    """Return a file of cluster/ with every placeholder replaced."""
+    text = re.sub(r"#.*", "", (CLUSTER / name).read_text())
     for placeholder, answer in _ANSWERS.items():
         text = text.replace(placeholder, answer)
     return text.replace("EDIT", "mine")
 
 
-def filled(name: str) -> Any:
-    """The first document of a filled file."""
-    return next(yaml.safe_load_all(filled_text(name)))
-
-
-def written(path: Path, name: str, change: Callable[[Any], None] = lambda _: None) -> Path:
-    """A filled file, all its documents changed, written to `path`. Nothing in it is shared by anchors any more."""
+def written(path: Path, name: str, change: Change = lambda _: None) -> Path:
+    """Write a filled file to `path`, all its documents changed. Anchors no longer share anything."""
     documents = [yaml.safe_load(_unshared(document)) for document in yaml.safe_load_all(filled_text(name))]
     for document in documents:
         change(document)
@@ -56,3 +51,31 @@ def _unshared(document: Any) -> str:
             return True
 
     return yaml.dump(document, Dumper=Dumper, sort_keys=False)
+
+
+def setting(path: str, value: object = None, **parts: str) -> Change:
+    """Return a change of what is at a path such as `setup_commands.0`: to a value, or of a part of its text."""
+
+    def change(document: Any) -> None:
+        parent, key = _parent(document, path)
+        parent[key] = value if not parts else parent[key].replace(parts["old"], parts["new"])
+
+    return change
+
+
+def dropping(path: str) -> Change:
+    """Return a change that removes the key at a path."""
+
+    def change(document: Any) -> None:
+        parent, key = _parent(document, path)
+        del parent[key]
+
+    return change
+
+
+def _parent(document: Any, path: str) -> tuple[Any, Any]:
+    """Return the mapping or list that holds what is at a path, and its key there."""
+    *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
+    for key in parents:
+        document = document[key]
+    return document, last

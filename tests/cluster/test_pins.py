@@ -1,7 +1,8 @@
-"""One Ray and one set of packages everywhere: every version in cluster/ is that of requirements.lock."""
+"""The files in cluster/ agree with the lock, with each other and with what set-up needs."""
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -10,14 +11,15 @@ import yaml
 from files import CLUSTER, LAUNCHER_FILES, ROOT
 
 from tune_bisenet import __version__
-from tune_bisenet.check_cluster import pins
+from tune_bisenet.cluster import daemons
+from tune_bisenet.cluster.check import check_image, locked_ray
 
 
 def versions(lock: Path) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", lock.read_text(), flags=re.MULTILINE))
 
 
-def test_every_ray_named_in_a_cluster_file_is_the_locks() -> None:
+def test_every_ray_named_in_a_cluster_file_is_that_of_the_lock() -> None:
     named = {
         (path.name, version)
         for path in CLUSTER.iterdir()
@@ -25,21 +27,20 @@ def test_every_ray_named_in_a_cluster_file_is_the_locks() -> None:
         for version in re.findall(r"ray[:=]*(\d+\.\d+\.\d+)", path.read_text())
     }
     assert {name for name, _ in named} >= {"kuberay.yaml", "Dockerfile"}
-    assert {version for _, version in named} == {pins.locked("ray")}
-    assert {document["spec"].get("rayVersion", pins.locked("ray")) for document in kuberay()} == {pins.locked("ray")}
+    assert {version for _, version in named} == {locked_ray()}
 
 
-def test_the_image_of_kuberay_is_the_projects_version_on_rays_own_image() -> None:
+def test_the_image_of_kuberay_has_the_projects_version_and_the_locks_packages() -> None:
     tags = set(re.findall(r"image: \S+?:(\S+)", (CLUSTER / "kuberay.yaml").read_text()))
-    assert tags == {f"{__version__}-ray{pins.locked('ray')}"}
-    base = re.search(r"^FROM (\S+)", (CLUSTER / "Dockerfile").read_text(), flags=re.MULTILINE)
-    assert base
-    assert not list(pins.image_problems("FROM", base[1]))
-    assert "--require-hashes --requirement /opt/tune_bisenet/requirements.lock" in (CLUSTER / "Dockerfile").read_text()
+    assert tags == {f"{__version__}-ray{locked_ray()}"}
+    dockerfile = (CLUSTER / "Dockerfile").read_text()
+    (base,) = re.findall(r"^FROM (\S+)", dockerfile, flags=re.MULTILINE)
+    assert not list(check_image("FROM", base))
+    assert "--require-hashes --requirement /opt/tune_bisenet/requirements.lock" in dockerfile
 
 
 def test_both_ways_of_kuberay_run_on_the_same_cluster() -> None:
-    cluster, job = kuberay()
+    cluster, job = yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text())
     assert cluster["spec"] == job["spec"]["rayClusterSpec"]
     assert cluster["metadata"]["labels"] != job["metadata"]["labels"]
 
@@ -56,18 +57,20 @@ def test_googles_lock_is_hashed_and_agrees_with_ours() -> None:
 def test_what_is_mounted_is_what_set_up_needs(name: str) -> None:
     mounts = yaml.safe_load((CLUSTER / name).read_text())["file_mounts"]
     sent = {local for local in mounts.values() if not local.startswith("~")}
-    packages = {"tune_bisenet", "search_spaces"}
-    assert sent == {
-        *packages,
-        "cluster",
-        "Makefile",
-        "README.md",
-        "pyproject.toml",
-        "requirements.lock",
-        "requirements-uv.lock",
-    }
+    files = {"Makefile", "README.md", "pyproject.toml", "requirements.lock", "requirements-uv.lock"}
+    assert sent == {"tune_bisenet", "search_spaces", "cluster"} | files
     assert all((ROOT / local).exists() for local in sent)
     assert all(remote == f"~/tune_bisenet/{local}" for remote, local in mounts.items() if local in sent)
+
+
+def test_daemons_take_the_flags_that_the_files_give_them() -> None:
+    texts = [(CLUSTER / name).read_text() for name in LAUNCHER_FILES]
+    commands = re.findall(r"cluster\.daemons ((?:spot|dashboards) .*?) <", "\n".join(texts))
+    commands += re.findall(r"cluster\.daemons, (.*)\]", (CLUSTER / "kuberay.yaml").read_text().replace(", --", " --"))
+    parsed = [daemons._parser().parse_args(shlex.split(command.replace(", ", " "))) for command in commands]
+    assert [flags.daemon for flags in parsed].count("spot") == 2
+    storages = {flags.storage for flags in parsed if flags.daemon == "dashboards"}
+    assert storages == {"s3://EDIT/searches", "gs://EDIT/searches", "EDIT"}
 
 
 @pytest.mark.parametrize("script", sorted(CLUSTER.glob("*.sh")), ids=lambda path: path.name)
@@ -80,9 +83,8 @@ def test_scripts_are_sound_shell(script: Path) -> None:
 def test_every_link_of_the_readme_leads_somewhere() -> None:
     page = (CLUSTER / "README.md").read_text()
     links = re.findall(r"\]\(([^)]+)\)", page)
-    headings = {
-        re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", page, re.M)
-    }
+    titles = re.findall(r"^#+ (.*)", page, flags=re.MULTILINE)
+    headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     broken = [link for link in links if link.removeprefix("#") not in headings and not (CLUSTER / link).exists()]
     assert not broken
 
@@ -95,7 +97,3 @@ def test_no_policy_allows_everything(policy: Path) -> None:
         if statement.get("Resource") == "*":
             looks = all(action.startswith("ec2:Describe") for action in actions)
             assert looks or "Condition" in statement, statement["Sid"]
-
-
-def kuberay() -> list[dict[str, dict[str, object]]]:
-    return list(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()))

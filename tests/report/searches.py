@@ -1,6 +1,5 @@
-"""A small search as it lies on storage: two rows, two seeds, three epochs, every number known. And a sampled one."""
+"""A small search in its folder: two rows, two seeds, three epochs, every number known. And a sampled one."""
 
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -9,28 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.rows import plain_epoch, plain_row
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
-from rows import plain_epoch, plain_row
 
-from tune_bisenet.config import SGD, AdamW, Expect, Run
+from tune_bisenet import records
+from tune_bisenet.config import SGD, AdamW, Expect, Param, Run
 from tune_bisenet.data.classes import NUM_CLASSES, VOID
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
-    EPOCHS,
     KNOWN,
-    RUN,
     SEARCH,
     TRIALS,
     BestPredictions,
     Epoch,
-    Known,
+    Manifest,
     Origin,
-    Param,
+    SavedState,
     Status,
+    TrialRecord,
     TrialSpec,
     TrialState,
-    best_of,
+    measure,
     predictions_to_bytes,
+    to_json,
 )
 from tune_bisenet.storage import Storage
 
@@ -40,12 +40,11 @@ ROW_EPOCHS = 50
 """On the scale of a space's own rows."""
 
 MIOU = {"r01-s0": 50.0, "r01-s1": 51.0, "r02-s0": 52.0, "r02-s1": 53.5}
-"""Of the last epoch, which is the best."""
+"""The mIoU of the last epoch, which is the best."""
 
 SESSION: dict[str, Any] = {
     "started": "2026-03-01T10:00:00+00:00",
     "ended": "2026-03-01T12:00:00+00:00",
-    "signal": None,
     "command": ["python", "-m", "tune_bisenet.run", "--name", "small search"],
     "commit": "0123456789abcdef",
     "python": "3.11.9",
@@ -53,6 +52,18 @@ SESSION: dict[str, Any] = {
     "cpus_per_trial": 4,
     "gpus_per_trial": 0.5,
     "trials_at_once": 2,
+}
+
+CONFIG: dict[str, Any] = {
+    "space": "small",
+    "data": "streets",
+    "backbone": "none",
+    "groups": [{"runs": None, "seeds": [0, 1]}],
+    "epochs": None,
+    "image_size": None,
+    "proxy": False,
+    "scheduler": "fifo",
+    "precision": "fp32",
 }
 
 
@@ -109,58 +120,61 @@ def best(seed: int = 0) -> BestPredictions:
     )
 
 
-def standing(trial: str, history: Sequence[Epoch]) -> TrialState:
-    run = RUNS[trial]
-    waiting = TrialState(trial=trial, run=run.name, seed=run.seed, num_epochs=run.num_epochs)
-    if not history:
-        return waiting
-    top = best_of(history)
-    return replace(
-        waiting,
-        status="finished",
-        epochs=len(history),
-        best_miou=top.miou,
-        best_epoch=top.epoch,
-        last_miou=history[-1].miou,
-        pixel_accuracy=history[-1].pixel_accuracy,
-        seconds=math.fsum(epoch.seconds for epoch in history),
-    )
+def state_of(trial: str, history: Sequence[Epoch]) -> TrialState:
+    """Return the state of a trial that has finished, or waits if it has no epochs."""
+    status: Status = "finished" if history else "waiting"
+    return TrialState.of_run(trial, RUNS[trial], status=status, **measure(history))
 
 
-def manifest(**changes: object) -> dict[str, Any]:
-    return {
+def manifest(**changes: Any) -> Manifest:
+    """Return how the search was made; `changes` are of the manifest's fields, as plain values or not."""
+    plain: dict[str, Any] = {
         "name": "small search",
-        "choices": {"space": "small", "scheduler": "fifo", "precision": "fp32", "seeds": [0, 1]},
-        "space": {"name": "small", "title": "Two rows", "baseline": "r01"},
-        "trials": {name: run.model_dump(mode="json") for name, run in RUNS.items()},
-        "data": {"name": "streets", "digests": {"32x64": "feedbeef"}, "train_images": 40, "val_images": 2},
-        "backbone": {"name": "none", "digest": "none"},
+        "config": CONFIG,
+        "space": {"title": "Two rows", "baseline": "r01"},
+        "trials": RUNS,
+        "data": {"digests": {"32x64": "feedbeef"}, "train_images": 40, "val_images": 2},
+        "backbone_digest": "none",
         "proxy": None,
         "sessions": [SESSION],
-    } | changes
+    }
+    return Manifest.model_validate(plain | changes)
 
 
-def write_search(place: Path, *, standings: Mapping[str, TrialState] | None = None, **changes: object) -> Storage:
-    """The whole search; `standings` and fields of the manifest may be others."""
-    folder = Storage.at(str(place))
-    folder.make()
-    write_json(folder, SEARCH, manifest(**changes))
-    known = {name: standing(name, epochs(MIOU[name])) for name in RUNS} | dict(standings or {})
-    write_json(folder, TRIALS, {"standings": [one.to_json() for one in known.values()], "scheduler": {}})
+def write_search(place: Path, *, states: Mapping[str, TrialState] | None = None, **changes: Any) -> Storage:
+    """Write the whole search; `states` and fields of the manifest may be others."""
+    folder = begin(place, **changes)
+    known = {name: state_of(name, epochs(MIOU[name])) for name in RUNS} | dict(states or {})
+    folder.write(TRIALS, to_json(SavedState(states=tuple(known.values()))))
     for number, name in enumerate(RUNS):
-        write_trial(folder / name, epochs(MIOU[name]), best(number))
+        write_trial(folder, name, epochs(MIOU[name]), best(number))
     return folder
 
 
-def write_trial(folder: Storage, history: Sequence[Epoch], kept: BestPredictions | None = None) -> None:
+def begin(place: Path, **changes: Any) -> Storage:
+    """Write a search that has only its manifest."""
+    folder = Storage.at(str(place))
     folder.make()
-    write_json(folder, EPOCHS, [epoch.to_json() for epoch in history])
+    folder.write(SEARCH, to_json(manifest(**changes)))
+    return folder
+
+
+def write_trial(
+    folder: Storage,
+    trial: str,
+    history: Sequence[Epoch],
+    kept: BestPredictions | None = None,
+    *,
+    spec: TrialSpec | None = None,
+) -> None:
+    """Write the record of a trial with these epochs into a search, and the predictions of its best."""
+    spec = spec or TrialSpec(trial=trial, run=RUNS.get(trial, RUNS["r01-s0"]))
+    record = TrialRecord.of_spec(spec, history)
+    if history and history[-1].epoch == spec.run.num_epochs:
+        record = replace(record, state=replace(record.state, status="finished"))
+    records.write_trial(folder, record)
     if kept:
-        folder.write(BEST_PREDICTIONS, predictions_to_bytes(kept))
-
-
-def write_json(folder: Storage, name: str, value: object) -> None:
-    folder.write(name, json.dumps(value).encode())
+        (folder / trial).write(BEST_PREDICTIONS, predictions_to_bytes(kept))
 
 
 def cut(folder: Storage, name: str) -> None:
@@ -169,8 +183,6 @@ def cut(folder: Storage, name: str) -> None:
     assert content
     folder.write(name, content[: len(content) // 2])
 
-
-# --- a sampled search -----------------------------------------------------------------------------------------------
 
 LR_OF_BEST = 0.03
 """Where the mIoU of the sampled search peaks; ten times off it loses six points."""
@@ -181,7 +193,6 @@ STUDY: dict[str, Any] = {
     "sampler": "tpe",
     "objectives": ["miou"],
     "warm_start": [],
-    "best_of_rows": None,
 }
 
 RANGES = {
@@ -236,9 +247,9 @@ def suggested(
     )
 
 
-def told(one: TrialSpec, miou: float, *, status: Status = "finished", latency_ms: float | None = None) -> TrialState:
-    """How the trial stands if it came to `miou`; stopped or diverged, after two of three epochs."""
-    waiting = TrialState(trial=one.trial, run=one.run.name, seed=one.run.seed, num_epochs=3, latency_ms=latency_ms)
+def ended(spec: TrialSpec, miou: float, *, status: Status = "finished", latency_ms: float | None = None) -> TrialState:
+    """Return the state of a trial that came to `miou`; stopped or diverged, after two of three epochs."""
+    waiting = TrialState.of_run(spec.trial, spec.run, latency_ms=latency_ms)
     if status == "failed":
         return replace(waiting, status=status, error="no memory")
     reached, last = (3, miou) if status == "finished" else (2, miou - 10)
@@ -253,68 +264,51 @@ def write_study(
     fresh_seeds: int = 0,
     latency: bool = False,
     gain_on_fresh: float = 0.5,
-    **changes: object,
+    **changes: Any,
 ) -> Storage:
-    """A sampled search: two declared rows, `trials` in all, one stopped in five, one diverged, one failed.
+    """Write a sampled search: two declared rows, `trials` in all, one stopped in five, one diverged, one failed.
 
     At fresh seeds the best sampled trial leads both rows by about `gain_on_fresh`. `changes` are of the manifest.
     """
-    folder = Storage.at(str(place))
-    folder.make()
-    record = manifest(
-        name="sampled search",
-        space={"name": "around", "title": "Around two rows", "baseline": "r01"},
-        study=STUDY | {"objectives": ["miou", "latency"] if latency else ["miou"]},
-        limits={"trials": trials, "time_budget_seconds": None, "gpu_hours": None},
-        trials={},
-    )
-    write_json(folder, SEARCH, record | changes)
-    standings = [_write_sample(folder, place, number=known + place, latency=latency) for place in range(trials)]
-    standings += [
-        _write_fresh(folder, name, seed, miou=50 + gain)
-        for seed in range(1, fresh_seeds + 1)
-        for name, gain in {_chosen(standings): gain_on_fresh + 0.1 * seed, "r01": 0.0, "r02": 0.1}.items()
-    ]
-    if known:
-        write_json(folder, KNOWN, [_known(number).to_json() for number in range(known)])
-    write_json(folder, TRIALS, {"standings": [one.to_json() for one in standings], "scheduler": {}})
+    fields = {
+        "name": "sampled search",
+        "config": CONFIG | {"space": "around", "limits": {"trials": trials or None}},
+        "space": {"title": "Around two rows", "baseline": "r01"},
+        "study": STUDY | {"objectives": ["miou", "latency"] if latency else ["miou"]},
+        "trials": {},
+    }
+    folder = begin(place, **(fields | changes))
+    states = [_write_sample(folder, index, number=known + index, latency=latency) for index in range(trials)]
+    best_first = sorted(states[2:], key=lambda state: (state.status != "finished", -(state.best_miou or 0)))
+    for seed in range(1, fresh_seeds + 1):
+        gains = {best_first[0].run: gain_on_fresh + 0.1 * seed, "r01": 0.0, "r02": 0.1}
+        states += [_write_fresh(folder, name, seed, miou=50 + gain) for name, gain in gains.items()]
+    earlier = []
+    for number in range(known):
+        spec = suggested(f"t{number:04d}", "sampled", number=number, params=point(number))
+        state, history = ended(spec, miou_at(spec.params)), tuple(epochs(miou_at(spec.params)))
+        source = f"s3://bucket/earlier/{spec.trial}"
+        earlier.append(TrialRecord(spec=spec, state=state, epochs=history, source=source))
+    if earlier:
+        folder.write(KNOWN, to_json(tuple(earlier), tuple[TrialRecord, ...]))
+    folder.write(TRIALS, to_json(SavedState(states=tuple(states))))
     return folder
 
 
-def _chosen(standings: Sequence[TrialState]) -> str:
-    """The best sampled trial."""
-    return max(standings[2:], key=lambda one: (one.status == "finished", one.best_miou or 0)).run
-
-
-def _write_sample(folder: Storage, place: int, *, number: int, latency: bool) -> TrialState:
+def _write_sample(folder: Storage, index: int, *, number: int, latency: bool) -> TrialState:
     params = point(number)
-    trial = f"r{place + 1:02d}" if place < 2 else f"t{number:04d}"
-    one = suggested(trial, "row" if place < 2 else "sampled", number=number, params=params)
+    trial = f"r{index + 1:02d}" if index < 2 else f"t{number:04d}"
+    spec = suggested(trial, "row" if index < 2 else "sampled", number=number, params=params)
     ends: dict[int, Status] = {3: "diverged", 5: "failed"}
-    status: Status = ends.get(place, "stopped" if place > 6 and place % 5 == 0 else "finished")
+    status: Status = ends.get(index, "stopped" if index > 6 and index % 5 == 0 else "finished")
     milliseconds = 10 + 2 * (number % 7) + 0.1 * number if latency and status == "finished" else None
-    standing = told(one, miou_at(params), status=status, latency_ms=milliseconds)
-    _write_suggested(folder, one, epochs(miou_at(params), standing.epochs))
-    return standing
+    state = ended(spec, miou_at(params), status=status, latency_ms=milliseconds)
+    history = epochs(miou_at(params), state.epochs)
+    write_trial(folder, trial, history, best(len(trial)) if history else None, spec=spec)
+    return state
 
 
 def _write_fresh(folder: Storage, name: str, seed: int, *, miou: float) -> TrialState:
-    one = suggested(f"{name}-s{seed}", "confirm", number=None, params={}, name=name, seed=seed)
-    _write_suggested(folder, one, epochs(miou))
-    return told(one, miou)
-
-
-def _write_suggested(folder: Storage, one: TrialSpec, history: Sequence[Epoch]) -> None:
-    (folder / one.trial).make()
-    write_json(folder / one.trial, RUN, one.to_json())
-    if history:
-        write_trial(folder / one.trial, history, best(len(one.trial)))
-
-
-def _known(number: int) -> Known:
-    params = point(number)
-    one = suggested(f"t{number:04d}", "sampled", number=number, params=params)
-    history = tuple(epochs(miou_at(params)))
-    return Known(
-        suggested=one, standing=told(one, miou_at(params)), epochs=history, source=f"s3://bucket/earlier/{one.trial}"
-    )
+    spec = suggested(f"{name}-s{seed}", "confirm", number=None, params={}, name=name, seed=seed)
+    write_trial(folder, spec.trial, epochs(miou), best(len(spec.trial)), spec=spec)
+    return ended(spec, miou)

@@ -1,17 +1,32 @@
-"""Reading a search: all that is there, whatever is damaged, wherever it lies."""
+"""Reading a search: all that is there, whatever is damaged, wherever it is."""
 
-import math
+import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.fs
 import pytest
-from searches import MIOU, RUNS, best, cut, epochs, manifest, standing, write_json, write_search, write_trial
+from searches import (
+    MIOU,
+    RUNS,
+    STUDY,
+    best,
+    cut,
+    epochs,
+    manifest,
+    point,
+    row,
+    state_of,
+    write_search,
+    write_study,
+    write_trial,
+)
 
-from tune_bisenet import records
-from tune_bisenet.records import BEST_PREDICTIONS, EPOCHS, SEARCH, TRIALS, predictions_to_bytes
+from tune_bisenet.records import BEST_PREDICTIONS, KNOWN, SEARCH, TRIAL, TRIALS, predictions_to_bytes, to_json
 from tune_bisenet.report.read import read_best, read_search
 from tune_bisenet.storage import Storage
 
@@ -21,90 +36,69 @@ def folder(tmp_path: Path) -> Storage:
     return write_search(tmp_path / "small")
 
 
+def change(folder: Storage, name: str, edit: Callable[[Any], None]) -> None:
+    """Edit what a JSON file holds."""
+    record = json.loads(folder.read(name) or b"")
+    edit(record)
+    folder.write(name, json.dumps(record).encode())
+
+
 def test_a_search_comes_back_as_it_was_written(folder: Storage) -> None:
     search = read_search(folder)
     assert list(search.trials) == list(RUNS)
-    assert [row.name for row in search.rows] == ["r01", "r02"]
+    assert [run.name for run in search.rows] == ["r01", "r02"]
     record = search.trials["r02-s1"]
     assert record.run == RUNS["r02-s1"]
     assert list(record.epochs) == epochs(MIOU["r02-s1"])
-    assert record.standing == standing("r02-s1", epochs(MIOU["r02-s1"]))
+    assert record.state == state_of("r02-s1", epochs(MIOU["r02-s1"]))
     assert record.confusions is not None
     assert np.array_equal(record.confusions, best().confusions)
     assert search.all_notes == []
-
-
-def test_pictures_come_back_as_they_were_written(folder: Storage) -> None:
-    read = read_best(folder / "r01-s0")
+    kept = read_best(folder / "r01-s0")
     for name, value in vars(best(0)).items():
-        assert np.array_equal(getattr(read, name), value), name
+        assert np.array_equal(getattr(kept, name), value), name
 
 
 def test_a_search_in_object_storage_is_read_the_same(folder: Storage, tmp_path: Path) -> None:
     filesystem = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
-    elsewhere = read_search(Storage(filesystem, "small", "s3://bucket/small"))
-    here = read_search(folder)
-    assert elsewhere.standings == here.standings
-    assert [record.epochs for record in elsewhere.trials.values()] == [rec.epochs for rec in here.trials.values()]
-    assert all(record.confusions is not None for record in elsewhere.trials.values())
-
-
-def test_a_newer_manifest_may_say_more(tmp_path: Path) -> None:
-    assert read_search(write_search(tmp_path, something_new={"a": 1})).manifest.name == "small search"
+    remote, local = read_search(Storage(filesystem, "small", "s3://bucket/small")), read_search(folder)
+    assert list(remote.trials.values()) == list(local.trials.values())
+    assert all(record.confusions is not None for record in remote.trials.values())
 
 
 def test_news_is_the_latest_change_of_a_trial(folder: Storage) -> None:
     for path in Path(folder.path).rglob("*.json"):
         os.utime(path, (1_800_000_000, 1_800_000_000))
-    os.utime(Path(folder.path) / "r02-s0" / EPOCHS, (1_900_000_000, 1_900_000_000))
+    os.utime(Path(folder.path) / "r02-s0" / TRIAL, (1_900_000_000, 1_900_000_000))
     assert read_search(folder).changed.timestamp() == 1_900_000_000
 
 
-# --- damage ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [EPOCHS, BEST_PREDICTIONS])
-def test_a_truncated_file_of_a_trial_costs_that_trial_a_note(folder: Storage, name: str) -> None:
-    cut(folder / "r02-s0", name)
-    search = read_search(folder)
-    (note,) = search.all_notes
-    assert note.startswith(f"r02-s0: {name} ")
-    assert len(search.trials["r01-s0"].epochs) == 3
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"[1, 2]", b"{}x", b'[{"epoch": 1}]', b'"words"', b"\xff\xfe", b"[[]]", b"7", b"null"]
-)
-def test_epochs_of_another_shape_cost_a_note(folder: Storage, content: bytes) -> None:
-    (folder / "r01-s1").write(EPOCHS, content)
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"{}x", b"\xff\xfe", b"null", b"{}"])
+def test_a_trial_of_another_shape_costs_a_note(folder: Storage, content: bytes) -> None:
+    (folder / "r01-s1").write(TRIAL, content)
     record = read_search(folder).trials["r01-s1"]
     assert record.epochs == ()
     assert record.notes
 
 
-@pytest.mark.parametrize("change", [{"miou": "high"}, {"iou": [1.0]}, {"epoch": 1.5}, {"unheard_of": 1}])
-def test_an_epoch_with_a_wrong_value_costs_a_note(folder: Storage, change: dict[str, object]) -> None:
-    write_json(folder / "r01-s1", EPOCHS, [epochs(50.0)[0].to_json() | change])
+@pytest.mark.parametrize("wrong", [{"miou": "high"}, {"iou": [1.0]}, {"epoch": 1.5}])
+def test_an_epoch_with_a_wrong_value_costs_a_note(folder: Storage, wrong: dict[str, object]) -> None:
+    change(folder / "r01-s1", TRIAL, lambda record: record["epochs"][0].update(wrong))
     assert read_search(folder).trials["r01-s1"].notes
 
 
 def test_every_flipped_byte_of_the_predictions_is_survived(folder: Storage) -> None:
     content = predictions_to_bytes(best())
-    for place in range(0, len(content), len(content) // 60):
-        flipped = bytes([content[place] ^ 0xFF])
-        (folder / "r01-s0").write(BEST_PREDICTIONS, content[:place] + flipped + content[place + 1 :])
+    for index in range(0, len(content), len(content) // 60):
+        flipped = bytes([content[index] ^ 0xFF])
+        (folder / "r01-s0").write(BEST_PREDICTIONS, content[:index] + flipped + content[index + 1 :])
         assert len(read_search(folder).trials) == 4
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        replace(best(), confusions=np.zeros((2, 3, 3), np.int32)),
-        replace(best(), confusions=np.zeros(5, np.int32)),
-    ],
-)
-def test_counts_of_other_classes_cost_a_note(folder: Storage, wrong: object) -> None:
-    (folder / "r01-s0").write(BEST_PREDICTIONS, predictions_to_bytes(wrong))  # type: ignore[arg-type]
+@pytest.mark.parametrize("shape", [(2, 3, 3), (5,)])
+def test_counts_of_other_classes_cost_a_note(folder: Storage, shape: tuple[int, ...]) -> None:
+    wrong = predictions_to_bytes(replace(best(), confusions=np.zeros(shape, np.int32)))
+    (folder / "r01-s0").write(BEST_PREDICTIONS, wrong)
     record = read_search(folder).trials["r01-s0"]
     assert record.confusions is None
     assert record.notes
@@ -116,43 +110,60 @@ def test_pictures_that_do_not_belong_together_are_an_error(folder: Storage) -> N
         read_best(folder / "r01-s0")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"standings": 3}', b'{"standings": [{"trial": 1}]}'])
-def test_lost_standings_are_made_from_the_epochs(folder: Storage, content: bytes) -> None:
-    folder.write(TRIALS, content)
-    broken = [replace(one, loss=math.nan) for one in epochs(52.0)[:2]]
-    write_trial(folder / "r02-s0", epochs(52.0)[:1])
-    write_trial(folder / "r02-s1", broken)
+@pytest.mark.parametrize("content", [b"{", b'{"states": [{"trial": 1}]}', None])
+def test_lost_states_are_those_of_the_trials_folders(folder: Storage, content: bytes | None) -> None:
+    if content is None:
+        folder.delete(TRIALS)
+    else:
+        folder.write(TRIALS, content)
+    write_trial(folder, "r02-s0", epochs(52.0)[:1])
     search = read_search(folder)
-    assert search.standings[0] == standing("r01-s0", epochs(50.0))
-    assert [one.status for one in search.standings] == ["finished", "running", "finished", "diverged"]
-    (note,) = search.notes
-    assert note.startswith(TRIALS)
+    assert search.states[0] == state_of("r01-s0", epochs(50.0))
+    # in declared order, the first seed of both rows before the second
+    assert [state.status for state in search.states] == ["finished", "running", "finished", "finished"]
+    assert [note.partition(" ")[0] for note in search.notes] == ([] if content is None else [TRIALS])
 
 
-def test_lost_standings_are_those_that_trials_ended_with(folder: Storage) -> None:
-    before = read_search(folder).standings
-    stopped = replace(before[1], status="stopped", stopped_by="below the median (ASHA)")
-    records.keep_ending(folder / stopped.trial, stopped)
-    folder.delete(TRIALS)
-    assert read_search(folder).standings[1] == stopped
-
-
-def test_a_search_that_has_only_begun_has_waiting_trials(tmp_path: Path) -> None:
-    folder = Storage.at(str(tmp_path))
-    write_json(folder, SEARCH, manifest())
-    search = read_search(folder)
-    assert {one.status for one in search.standings} == {"waiting"}
-    assert all(not record.epochs and not record.notes for record in search.trials.values())
-
-
-def test_a_folder_without_a_search_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no search in .*expected search\.json there. Point to STORAGE/NAME\."):
+def test_a_folder_without_a_search_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no search in .*expected search\.json"):
         read_search(Storage.at(str(tmp_path)))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"name": "x", "trials": {"a": {}}}'])
-def test_a_damaged_manifest_is_told_so(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"name": "x", "trials": {"a": {}}}'])
+def test_a_damaged_manifest_is_an_error(tmp_path: Path, content: bytes) -> None:
     folder = Storage.at(str(tmp_path))
     folder.write(SEARCH, content)
     with pytest.raises(ValueError, match=r"search\.json is damaged"):
         read_search(folder)
+
+
+def test_trials_of_a_study_are_read_from_their_folders_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, trials=4, fresh_seeds=1)
+    (folder / "tables").make()
+    folder.write(SEARCH, to_json(manifest(study=STUDY, trials={"r03": row("r03", 0)})))
+    search = read_search(folder)
+    names = list(search.trials)
+    assert names[:5] == ["r01", "r02", "t0002", "t0003", "r03"], "a row that has not begun waits before fresh seeds"
+    assert {name[-3:] for name in names[5:]} == {"-s1"} == {name[-3:] for name in search.fresh_trials}
+    assert search.notes == ()
+    assert search.trials["t0002"].spec.params == point(2)
+    assert [run.name for run in search.declared_rows] == ["r01", "r02", "r03"]
+
+
+@pytest.mark.parametrize("wrong", [{"distributions": {}}, {"distributions": {"optimizer": "{}"}}, {"params": 3}])
+def test_a_damaged_point_costs_its_trial_and_a_note(tmp_path: Path, wrong: dict[str, object]) -> None:
+    folder = write_study(tmp_path, trials=8)
+    change(folder / "t0004", TRIAL, lambda record: record["spec"].update(wrong))
+    search = read_search(folder)
+    assert "t0004" not in search.trials
+    (note,) = search.notes
+    assert note.startswith("t0004: trial.json cannot be read")
+
+
+def test_damaged_earlier_searches_are_left_out_with_a_note(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, trials=8, known=3)
+    assert len(read_search(folder).known) == 3
+    cut(folder, KNOWN)
+    search = read_search(folder)
+    assert search.known == ()
+    assert search.notes[0].startswith("known.json cannot be read")

@@ -80,9 +80,6 @@ def test_seeds_for_power_of_an_effect_as_large_as_the_spread() -> None:
     assert seeds_for_power(effect=0.0, sd=0.5, alpha=0.05, most=100) is None
 
 
-# --- over images --------------------------------------------------------------------------------------------------
-
-
 def _counts(num_images: int, *, seed: int, skill: int, num_classes: int = 19) -> NDArray[np.int64]:
     """Each image holds a few of the classes; `skill` weighs the diagonal."""
     rng = np.random.default_rng(seed)

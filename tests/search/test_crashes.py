@@ -14,20 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from driving import (
-    Driver,
-    end_process,
-    epoch_numbers,
-    epochs,
-    leaderboard,
-    make_place,
-    on_frames,
-    results,
-    statuses,
-    write_space,
-)
+from helpers.processes import Driver, end_process
+from helpers.searches import epoch_numbers, epochs, leaderboard, make_place, on_frames, results, statuses, write_space
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2700)]
 
 NUM_EPOCHS = 12
 TRIALS = ("a", "b", "c")
@@ -145,13 +135,13 @@ def test_signals_end_a_search_within_seconds_and_it_goes_on_over_damaged_files(
         os.killpg(driver.process.pid, signal.SIGINT)  # as a terminal does at Ctrl-C: all hear it
         assert driver.end(seconds=120) == 128 + signal.SIGINT
         assert "Traceback" not in driver.log
-    standings = json.loads((folder / "trials.json").read_text())["standings"]
-    assert {standing["status"] for standing in standings} <= {"waiting", "finished"}
+    states = json.loads((folder / "trials.json").read_text())["states"]
+    assert {state["status"] for state in states} <= {"waiting", "finished"}
     with resume(folder) as driver:
         assert driver.end() == 0
     assert_as_if_nothing_had_happened(folder, undisturbed)
-    signals = [session["signal"] for session in json.loads((folder / "search.json").read_text())["sessions"]]
-    assert signals == [signal.SIGTERM, signal.SIGINT, None]
+    sessions = json.loads((folder / "search.json").read_text())["sessions"]
+    assert [session["signal"] for session in sessions] == [signal.SIGTERM, signal.SIGINT, None]
 
 
 def damage_what_is_not_needed(folder: Path) -> None:

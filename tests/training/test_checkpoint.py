@@ -1,23 +1,28 @@
-"""A state comes back as it was saved, or it does not come back at all."""
+"""A state is restored exactly as it was saved, or not at all; backbone weights load, or the error says what to do."""
 
 import io
 import math
 import pickle
 import random
+import socket
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.rows import plain_epoch
 from torch import Tensor
-from trainings import trial_folder
+from torchvision.models import resnet18
+from trainings import begin, small, trial_folder
 
+from tune_bisenet import storage
 from tune_bisenet.config import Run
 from tune_bisenet.data.packed import Packed
-from tune_bisenet.records import Epoch
+from tune_bisenet.records import BEST_WEIGHTS, LAST, PREVIOUS, Epoch
 from tune_bisenet.storage import Storage
-from tune_bisenet.training import checkpoint, engine
-from tune_bisenet.training.checkpoint import BEST_WEIGHTS, LAST, PREVIOUS, CheckpointError, from_bytes, to_bytes
+from tune_bisenet.training import checkpoint
+from tune_bisenet.training.checkpoint import BackboneError, CheckpointError, from_bytes, to_bytes
 from tune_bisenet.training.engine import Training
 
 folder = pytest.fixture(trial_folder)
@@ -26,25 +31,11 @@ folder = pytest.fixture(trial_folder)
 @pytest.fixture
 def training(tiny_run: Run, small_data: Packed) -> Training:
     """A run before its first epoch."""
-    return fresh(tiny_run, small_data)
-
-
-def fresh(run: Run, data: Packed) -> Training:
-    run = run.model_copy(update={"image_size": data.image_size})
-    return engine.begin(run, data, device=torch.device("cpu"), precision="fp32", backbone=None)
-
-
-def epoch(number: int, **values: Any) -> Epoch:
-    fields: dict[str, Any] = {
-        "epoch": number, "iterations": 3 * number, "loss": 3.0, "loss_main": 1.0, "loss_aux1": 1.0, "loss_aux2": 1.0,
-        "lr": 0.01, "grad_norm": 2.0, "miou": 10.0, "iou": (50.0, None, 0.0), "pixel_accuracy": 60.0,
-        "images_per_second": 12.0, "train_seconds": 1.0, "val_seconds": 0.5,
-    }  # fmt: skip
-    return Epoch(**fields | values)
+    return begin(small(tiny_run), small_data)
 
 
 def history_of(num_epochs: int) -> list[Epoch]:
-    return [epoch(number) for number in range(1, num_epochs + 1)]
+    return [plain_epoch(number, 10.0) for number in range(1, num_epochs + 1)]
 
 
 def mark(training: Training, value: float) -> None:
@@ -68,30 +59,28 @@ def local(folder: Storage, name: str) -> Path:
     return Path(folder.path) / name
 
 
-# --- going on ---------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------
 
 
-def test_where_nothing_was_saved_a_run_begins(training: Training, folder: Storage) -> None:
+def test_without_a_saved_state_a_run_starts(training: Training, folder: Storage) -> None:
     assert checkpoint.resume(training, folder, identity="one") == []
     assert training.epochs_done == 0
 
 
-def test_a_run_goes_on_from_the_last_epoch_saved(training: Training, folder: Storage) -> None:
+def test_a_run_resumes_from_the_last_saved_epoch_and_the_one_before_is_kept(
+    training: Training, folder: Storage
+) -> None:
     save_epochs(training, folder, 3)
     mark(training, -1.0)
     assert checkpoint.resume(training, folder, identity="one") == history_of(3)
     assert training.epochs_done == 3
     assert mark_of(training) == 3.0
-
-
-def test_the_epoch_before_is_kept(training: Training, folder: Storage) -> None:
-    save_epochs(training, folder, 3)
     assert len(from_bytes(local(folder, PREVIOUS).read_bytes())["history"]) == 2
     assert sorted(path.name for path in Path(folder.path).iterdir()) == [LAST, PREVIOUS]
 
 
-def test_numbers_that_are_none_and_classes_without_a_score_come_back(training: Training, folder: Storage) -> None:
-    strange = epoch(1, loss=math.nan, grad_norm=math.inf, iou=(None, 12.5, None))
+def test_nan_and_missing_scores_are_restored(training: Training, folder: Storage) -> None:
+    strange = plain_epoch(1, 10.0, loss=math.nan, grad_norm=math.inf, iou=(None, 12.5, None))
     checkpoint.save(training, [strange], folder, identity="one")
     (found,) = checkpoint.resume(training, folder, identity="one")
     assert math.isnan(found.loss)
@@ -104,28 +93,27 @@ def test_numbers_that_are_none_and_classes_without_a_score_come_back(training: T
 # --- damage -----------------------------------------------------------------------------------------------------
 
 
-class Dying(Storage):
-    """A process that dies when half of a file is written."""
+def die_while_saving(training: Training, folder: Storage) -> None:
+    """Save the third epoch in a process that dies when half of the file is written."""
+    put = storage._put
 
-    def _put(self, name: str, content: bytes) -> None:
-        super()._put(name, content[: len(content) // 2])
+    def put_half(filesystem: Any, path: str, content: bytes, metadata: Any = None) -> None:
+        put(filesystem, path, content[: len(content) // 2], metadata)
         raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_put", put_half)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(training, history_of(3), folder, identity="one")
 
 
 def test_a_process_that_dies_while_saving_loses_that_epoch_only(training: Training, folder: Storage) -> None:
     save_epochs(training, folder, 2)
     mark(training, 3.0)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(training, history_of(3), Dying.at(folder.path), identity="one")
+    die_while_saving(training, folder)
     assert not folder.exists(LAST)
     assert len(checkpoint.resume(training, folder, identity="one")) == 2
     assert mark_of(training) == 2.0
-
-
-def test_after_such_a_death_saving_goes_on(training: Training, folder: Storage) -> None:
-    save_epochs(training, folder, 2)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(training, history_of(3), Dying.at(folder.path), identity="one")
     checkpoint.save(training, history_of(3), folder, identity="one")
     assert len(checkpoint.resume(training, folder, identity="one")) == 3
     assert len(from_bytes(local(folder, PREVIOUS).read_bytes())["history"]) == 2
@@ -149,7 +137,7 @@ def test_a_damaged_state_costs_one_epoch(
     )
     assert len(checkpoint.resume(training, folder, identity="one")) == 1
     assert mark_of(training) == 1.0
-    assert "last.pt is put aside" in caplog.text
+    assert "last.pt.damaged" in caplog.text
 
 
 def small_state() -> dict[str, Any]:
@@ -159,7 +147,7 @@ def small_state() -> dict[str, Any]:
         "identity": "one",
         "model": {"weight": torch.randn(8, 9, generator=generator), "steps": torch.tensor(7)},
         "optimizer": {"state": {0: {"momentum_buffer": torch.randn(8, 9, generator=generator)}}},
-        "history": [epoch(1).to_json()],
+        "history": [asdict(plain_epoch(1, 10.0))],
     }
 
 
@@ -171,22 +159,24 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def test_a_state_comes_back_as_it_was() -> None:
-    assert same(from_bytes(to_bytes(small_state())), small_state())
+def test_a_state_comes_back_as_it_was_and_torch_itself_can_read_it() -> None:
+    content = to_bytes(small_state())
+    assert same(from_bytes(content), small_state())
+    assert same(torch.load(io.BytesIO(content), weights_only=True), small_state())
 
 
-def test_no_flipped_bit_anywhere_goes_unnoticed() -> None:
-    """Not even in the archive's directory, where torch would load whatever lies in memory without a word."""
+def test_every_flipped_bit_is_noticed() -> None:
+    """Not even in the archive's directory, where torch would load whatever lies in memory silently."""
     content = to_bytes(small_state())
     bits = random.Random(0)
-    for place in range(len(content)):
+    for position in range(len(content)):
         damaged = bytearray(content)
-        damaged[place] ^= 1 << bits.randrange(8)
+        damaged[position] ^= 1 << bits.randrange(8)
         with pytest.raises(CheckpointError):
             from_bytes(bytes(damaged))
 
 
-def test_the_bit_that_makes_torch_load_what_lies_in_memory_is_noticed() -> None:
+def test_the_bit_that_makes_torch_load_random_memory_is_noticed() -> None:
     content = bytearray(to_bytes(small_state()))
     entry = content.rindex(b"archive/data/0") - 46  # in the archive's directory, behind a header of 46 bytes
     content[entry + 38] ^= 0x10  # "is a folder", among the attributes no checksum covers
@@ -196,26 +186,17 @@ def test_the_bit_that_makes_torch_load_what_lies_in_memory_is_noticed() -> None:
         from_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 1000, -1])
 def test_a_state_cut_short_is_refused(length: int) -> None:
-    content = to_bytes(small_state())
     with pytest.raises(CheckpointError, match="damaged"):
-        from_bytes(content[:length])
-    with pytest.raises(CheckpointError, match="damaged"):
-        from_bytes(content[:-1])
-
-
-def test_torch_itself_can_read_what_is_saved(tmp_path: Path) -> None:
-    path = tmp_path / "state.pt"
-    path.write_bytes(to_bytes(small_state()))
-    assert same(torch.load(path, weights_only=True), small_state())
+        from_bytes(to_bytes(small_state())[:length])
 
 
 # --- what must never be loaded ----------------------------------------------------------------------------------
 
 
 class Exploit:
-    """What unpickling it would do: leave a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -227,14 +208,14 @@ class Exploit:
 def test_code_in_a_state_is_refused_and_does_not_run(training: Training, folder: Storage, tmp_path: Path) -> None:
     trace = tmp_path / "the code ran"
     pickle.loads(pickle.dumps(Exploit(trace)))
-    assert trace.exists(), "the exploit is none"
+    assert trace.exists(), "the exploit works"
     trace.unlink()
 
     content = to_bytes(small_state() | {"extra": Exploit(trace)})
     with pytest.raises(CheckpointError, match="not a state of plain values"):
         from_bytes(content)
     folder.write(LAST, content)
-    with pytest.raises(CheckpointError, match="nothing else is ever loaded"):
+    with pytest.raises(CheckpointError, match="plain values"):
         checkpoint.resume(training, folder, identity="one")
     assert not trace.exists()
 
@@ -242,19 +223,12 @@ def test_code_in_a_state_is_refused_and_does_not_run(training: Training, folder:
 def test_the_state_of_another_run_is_refused_saying_what_to_do(training: Training, folder: Storage) -> None:
     save_epochs(training, folder, 2)
     mark(training, -1.0)
-    with pytest.raises(
-        CheckpointError, match=r"last.pt was written by another run \(identity one, this one is two\)"
-    ) as refusal:
+    with pytest.raises(CheckpointError, match=r"last\.pt .*identity one, this one is two.*--name"):
         checkpoint.resume(training, folder, identity="two")
-    assert "Give this search another --name, or move that folder away" in str(refusal.value)
-    assert (training.epochs_done, mark_of(training)) == (0, -1.0)
-
-
-def test_another_runs_older_state_is_refused_too(training: Training, folder: Storage) -> None:
-    save_epochs(training, folder, 2)
     folder.delete(LAST)
-    with pytest.raises(CheckpointError, match=r"previous.pt was written by another run"):
+    with pytest.raises(CheckpointError, match=r"previous\.pt"):
         checkpoint.resume(training, folder, identity="two")
+    assert (training.epochs_done, mark_of(training)) == (0, -1.0)
 
 
 @pytest.mark.parametrize("state", [{"format": checkpoint.FORMAT + 1}, {"format": None}, {}, [1, 2]])
@@ -263,16 +237,131 @@ def test_another_format_is_refused(state: Any) -> None:
         from_bytes(to_bytes(state))
 
 
-# --- the best weights -------------------------------------------------------------------------------------------
-
-
-def test_the_best_weights_come_with_what_they_scored_and_how(training: Training, folder: Storage) -> None:
+def test_the_best_weights_come_with_their_score(training: Training, folder: Storage) -> None:
     mark(training, 4.0)
-    checkpoint.save_best(training, epoch(4, miou=33.0), folder, identity="one")
+    checkpoint.save_best(training, plain_epoch(4, 33.0), folder, identity="one")
     state = from_bytes(local(folder, BEST_WEIGHTS).read_bytes())
     assert state["identity"] == "one"
     assert Run.model_validate(state["run"]) == training.run
-    assert Epoch.from_json(state["epoch"]).miou == 33.0
+    assert state["epoch"]["miou"] == 33.0
     training.model.load_state_dict(state["model"])
     assert mark_of(training) == 4.0
     assert not folder.exists(LAST)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return dict(resnet18(weights=None).state_dict())
+
+
+def saved(folder: Path, content: Any) -> str:
+    path = folder / "weights.pt"
+    torch.save(content, path)
+    return str(path)
+
+
+@pytest.fixture
+def torch_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for what torchvision downloads, on a machine without a network."""
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+# --- backbone weights from a file -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_classifier", [True, False])
+def test_a_file_gives_the_features_of_a_resnet(
+    weights: dict[str, Tensor], tmp_path: Path, with_classifier: bool
+) -> None:
+    content = {key: value for key, value in weights.items() if with_classifier or not key.startswith("fc.")}
+    loaded = checkpoint.load_backbone(saved(tmp_path, content))
+    assert loaded is not None
+    assert loaded.keys() == weights.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere.pt", tmp_path):
+        with pytest.raises(BackboneError, match=path.name):
+            checkpoint.load_backbone(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more", pickle.dumps({"a": [1]}, protocol=2)])
+def test_a_file_without_weights_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(BackboneError, match=r"weights\.pt"):
+        checkpoint.load_backbone(str(path))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}, "epoch": 3}, {"conv1.weight": 1.0}])
+def test_a_file_with_other_content_is_refused(tmp_path: Path, content: Any) -> None:
+    with pytest.raises(BackboneError, match="state dict of tensors"):
+        checkpoint.load_backbone(saved(tmp_path, content))
+
+
+def test_missing_strange_and_misshapen_tensors_are_named(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    changed = weights | {"layer5.conv.weight": torch.zeros(1), "conv1.weight": torch.zeros(64, 4, 7, 7)}
+    del changed["layer1.0.conv1.weight"]
+    with pytest.raises(BackboneError, match="ResNet-18") as refusal:
+        checkpoint.load_backbone(saved(tmp_path, changed))
+    assert "layer1.0.conv1.weight is missing" in str(refusal.value)
+    assert "layer5.conv.weight is unknown" in str(refusal.value)
+    assert "conv1.weight has shape (64, 4, 7, 7) and should have (64, 3, 7, 7)" in str(refusal.value)
+
+
+def test_another_network_is_refused_in_a_few_words(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    content = {f"module.{key}": value for key, value in weights.items()}
+    with pytest.raises(BackboneError, match=r"conv1\.weight is missing") as refusal:
+        checkpoint.load_backbone(saved(tmp_path, content))
+    assert str(refusal.value).count(" is missing") == 5
+
+
+def test_code_in_a_file_does_not_run(tmp_path: Path) -> None:
+    trace = tmp_path / "the code ran"
+    path = tmp_path / "weights.pt"
+    path.write_bytes(pickle.dumps(Exploit(trace), protocol=2))
+    for file in (str(path), saved(tmp_path, {"conv1.weight": Exploit(trace)})):
+        with pytest.raises(BackboneError):
+            checkpoint.load_backbone(file)
+    assert not trace.exists()
+
+
+@pytest.mark.usefixtures("torch_cache")
+def test_without_a_network_imagenet_is_an_error_that_says_what_to_pass() -> None:
+    with pytest.raises(BackboneError, match=r"https://.*--backbone FILE .* --backbone none"):
+        checkpoint.load_backbone("imagenet")
+
+
+def test_cached_weights_need_no_network(weights: dict[str, Tensor], torch_cache: Path) -> None:
+    torch.save(weights, torch_cache / "resnet18-f37072fd.pth")
+    loaded = checkpoint.load_backbone("imagenet")
+    assert loaded is not None
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more"])
+def test_a_damaged_cache_is_named(torch_cache: Path, content: bytes) -> None:
+    (torch_cache / "resnet18-f37072fd.pth").write_bytes(content)
+    with pytest.raises(BackboneError, match=r"resnet18-f37072fd\.pth .* delete it"):
+        checkpoint.load_backbone("imagenet")
+
+
+def test_the_digest_depends_on_the_content_and_not_on_the_path(tmp_path: Path) -> None:
+    for name, content in (("a.pt", b"one"), ("b.pt", b"one"), ("c.pt", b"two")):
+        (tmp_path / name).write_bytes(content)
+    first, same, other = (checkpoint.backbone_digest(str(tmp_path / name)) for name in ("a.pt", "b.pt", "c.pt"))
+    assert first == same
+    assert len({first, other, checkpoint.backbone_digest("none"), checkpoint.backbone_digest("imagenet")}) == 4

@@ -1,18 +1,37 @@
-"""The losses against slow, literal float64 versions of their definitions.
+"""The losses against slow, literal float64 versions of their definitions, and against torch's own upsampling.
 
 Shapes: B images, C classes, H x W pixels, P labelled pixels of all images together.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tune_bisenet.config import OHEM, CrossEntropy, WeightedCrossEntropy
 from tune_bisenet.data.classes import CLASS_NAMES, NUM_CLASSES, VOID
-from tune_bisenet.training.losses import class_weights_from, cross_entropy, head_losses, lovasz_softmax, uses_lovasz
+from tune_bisenet.training import losses as losses_module
+from tune_bisenet.training.losses import (
+    argmax,
+    class_weights_from,
+    cross_entropy,
+    hard_cross_entropy,
+    head_losses,
+    lovasz_softmax,
+)
 from tune_bisenet.training.model import Logits, upsample
+
+CLASS_WEIGHTS = torch.linspace(0.1, 50.0, NUM_CLASSES)
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": cross_entropy,
+    "weighted": partial(cross_entropy, class_weights=CLASS_WEIGHTS),
+    "hard": partial(hard_cross_entropy, threshold=0.01, min_kept=0.5),
+    "lovasz": lovasz_softmax,
+}
 
 
 def random_scores(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -32,13 +51,40 @@ def labelled_pixels(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return scores.movedim(1, -1).flatten(0, -2)[labelled], targets.flatten()[labelled]
 
 
-def with_gradient(loss, scores: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def with_gradient(loss: Callable[[Tensor], Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
     """The loss and its gradient with respect to the scores."""
     scores = scores.clone().requires_grad_()
     value = loss(scores)
-    value.backward()
-    assert scores.grad is not None
-    return value.detach(), scores.grad
+    return value.detach(), torch.autograd.grad(value, scores)[0]
+
+
+def relative_distance(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+# --- all losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
+def test_what_is_scored_at_void_pixels_changes_neither_loss_nor_gradient(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    scores, targets = random_scores(2, NUM_CLASSES, 8, 8), random_targets(2, 8, 8, void_share=0.4)
+    void = (targets == VOID).unsqueeze(1)
+    others = scores.where(~void, 100.0 * random_scores(2, NUM_CLASSES, 8, 8, seed=7))
+    loss, gradient = with_gradient(lambda given: loss_of(given, targets), scores)
+    other_loss, other_gradient = with_gradient(lambda given: loss_of(given, targets), others)
+    assert loss == other_loss
+    assert torch.equal(gradient, other_gradient)
+    assert not gradient.where(void, 0.0).any()
+
+
+@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
+def test_a_loss_of_nothing_but_void_is_zero_with_a_zero_gradient(loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    targets = torch.full((2, 4, 4), VOID)
+    loss, gradient = with_gradient(lambda given: loss_of(given, targets), random_scores(2, NUM_CLASSES, 4, 4))
+    assert loss == 0.0
+    assert not gradient.any()
 
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------
@@ -55,17 +101,12 @@ def literal_cross_entropy(scores: Tensor, targets: Tensor, class_weights: list[f
     return losses / weights
 
 
-def test_cross_entropy_is_the_mean_over_the_labelled_pixels() -> None:
+def test_cross_entropy_is_the_mean_over_the_labelled_pixels_divided_by_their_weights() -> None:
     scores, targets = random_scores(2, NUM_CLASSES, 6, 5), random_targets(2, 6, 5, void_share=0.3)
-    expected = literal_cross_entropy(scores, targets, [1.0] * NUM_CLASSES)
-    assert cross_entropy(scores, targets).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_weighted_cross_entropy_divides_by_the_weights_of_the_labelled_pixels() -> None:
-    scores, targets = random_scores(2, NUM_CLASSES, 6, 5), random_targets(2, 6, 5, void_share=0.3)
-    class_weights = torch.linspace(0.1, 50.0, NUM_CLASSES)
-    expected = literal_cross_entropy(scores, targets, class_weights.tolist())
-    assert cross_entropy(scores, targets, class_weights).item() == pytest.approx(expected, rel=1e-5)
+    plain = literal_cross_entropy(scores, targets, [1.0] * NUM_CLASSES)
+    weighted = literal_cross_entropy(scores, targets, CLASS_WEIGHTS.tolist())
+    assert cross_entropy(scores, targets).item() == pytest.approx(plain, rel=1e-6)
+    assert cross_entropy(scores, targets, CLASS_WEIGHTS).item() == pytest.approx(weighted, rel=1e-5)
 
 
 def test_weighted_cross_entropy_of_two_pixels_by_hand() -> None:
@@ -74,29 +115,6 @@ def test_weighted_cross_entropy_of_two_pixels_by_hand() -> None:
     targets = torch.tensor([[[0, 1, VOID]]])
     by_hand = (3.0 * math.log(2.0) + 1.0 * math.log(3.0)) / (3.0 + 1.0)
     assert cross_entropy(scores, targets, torch.tensor([3.0, 1.0, 9.0])).item() == pytest.approx(by_hand, rel=1e-6)
-
-
-@pytest.mark.parametrize("class_weights", [None, torch.linspace(0.1, 50.0, NUM_CLASSES)], ids=["plain", "weighted"])
-def test_what_is_scored_at_void_pixels_changes_neither_cross_entropy_nor_its_gradient(
-    class_weights: Tensor | None,
-) -> None:
-    scores, targets = random_scores(2, NUM_CLASSES, 8, 8), random_targets(2, 8, 8, void_share=0.4)
-    void = (targets == VOID).unsqueeze(1)
-    others = scores.where(~void, 100.0 * random_scores(2, NUM_CLASSES, 8, 8, seed=7))
-    loss, gradient = with_gradient(lambda given: cross_entropy(given, targets, class_weights), scores)
-    other_loss, other_gradient = with_gradient(lambda given: cross_entropy(given, targets, class_weights), others)
-    assert loss == other_loss
-    assert torch.equal(gradient, other_gradient)
-    assert not gradient.where(void, 0.0).any()
-
-
-@pytest.mark.parametrize("class_weights", [None, torch.ones(NUM_CLASSES)], ids=["plain", "weighted"])
-def test_cross_entropy_of_nothing_but_void_is_zero_with_a_zero_gradient(class_weights: Tensor | None) -> None:
-    targets = torch.full((2, 4, 4), VOID)
-    scores = random_scores(2, NUM_CLASSES, 4, 4)
-    loss, gradient = with_gradient(lambda given: cross_entropy(given, targets, class_weights), scores)
-    assert loss == 0.0
-    assert not gradient.any()
 
 
 def test_cross_entropy_where_every_labelled_class_weighs_nothing_is_zero_with_a_zero_gradient() -> None:
@@ -123,12 +141,6 @@ def test_class_weights_of_a_count_by_hand() -> None:
     assert class_weights_from(counts, 1.0).tolist() == pytest.approx(by_hand, rel=1e-6)
 
 
-def test_a_class_that_never_occurs_weighs_nothing() -> None:
-    weights = class_weights_from(torch.tensor([75, 0, 25]), 1.0)
-    assert weights.tolist() == pytest.approx([100 / 225, 0.0, 100 / 75], rel=1e-6)
-    assert class_weights_from(torch.zeros(3, dtype=torch.int64), 1.0).tolist() == [0.0, 0.0, 0.0]
-
-
 def test_the_shares_of_cityscapes_give_the_known_weights() -> None:
     shares = [36.88, 6.09, 22.82, 0.656, 0.878, 1.227, 0.208, 0.551, 15.92, 1.159, 4.009, 1.219, 0.135, 7.00]
     shares += [0.268, 0.235, 0.233, 0.099, 0.414]
@@ -150,6 +162,7 @@ def test_no_class_outweighs_another_once_counts_are_taken_into_account() -> None
 def test_class_weights_to_a_power_by_hand(exponent: float) -> None:
     by_hand = {0.0: [1.0, 0.0, 1.0], 0.5: [2 / 3, 0.0, 2 / math.sqrt(3)], 1.0: [4 / 9, 0.0, 4 / 3]}[exponent]
     assert class_weights_from(torch.tensor([75, 0, 25]), exponent).tolist() == pytest.approx(by_hand, rel=1e-6)
+    assert class_weights_from(torch.zeros(3, dtype=torch.int64), 1.0).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_the_first_power_changes_no_bit_of_a_class_weight() -> None:
@@ -182,8 +195,11 @@ def literal_lovasz_softmax(scores: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def relative_distance(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm()).item()
+def assert_lovasz_is_that_of_the_paper(scores: Tensor, targets: Tensor, *, tolerance: float) -> None:
+    loss, gradient = with_gradient(lambda given: lovasz_softmax(given, targets), scores)
+    exact_loss, exact_gradient = with_gradient(lambda given: literal_lovasz_softmax(given, targets), scores.double())
+    assert loss.item() == pytest.approx(exact_loss.item(), abs=1e-5)
+    assert relative_distance(gradient, exact_gradient) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -195,21 +211,15 @@ def relative_distance(found: Tensor, exact: Tensor) -> float:
 def test_lovasz_softmax_is_that_of_the_paper(classes: int, void_share: float, spread: float, seed: int) -> None:
     scores = random_scores(2, NUM_CLASSES, 15, 16, seed=seed, spread=spread)
     targets = random_targets(2, 15, 16, classes=classes, void_share=void_share, seed=seed + 10)
-    loss, gradient = with_gradient(lambda given: lovasz_softmax(given, targets), scores)
-    exact_loss, exact_gradient = with_gradient(lambda given: literal_lovasz_softmax(given, targets), scores.double())
-    assert loss.item() == pytest.approx(exact_loss.item(), abs=1e-5)
-    assert relative_distance(gradient, exact_gradient) < 1e-3
+    assert_lovasz_is_that_of_the_paper(scores, targets, tolerance=1e-3)
 
 
 def test_lovasz_softmax_of_a_confident_network_is_that_of_the_paper() -> None:
     """After 35 epochs of cross-entropy most errors are tiny and share few ranks: the hardest case for counting them."""
     targets = random_targets(2, 15, 16, classes=6, void_share=0.1)
     scores = random_scores(2, NUM_CLASSES, 15, 16, spread=1.5)
-    scores += 9.0 * torch.nn.functional.one_hot(targets.where(targets != VOID, 0), NUM_CLASSES).movedim(3, 1)
-    loss, gradient = with_gradient(lambda given: lovasz_softmax(given, targets), scores)
-    exact_loss, exact_gradient = with_gradient(lambda given: literal_lovasz_softmax(given, targets), scores.double())
-    assert loss.item() == pytest.approx(exact_loss.item(), abs=1e-5)
-    assert relative_distance(gradient, exact_gradient) < 2e-3
+    scores += 9.0 * F.one_hot(targets.where(targets != VOID, 0), NUM_CLASSES).movedim(3, 1)
+    assert_lovasz_is_that_of_the_paper(scores, targets, tolerance=2e-3)
 
 
 def test_lovasz_softmax_of_one_labelled_pixel_is_its_error() -> None:
@@ -221,27 +231,9 @@ def test_lovasz_softmax_of_one_labelled_pixel_is_its_error() -> None:
     assert gradient.count_nonzero() == gradient[1, :, 2, 0].count_nonzero()
 
 
-def test_lovasz_softmax_of_nothing_but_void_is_zero_with_a_zero_gradient() -> None:
-    targets = torch.full((2, 4, 4), VOID)
-    loss, gradient = with_gradient(lambda given: lovasz_softmax(given, targets), random_scores(2, NUM_CLASSES, 4, 4))
-    assert loss == 0.0
-    assert not gradient.any()
-
-
-def test_what_is_scored_at_void_pixels_changes_neither_lovasz_softmax_nor_its_gradient() -> None:
-    scores, targets = random_scores(2, NUM_CLASSES, 8, 8), random_targets(2, 8, 8, classes=5, void_share=0.4)
-    void = (targets == VOID).unsqueeze(1)
-    others = scores.where(~void, 100.0 * random_scores(2, NUM_CLASSES, 8, 8, seed=7))
-    loss, gradient = with_gradient(lambda given: lovasz_softmax(given, targets), scores)
-    other_loss, other_gradient = with_gradient(lambda given: lovasz_softmax(given, targets), others)
-    assert loss == other_loss
-    assert torch.equal(gradient, other_gradient)
-    assert not gradient.where(void, 0.0).any()
-
-
 def hard_scores(predictions: Tensor) -> Tensor:
     """Scores whose softmax is 1 at the predicted class and 0 elsewhere, to the last bit of float32."""
-    return 1000.0 * torch.nn.functional.one_hot(predictions, NUM_CLASSES).movedim(3, 1).float()
+    return 1000.0 * F.one_hot(predictions, NUM_CLASSES).movedim(3, 1).float()
 
 
 def test_lovasz_softmax_of_a_perfect_prediction_is_zero() -> None:
@@ -308,25 +300,25 @@ LABELS = random_targets(2, 16, 32, classes=6, void_share=0.1).to(torch.uint8)
 
 def alone(logits: Tensor, class_weights: Tensor | None = None) -> float:
     """Cross-entropy of one head, computed by torch."""
-    full_size = torch.nn.functional.interpolate(logits, size=(16, 32), mode="bilinear", align_corners=False)
+    full_size = F.interpolate(logits, size=(16, 32), mode="bilinear", align_corners=False)
     targets = LABELS.long()
-    return torch.nn.functional.cross_entropy(full_size, targets, class_weights, ignore_index=VOID).item()
+    return F.cross_entropy(full_size, targets, class_weights, ignore_index=VOID).item()
 
 
 @pytest.mark.parametrize("aux_weight", [0.0, 0.4, 1.0])
 def test_the_total_is_the_main_loss_and_alpha_times_the_auxiliary_ones(aux_weight: float) -> None:
     logits = random_logits()
-    parts = head_losses(logits, LABELS, CrossEntropy(aux_weight=aux_weight), class_weights=None, epoch=1)
+    # Without a switch, epoch 10,000 is as epoch 1.
+    parts = head_losses(logits, LABELS, CrossEntropy(aux_weight=aux_weight), class_weights=None, epoch=10_000)
     main, aux1, aux2 = alone(logits.main), alone(logits.aux[0]), alone(logits.aux[1])
     assert [part.item() for part in parts[1:]] == pytest.approx([main, aux1, aux2], rel=1e-5)
     assert parts.total.item() == pytest.approx(main + aux_weight * (aux1 + aux2), rel=1e-5)
 
 
 def test_class_weights_act_on_all_three_heads() -> None:
-    logits, class_weights = random_logits(), torch.linspace(0.1, 50.0, NUM_CLASSES)
-    loss = WeightedCrossEntropy(aux_weight=1.0)
-    parts = head_losses(logits, LABELS, loss, class_weights=class_weights, epoch=1)
-    expected = [alone(head, class_weights) for head in (logits.main, *logits.aux)]
+    logits, loss = random_logits(), WeightedCrossEntropy(aux_weight=1.0)
+    parts = head_losses(logits, LABELS, loss, class_weights=CLASS_WEIGHTS, epoch=1)
+    expected = [alone(head, CLASS_WEIGHTS) for head in (logits.main, *logits.aux)]
     assert [part.item() for part in parts[1:]] == pytest.approx(expected, rel=1e-5)
 
 
@@ -345,8 +337,8 @@ def test_class_weights_to_the_power_of_0_are_plain_cross_entropy() -> None:
 
 def alone_of_hard_pixels(logits: Tensor, num_kept: int) -> float:
     """Mean cross-entropy of one head's `num_kept` hardest pixels, and those as hard as the last, computed by torch."""
-    full_size = torch.nn.functional.interpolate(logits, size=(16, 32), mode="bilinear", align_corners=False)
-    losses = torch.nn.functional.cross_entropy(full_size, LABELS.long(), ignore_index=VOID, reduction="none")
+    full_size = F.interpolate(logits, size=(16, 32), mode="bilinear", align_corners=False)
+    losses = F.cross_entropy(full_size, LABELS.long(), ignore_index=VOID, reduction="none")
     last = losses.flatten().topk(num_kept).values[-1]
     return losses[losses > last - 1e-5].mean().item()
 
@@ -372,14 +364,10 @@ def test_the_main_head_turns_to_lovasz_after_epoch_35_and_the_auxiliary_heads_ne
     lovasz = literal_lovasz_softmax(upsample(logits.main, (16, 32)).double(), LABELS.long()).item()
     for cross_entropies in (first, epoch_35):
         assert [part.item() for part in cross_entropies[1:]] == pytest.approx([main, aux1, aux2], rel=1e-5)
-    for switched in (epoch_36, last):
+    from_the_start = CrossEntropy(aux_weight=1.0, lovasz_after=0)
+    for switched in (epoch_36, last, head_losses(logits, LABELS, from_the_start, class_weights=None, epoch=1)):
         assert [part.item() for part in switched[1:]] == pytest.approx([lovasz, aux1, aux2], rel=1e-4)
         assert switched.total.item() == pytest.approx(lovasz + aux1 + aux2, rel=1e-4)
-
-
-def test_a_loss_without_a_switch_never_switches() -> None:
-    assert not uses_lovasz(CrossEntropy(aux_weight=1.0), epoch=10_000)
-    assert uses_lovasz(CrossEntropy(aux_weight=1.0, lovasz_after=0), epoch=1)
 
 
 @pytest.mark.parametrize("kind", [CrossEntropy, WeightedCrossEntropy, OHEM])
@@ -394,3 +382,149 @@ def test_labels_of_nothing_but_void_teach_no_head_anything(
         parts.total.backward()
         assert [part.item() for part in parts] == [0.0] * 4
     assert not any(head.grad.any() for head in heads if head.grad is not None)
+
+
+# --- upsampling in bands, against upsampling first ----------------------------------------------------------------
+
+SIZES = [((12, 24), (96, 192)), ((6, 12), (96, 192)), ((2, 4), (32, 64)), ((13, 15), (90, 100)), ((8, 8), (8, 8))]
+
+
+def random_case(small: tuple[int, int], large: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(3, NUM_CLASSES, *small, generator=generator)
+    targets = torch.randint(0, NUM_CLASSES, (3, *large), generator=generator)
+    targets[:, :3] = VOID
+    targets[1] = VOID
+    return logits, targets
+
+
+def use_several_bands(large: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a band have five rows; the last one is short."""
+    monkeypatch.setitem(losses_module.BAND_ELEMENTS, "cpu", 3 * NUM_CLASSES * large[1] * 5)
+
+
+def assert_close(
+    loss_of: Callable[[Tensor], Tensor], exact_loss_of: Callable[[Tensor], Tensor], logits: Tensor
+) -> None:
+    loss, gradient = with_gradient(lambda given: 3 * loss_of(given), logits)
+    exact_loss, exact_gradient = with_gradient(lambda given: 3 * exact_loss_of(given), logits.double())
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-5)
+    assert relative_distance(gradient, exact_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("small", "large"), SIZES)
+def test_loss_and_gradient_equal_those_of_upsampling_first(
+    small: tuple[int, int], large: tuple[int, int], weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_several_bands(large, monkeypatch)
+    logits, targets = random_case(small, large)
+    weights = torch.linspace(0, 2, NUM_CLASSES, dtype=torch.float64) if weighted else None
+
+    def exact_loss(exact: Tensor) -> Tensor:
+        full_size = F.interpolate(exact, size=large, mode="bilinear", align_corners=False)
+        return F.cross_entropy(full_size, targets, weights, ignore_index=VOID)
+
+    class_weights = None if weights is None else weights.float()
+    assert_close(lambda given: cross_entropy(given, targets, class_weights), exact_loss, logits)
+
+
+# --- hard pixels ------------------------------------------------------------------------------------------------
+
+
+def pixel_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each labelled pixel, computed by torch in float64, the hardest first."""
+    full_size = F.interpolate(logits.double(), size=targets.shape[1:], mode="bilinear", align_corners=False)
+    losses = F.cross_entropy(full_size, targets, ignore_index=VOID, reduction="none")
+    return losses[targets != VOID].sort(descending=True).values
+
+
+@pytest.mark.parametrize(("threshold", "min_kept"), [(0.7, 1 / 16), (0.001, 1 / 16), (1e-5, 0.3)])
+@pytest.mark.parametrize(("small", "large"), SIZES)
+def test_loss_and_gradient_of_hard_pixels_equal_those_of_upsampling_and_sorting(
+    small: tuple[int, int], large: tuple[int, int], threshold: float, min_kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_several_bands(large, monkeypatch)
+    logits, targets = random_case(small, large)
+
+    def exact_loss(exact: Tensor) -> Tensor:
+        losses = pixel_losses(exact, targets)
+        num_hard, min_number = int((losses > -math.log(threshold)).sum()), math.ceil(min_kept * len(losses))
+        assert (num_hard < min_number) == (threshold == 1e-5), "both cases are tried"
+        return losses[: max(num_hard, min_number)].mean()
+
+    hard = partial(hard_cross_entropy, targets=targets, threshold=threshold, min_kept=min_kept)
+    assert_close(hard, exact_loss, logits)
+
+
+def test_hard_pixels_by_hand() -> None:
+    scores = torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1], [0.9, 0.05, 0.05], [0.1, 0.1, 0.8]]).log()
+    logits, targets = scores.T.reshape(1, 3, 1, 4), torch.tensor([[[0, 0, 0, VOID]]])
+    for threshold, min_kept, kept in [
+        (0.6, 0.1, [0.5]),
+        (0.85, 0.1, [0.5, 0.8]),
+        (0.4, 0.1, [0.5]),  # none is hard: a tenth of three pixels, rounded up
+        (0.4, 0.5, [0.5, 0.8]),
+        (0.4, 1.0, [0.5, 0.8, 0.9]),
+    ]:
+        loss = hard_cross_entropy(logits, targets, threshold=threshold, min_kept=min_kept)
+        assert loss.item() == pytest.approx(-sum(map(math.log, kept)) / len(kept), rel=1e-5)
+
+
+@pytest.mark.parametrize(("threshold", "min_kept"), [(0.5, 1.0), (math.nextafter(1.0, 0.0), 0.01)])
+def test_where_all_pixels_are_kept_it_is_plain_cross_entropy(threshold: float, min_kept: float) -> None:
+    logits, targets = random_case((12, 24), (96, 192))
+    plain, plain_gradient = with_gradient(lambda given: cross_entropy(given, targets), logits)
+    hard = partial(hard_cross_entropy, targets=targets, threshold=threshold, min_kept=min_kept)
+    loss, gradient = with_gradient(hard, logits)
+    assert loss == plain
+    assert torch.equal(gradient, plain_gradient)
+
+
+def test_pixels_as_hard_as_the_last_one_kept_are_kept_too() -> None:
+    logits = torch.zeros(1, NUM_CLASSES, 4, 8)
+    targets = torch.arange(32 * 64).reshape(1, 32, 64) % NUM_CLASSES
+    hard = partial(hard_cross_entropy, targets=targets, threshold=0.01, min_kept=0.1)
+    loss, gradient = with_gradient(hard, logits)
+    assert loss.item() == pytest.approx(math.log(NUM_CLASSES), rel=1e-6)
+    assert torch.equal(gradient, with_gradient(lambda given: cross_entropy(given, targets), logits)[1])
+
+
+def test_logits_that_are_no_numbers_are_not_passed_over() -> None:
+    logits, targets = random_case((12, 24), (96, 192))
+    logits[0, 3, 6, 7] = math.nan
+    assert hard_cross_entropy(logits, targets, threshold=0.7, min_kept=1 / 16).isnan()
+
+
+def test_the_kth_largest_is_that_of_a_sort() -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)).abs() ** 9
+    values[:100], values[100:120], values[120:130] = -1.0, 0.0, values[130]
+    ordered = values.sort(descending=True).values
+    for rank in (1, 2, 10, 500, 881, 890, 900):
+        assert losses_module._kth_largest(values.reshape(10, 100), torch.tensor(rank)) == ordered[rank - 1]
+    assert losses_module._kth_largest(values, torch.tensor(0)).isnan()
+
+
+# --- predictions and bands --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("small", "large"), SIZES)
+def test_the_likeliest_class_is_that_of_upsampling_first(small: tuple[int, int], large: tuple[int, int]) -> None:
+    logits, _ = random_case(small, large)
+    full_size = F.interpolate(logits, size=large, mode="bilinear", align_corners=False)
+    predictions = argmax(logits, large)
+    assert predictions.dtype == torch.uint8
+    assert (predictions == full_size.argmax(dim=1)).float().mean() > 0.9999  # but for ties within rounding
+
+
+def test_the_number_of_bands_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = random_case((12, 24), (96, 192))
+    whole, likeliest = cross_entropy(logits, targets), argmax(logits, (96, 192))
+    monkeypatch.setitem(losses_module.BAND_ELEMENTS, "cpu", 1)
+    assert cross_entropy(logits, targets).item() == pytest.approx(whole.item(), rel=1e-6)
+    assert torch.equal(argmax(logits, (96, 192)), likeliest)
+
+
+def test_the_gradient_has_the_type_of_the_logits() -> None:
+    logits, targets = random_case((12, 24), (96, 192))
+    assert with_gradient(lambda given: cross_entropy(given, targets), logits.bfloat16())[1].dtype == torch.bfloat16

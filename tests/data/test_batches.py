@@ -1,0 +1,250 @@
+"""Batches are the packed rows, in any order; augmentation depends on (seed, epoch), and moves image and label together.
+
+Shapes: N images of a split, B of a batch, H x W pixels.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tune_bisenet.config import Augment
+from tune_bisenet.data.batches import AugmentDraw, Frames, augment_batch, epoch_draw, epoch_order, normalise
+from tune_bisenet.data.classes import VOID
+from tune_bisenet.data.packed import Packed
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+STILL = Augment(min_scale=1.0, max_scale=1.0, flip=0.0, jitter=0.0)
+HEIGHT, WIDTH = 48, 96
+CPU = torch.device("cpu")
+
+
+def scaled(scale: float, *, flip: float = 0.0) -> Augment:
+    return Augment(min_scale=scale, max_scale=scale, flip=flip, jitter=0.0)
+
+
+def random_images(batch: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (batch, 3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)
+
+
+def random_labels(batch: int = 4, ids: tuple[int, ...] = (0, 5, 18, VOID)) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.tensor(ids, dtype=torch.uint8)[torch.randint(len(ids), (batch, HEIGHT, WIDTH), generator=generator)]
+
+
+def by_hand(images: Tensor) -> Tensor:
+    """Normalisation as torchvision's models want it: (value / 255 - mean) / std, channel by channel."""
+    return (images.float() / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
+
+
+def levels(normalised: Tensor) -> Tensor:
+    """Normalised pixels back to 0 .. 255, as floats."""
+    return (normalised * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)) * 255
+
+
+def augmented(
+    augment: Augment, images: Tensor, labels: Tensor, *, seed: int = 0, epoch: int = 1
+) -> tuple[Tensor, Tensor]:
+    return augment_batch(images, labels, epoch_draw(augment, len(images), seed=seed, epoch=epoch))
+
+
+def test_a_batch_holds_copies_of_the_packed_rows_it_was_asked_for(tiny_data: Packed) -> None:
+    for _ in range(2):
+        images, labels = Frames(tiny_data.train, CPU).batch(torch.tensor([5, 0, 7, 0]))
+        assert (images.dtype, images.shape) == (torch.uint8, (4, 3, 64, 128))
+        assert (labels.dtype, labels.shape) == (torch.uint8, (4, 64, 128))
+        for row, index in enumerate([5, 0, 7, 0]):
+            assert images[row].tolist() == tiny_data.train.images[index].tolist()
+            assert labels[row].tolist() == tiny_data.train.labels[index].tolist()
+        images.zero_()  # changes nothing in the pack
+        labels.zero_()
+
+
+def test_a_validation_label_keeps_its_own_resolution(small_data: Packed) -> None:
+    images, labels = Frames(small_data.val, CPU).batch(torch.tensor([1, 2]))
+    assert images.shape == (2, 3, 32, 64)
+    assert labels.shape == (2, 64, 128)
+    assert labels[1].tolist() == small_data.val.labels[2].tolist()
+
+
+# --- randomness -------------------------------------------------------------------------------------------------
+
+
+def test_one_seed_and_epoch_always_give_the_same_batch() -> None:
+    first = augmented(Augment(), random_images(), random_labels(), seed=3, epoch=7)
+    torch.manual_seed(12345)  # nothing depends on torch's own state
+    second = augmented(Augment(), random_images(), random_labels(), seed=3, epoch=7)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_drawing_does_not_change_the_global_random_state() -> None:
+    before = torch.get_rng_state()
+    epoch_order(10, seed=0, epoch=1)
+    epoch_draw(Augment(), 10, seed=0, epoch=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(3, 8), (4, 7), (7, 3)])
+def test_another_seed_or_epoch_gives_other_choices(seed: int, epoch: int) -> None:
+    draws = epoch_draw(Augment(), 16, seed=3, epoch=7), epoch_draw(Augment(), 16, seed=seed, epoch=epoch)
+    assert not torch.equal(draws[0].window, draws[1].window)
+    assert not torch.equal(draws[0].brightness, draws[1].brightness)
+    assert not torch.equal(epoch_order(64, seed=3, epoch=7), epoch_order(64, seed=seed, epoch=epoch))
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 97, 2975])
+def test_an_epoch_visits_every_image_once(num_images: int) -> None:
+    assert epoch_order(num_images, seed=0, epoch=3).sort().values.tolist() == list(range(num_images))
+
+
+def test_augmenting_an_image_does_not_depend_on_its_batch() -> None:
+    draw = epoch_draw(Augment(), 8, seed=0, epoch=1)
+    images, labels = random_images(8), random_labels(8)
+    whole = augment_batch(images, labels, draw)
+    for size in (1, 2, 4):
+        parts = [
+            augment_batch(*(part[i : i + size] for part in (images, labels)), draw[i : i + size])
+            for i in range(0, 8, size)
+        ]
+        assert torch.allclose(torch.cat([image for image, _ in parts]), whole[0], atol=1e-5)
+        assert torch.equal(torch.cat([label for _, label in parts]), whole[1])
+
+
+def test_scales_flips_and_factors_fill_their_ranges() -> None:
+    draw = epoch_draw(Augment(min_scale=0.5, max_scale=2.0, flip=0.25, jitter=0.4), 4000, seed=0, epoch=1)
+    scale, flipped = 1 / draw.window[:, 1, 1], draw.window[:, 0, 0] < 0
+    assert 0.5 <= scale.min() < 0.51
+    assert 1.98 < scale.max() <= 2.0001
+    assert scale.log2().mean().item() == pytest.approx(0.0, abs=0.05)  # as often halved as doubled
+    assert flipped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    for factors in (draw.brightness, draw.contrast, draw.saturation):
+        assert 0.6 <= factors.min() < 0.61
+        assert 1.39 < factors.max() <= 1.4001
+
+
+def test_choices_are_uncorrelated() -> None:
+    draw = epoch_draw(Augment(min_scale=1.1, max_scale=2.0), 4000, seed=0, epoch=1)
+    shown = draw.window[:, 1, 1]
+    flipped = (draw.window[:, 0, 0] < 0).float()
+    across, down = draw.window[:, 0, 2] / (1 - shown), draw.window[:, 1, 2] / (1 - shown)
+    choices = torch.stack([shown, flipped, across, down, draw.brightness, draw.contrast, draw.saturation])
+    assert (choices.corrcoef() - torch.eye(7)).abs().max() < 0.06
+
+
+def test_a_crop_is_inside_the_image_or_contains_it() -> None:
+    window = epoch_draw(Augment(min_scale=0.5, max_scale=2.0, flip=0.5), 2000, seed=0, epoch=1).window
+    reach, offset = window[:, [0, 1], [0, 1]].abs(), window[:, :, 2]
+    inside = reach <= 1
+    assert ((reach + offset.abs())[inside] <= 1 + 1e-6).all()
+    assert ((reach - offset.abs())[~inside] >= 1 - 1e-6).all()
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------
+
+
+def test_without_scale_and_jitter_only_a_flip_changes_image_and_label_together() -> None:
+    images, labels = random_images(), random_labels()
+    out, out_labels = augmented(STILL, images, labels)
+    assert torch.allclose(out, by_hand(images), atol=1e-3)  # sampling between pixels costs a few float32 bits
+    assert torch.equal(out_labels, labels)
+    out, out_labels = augmented(scaled(1.0, flip=1.0), images, labels)
+    assert torch.allclose(out, by_hand(images.flip(3)), atol=1e-3)
+    assert torch.equal(out_labels, labels.flip(2))
+
+
+def test_a_scale_of_2_shows_a_quarter_of_the_image_twice_as_large() -> None:
+    labels = torch.zeros(8, HEIGHT, WIDTH, dtype=torch.uint8)
+    labels[:, 10:20, 30:50] = 1
+    _, out = augmented(scaled(2.0), random_images(8), labels)
+    inner = out[:, 1:-1, 1:-1]
+    whole = [image for image, part in zip(out, inner, strict=True) if image.any() and image.sum() == part.sum()]
+    assert whole, "no draw showed the whole rectangle"
+    for image in whole:
+        rows, columns = image.nonzero(as_tuple=True)
+        assert (rows.max() - rows.min() + 1).item() == pytest.approx(20, abs=1)
+        assert (columns.max() - columns.min() + 1).item() == pytest.approx(40, abs=1)
+
+
+def beside_void(void: Tensor, *, frame: float) -> Tensor:
+    """B x H x W: pixels that are void or beside a void one; around the crop all is void if `frame` is 1."""
+    framed = torch.nn.functional.pad(void.float().unsqueeze(1), (1, 1, 1, 1), value=frame)
+    return torch.nn.functional.max_pool2d(framed, 3, stride=1).squeeze(1) > 0
+
+
+def test_pixels_outside_the_image_are_0_and_void() -> None:
+    images, labels = random_images(8), random_labels(8, ids=(0, 5, 18))
+    out, out_labels = augmented(scaled(0.5), images, labels)
+    void = out_labels == VOID
+    assert void.float().mean().item() == pytest.approx(0.75, abs=0.02)
+    assert not out[~beside_void(~void, frame=0.0).unsqueeze(1).expand_as(out)].any()
+
+
+@pytest.mark.parametrize("augment", [Augment(), Augment(min_scale=0.5, max_scale=0.9), scaled(1.7, flip=0.5)])
+def test_labels_never_blend(augment: Augment) -> None:
+    _, labels = augmented(augment, random_images(8), random_labels(8, ids=(0, 18)))
+    assert set(labels.unique().tolist()) <= {0, 18, VOID}
+    assert labels.dtype == torch.uint8
+
+
+def test_every_id_survives_augmentation_as_itself() -> None:
+    ids = (*range(19), VOID)
+    _, labels = augmented(scaled(1.3), random_images(8), random_labels(8, ids=ids))
+    assert set(labels.unique().tolist()) == set(ids)
+
+
+@pytest.mark.parametrize("augment", [scaled(0.75, flip=0.5), scaled(1.37, flip=0.5), scaled(2.0, flip=0.5)])
+def test_each_pixel_and_its_label_come_from_the_same_position(augment: Augment) -> None:
+    """Red is the column and green the row, and so are two labels: each must be the whole number next to its colour."""
+    columns = torch.arange(WIDTH, dtype=torch.uint8).expand(8, HEIGHT, WIDTH)
+    rows = torch.arange(HEIGHT, dtype=torch.uint8).unsqueeze(1).expand(8, HEIGHT, WIDTH)
+    images = torch.stack([columns, rows, rows], dim=1)
+    out, labelled_columns = augmented(augment, images, columns)
+    _, labelled_rows = augmented(augment, images, rows)
+    inside = ~beside_void(labelled_columns == VOID, frame=1.0)  # at an edge the image may fade to the mean
+    assert inside.float().mean() > 0.3
+    for channel, labelled in ((0, labelled_columns), (1, labelled_rows)):
+        distance = (levels(out)[:, channel] - labelled.float())[inside].abs()
+        assert distance.max() < 0.5 + 0.02
+
+
+# --- colour -----------------------------------------------------------------------------------------------------
+
+
+def test_normalisation_uses_the_mean_and_deviation_of_imagenet() -> None:
+    images = random_images()
+    assert torch.allclose(normalise(images), by_hand(images), atol=1e-6)
+    grey = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+    assert normalise(grey).flatten().tolist() == pytest.approx(
+        [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-6
+    )
+
+
+def with_factors(images: Tensor, *, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0) -> Tensor:
+    """The images (B x 3 x H x W, 0 .. 255) after these factors and nothing else."""
+    still = epoch_draw(STILL, len(images), seed=0, epoch=1)
+    factors = (torch.full((len(images),), factor) for factor in (brightness, contrast, saturation))
+    out, _ = augment_batch(images, random_labels(len(images)), AugmentDraw(still.window, *factors))
+    return levels(out)
+
+
+def test_brightness_multiplies_contrast_and_saturation_stretch_around_the_mean_and_each_pixels_grey() -> None:
+    images = random_images() // 2 + 60
+    grey = (images * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    mean = grey.mean((2, 3), keepdim=True)
+    dark = random_images() // 2
+    assert torch.allclose(with_factors(dark, brightness=1.4), dark * 1.4, atol=0.1)
+    assert torch.allclose(with_factors(images, contrast=0.7), mean + 0.7 * (images - mean), atol=0.1)
+    assert torch.allclose(with_factors(images, saturation=0.6), grey + 0.6 * (images - grey), atol=0.1)
+
+
+def test_colours_stay_between_0_and_255() -> None:
+    strongest = with_factors(random_images(), brightness=1.4, contrast=1.4, saturation=1.4)
+    assert strongest.min() > -0.1
+    assert strongest.max() < 255.1
+
+
+def test_jitter_of_0_does_not_change_colours() -> None:
+    draw = epoch_draw(STILL, 100, seed=0, epoch=1)
+    for factors in (draw.brightness, draw.contrast, draw.saturation):
+        assert (factors == 1.0).all()

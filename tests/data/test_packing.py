@@ -1,0 +1,400 @@
+"""Packs are exact, memory-mapped, made once a node, shared through object storage, and never used when incomplete."""
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.object_store import ObjectStore, object_store
+from helpers.searches import write_frames
+from PIL import Image
+
+from tune_bisenet.data import packed as packed_module
+from tune_bisenet.data import packing
+from tune_bisenet.data.packed import Packed, open_packed, suggested_image_size
+from tune_bisenet.data.packing import fetch_packed, open_source, prepare_packed, publish_packed
+from tune_bisenet.data.source import SPLITS, DataError, Frame, Split
+from tune_bisenet.data.streets import Streets
+from tune_bisenet.storage import Storage
+
+SIZE = (16, 24)
+STREETS = Streets(num_train=8, num_val=3, frame_size=(32, 64))
+NAMES: dict[Split, tuple[str, ...]] = {
+    "train": tuple(f"bonn/b_{number}" for number in range(7)),
+    "val": tuple(f"ulm/u_{number}" for number in range(3)),
+}
+
+
+@dataclass
+class Noise:
+    """A source of random frames, or of copies of `frame`; `damaged` ones cannot be loaded."""
+
+    name: str = "noise"
+    fingerprint: str = "first"
+    frame_size: tuple[int, int] = SIZE
+    damaged: Sequence[tuple[Split, int]] = ()
+    frame: Frame | None = None
+
+    def names(self, split: Split) -> Sequence[str]:
+        return NAMES[split]
+
+    def load(self, split: Split, index: int) -> Frame:
+        if (split, index) in self.damaged:
+            raise DataError([f"image {split} {index} is damaged", f"label {split} {index} is damaged"])
+        if self.frame is not None:
+            return self.frame
+        rng = np.random.default_rng([SPLITS.index(split), index])
+        label = rng.choice(np.array([*range(19), 255], np.uint8), self.frame_size)
+        return Frame(rng.integers(0, 256, (*self.frame_size, 3), np.uint8), label)
+
+
+class Killed(Noise):
+    """A source whose process dies at once, as by SIGKILL, at the fifth frame."""
+
+    def load(self, split: Split, index: int) -> Frame:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(split, index)
+
+
+def pack(cache_dir: Path, source: Noise | None = None, image_size: tuple[int, int] = SIZE) -> Packed:
+    return prepare_packed(source or Noise(), image_size=image_size, cache_dir=cache_dir)
+
+
+# --- what is in it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [64, 3])
+def test_pixels_and_labels_are_exact_where_nothing_is_resized(
+    tmp_path: Path, max_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MAX_BATCH_ROWS", max_rows)
+    packed = pack(tmp_path)
+    for split, rows in zip(SPLITS, (packed.train, packed.val), strict=True):
+        assert (len(rows), rows.names) == (len(NAMES[split]), NAMES[split])
+        for index in range(len(rows)):
+            frame = Noise().load(split, index)
+            np.testing.assert_array_equal(rows.images[index].transpose(1, 2, 0), frame.image)
+            np.testing.assert_array_equal(rows.labels[index], frame.label)
+
+
+def test_train_is_resized_and_val_keeps_its_labels(tmp_path: Path) -> None:
+    packed = pack(tmp_path, image_size=(8, 12))
+    assert {image.shape for rows in (packed.train, packed.val) for image in rows.images} == {(3, 8, 12)}
+    assert {label.shape for label in packed.train.labels} == {(8, 12)}
+    assert {label.shape for label in packed.val.labels} == {SIZE}
+    assert (packed.image_size, packed.label_size) == ((8, 12), SIZE)
+    np.testing.assert_array_equal(packed.val.labels[2], Noise().load("val", 2).label)
+
+
+def test_halving_averages_four_pixels_and_picks_one_label(tmp_path: Path) -> None:
+    packed, frame = pack(tmp_path, image_size=(8, 12)), Noise().load("train", 1)
+    boxes = frame.image.reshape(8, 2, 12, 2, 3).mean((1, 3)).transpose(2, 0, 1)
+    assert np.abs(packed.train.images[1] - boxes).max() <= 0.5
+    label_boxes = frame.label.reshape(8, 2, 12, 2).transpose(0, 2, 1, 3).reshape(8, 12, 4)
+    assert (label_boxes == packed.train.labels[1][..., None]).any(-1).all()
+
+
+@pytest.mark.parametrize("image_size", [(10, 20), (16, 12), (32, 24)])
+def test_any_other_size_keeps_flat_colours_and_adds_no_label(tmp_path: Path, image_size: tuple[int, int]) -> None:
+    label = np.full(SIZE, 3, np.uint8)
+    label[:, 12:] = 18
+    packed = pack(tmp_path, Noise(frame=Frame(np.full((*SIZE, 3), (10, 20, 30), np.uint8), label)), image_size)
+    assert packed.train.images[0].reshape(3, -1).T.tolist() == [[10, 20, 30]] * (image_size[0] * image_size[1])
+    assert set(np.unique(packed.train.labels[0])) == {3, 18}
+
+
+def test_the_packed_bytes_of_the_streets_do_not_change(tmp_path: Path) -> None:
+    """Searches compare these digests: whoever changes one changes all results, and raises FORMAT_VERSION."""
+    sizes = ((96, 192), (48, 96), (64, 96))  # as drawn, by means of boxes, by bilinear interpolation
+    packs = [prepare_packed(Streets(num_train=5, num_val=2), image_size=size, cache_dir=tmp_path) for size in sizes]
+    assert [packed.digest[:16] for packed in packs] == ["8be33b6af299965d", "95b28830d96046cb", "4c62a1aeb498750f"]
+    assert packs[0].path.name == "streets-96x192-0ab7ec6ccd42"
+
+
+def test_class_counts_are_of_the_train_labels_before_resizing_without_void(tmp_path: Path) -> None:
+    label = np.full(SIZE, 255, np.uint8)
+    label[0, :5], label[1, :2] = 0, 18
+    counts = pack(tmp_path, Noise(frame=Frame(np.zeros((*SIZE, 3), np.uint8), label)), (8, 12)).class_counts
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [7 * 5, *[0] * 17, 7 * 2]  # seven frames of train
+
+
+# --- how it is read ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of memory maps")
+def test_rows_are_read_only_views_into_the_memory_map(tmp_path: Path) -> None:
+    packed = pack(tmp_path)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(packed.path) in line]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    for rows in (packed.train, packed.val):
+        for view in (*rows.images, *rows.labels):
+            assert any(start <= view.ctypes.data and view.ctypes.data + view.nbytes <= end for start, end in ranges)
+            with pytest.raises(ValueError, match="read-only"):
+                view[...] = 0
+
+
+def test_a_pack_of_another_format_or_split_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pack(tmp_path).path
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_module, "FORMAT_VERSION", 2)
+        with pytest.raises(DataError, match=r"format 1\b.* 2\b"):
+            open_packed(path)
+    shutil.copy(path / "train.arrow", path / "val.arrow")
+    with pytest.raises(DataError, match="7 rows of train, not 7 of val"):
+        open_packed(path)
+
+
+# --- when it is made, and when made again ------------------------------------------------------------------------
+
+
+def test_a_pack_is_made_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    first, second = pack(tmp_path), pack(tmp_path)
+    assert (first.path, first.digest) == (second.path, second.digest)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["packing noise at 16x24"]
+
+
+def test_progress_counts_the_frames_of_both_splits(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    prepare_packed(Noise(), image_size=SIZE, cache_dir=tmp_path, progress=lambda *frame: seen.append(frame))
+    assert seen == [(done, 10) for done in range(1, 11)]
+
+
+def test_a_changed_source_is_packed_again_beside_the_old_pack(tmp_path: Path) -> None:
+    write_frames(tmp_path / "data")
+    address, cache = str(tmp_path / "data"), tmp_path / "cache"
+    before = prepare_packed(open_source(address), image_size=(32, 64), cache_dir=cache)
+    path = sorted((tmp_path / "data/leftImg8bit/train/town").iterdir())[2]
+    Image.fromarray(np.full((32, 64, 3), 7, np.uint8)).save(path)
+    after = prepare_packed(open_source(address), image_size=(32, 64), cache_dir=cache)
+    assert (after.train.images[2] == 7).all()
+    assert after.digest != before.digest
+    assert open_packed(before.path).digest == before.digest
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1000, -1, None])
+def test_a_truncated_or_missing_file_is_refused_and_packed_again(tmp_path: Path, num_bytes: int | None) -> None:
+    packed = pack(tmp_path)
+    path = packed.path / "train.arrow"
+    whole = path.read_bytes()
+    path.unlink()
+    if num_bytes is not None:
+        path.write_bytes(whole[:num_bytes])
+    with pytest.raises(DataError, match=r"train\.arrow"):
+        open_packed(packed.path)
+    assert pack(tmp_path).digest == packed.digest
+    assert path.read_bytes() == whole
+    np.testing.assert_array_equal(packed.val.labels[0], Noise().load("val", 0).label)  # views outlive the old files
+
+
+def test_the_digest_depends_on_content_and_not_on_paths_or_times(tmp_path: Path) -> None:
+    write_frames(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    for path in (tmp_path / "second").rglob("*.png"):
+        os.utime(path, ns=(1, 1))
+    sources = [open_source(str(tmp_path / folder)) for folder in ("first", "second")]
+    assert sources[0].fingerprint != sources[1].fingerprint
+    packs = [prepare_packed(source, image_size=(8, 12), cache_dir=tmp_path / "cache") for source in sources]
+    assert packs[0].path != packs[1].path
+    assert packs[0].digest == packs[1].digest
+
+
+def test_all_damaged_frames_are_named_at_once_and_nothing_remains(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        pack(tmp_path, Noise(damaged=[("train", 0), ("train", 6), ("val", 1)]))
+    assert caught.value.problems == tuple(
+        f"{half} {frame} is damaged" for frame in ("train 0", "train 6", "val 1") for half in ("image", "label")
+    )
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_disk_too_small_is_refused_before_the_first_frame(tmp_path: Path) -> None:
+    huge = Noise(frame_size=(10_000_000, 10_000_000), damaged=[("train", 0)])  # three val labels of 100 TB
+    with pytest.raises(DataError, match=r"300,000\.0 GB"):
+        pack(tmp_path, huge)
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+
+def pack_and_log(cache_dir: Path, log: Path, start: threading.Barrier) -> None:
+    logging.basicConfig(filename=log, level=logging.INFO)
+    start.wait(200)
+    pack(cache_dir)
+
+
+def test_of_three_processes_one_packs_and_all_open_the_same(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
+    start = context.Barrier(len(logs))
+    processes = [context.Process(target=pack_and_log, args=(tmp_path / "cache", log, start)) for log in logs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(250)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert sum(log.read_text().count("packing noise") for log in logs) == 1
+    assert {path.name for path in tmp_path.glob("cache/*/*")} == {"train.arrow", "val.arrow"}
+
+
+def test_a_process_killed_while_packing_leaves_no_pack(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=pack, args=(tmp_path, Killed()))
+    process.start()
+    process.join(250)
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert left.suffix == ".part"
+    packed = pack(tmp_path)
+    assert packed.digest == pack(tmp_path / "elsewhere").digest
+    assert not left.exists()
+
+
+# --- packs in object storage --------------------------------------------------------------------------------------
+
+FETCH = """
+import sys
+from pathlib import Path
+from tune_bisenet import storage
+from tune_bisenet.data.packing import fetch_packed
+storage.COPY_BYTES = 512
+print(fetch_packed(sys.argv[1], shared=storage.Storage.at(sys.argv[2]), cache_dir=Path(sys.argv[3])).digest)
+"""
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def streets(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    return prepare_packed(STREETS, image_size=(32, 64), cache_dir=tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def shared(store: ObjectStore, streets: Packed, tmp_path: Path) -> Storage:
+    """A folder with the published pack."""
+    shared = Storage.at(store.uri(f"{tmp_path.name}/_packs"))
+    publish_packed(streets.path, shared)
+    store.requests.clear()
+    return shared
+
+
+def start_fetch(streets: Packed, shared: Storage, cache: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", FETCH, streets.path.name, shared.uri, str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_published_pack_is_fetched_exactly(streets: Packed, shared: Storage, tmp_path: Path) -> None:
+    fetched = fetch_packed(streets.path.name, shared=shared, cache_dir=tmp_path / "cache")
+    assert fetched is not None
+    assert fetched.digest == streets.digest
+    assert {path.name for path in fetched.path.iterdir()} == {"train.arrow", "val.arrow"}
+    for path in streets.path.iterdir():
+        assert (fetched.path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_next_driver_fetches_the_pack_and_does_not_publish_it_again(
+    store: ObjectStore, streets: Packed, shared: Storage, tmp_path: Path
+) -> None:
+    frames: list[tuple[int, int]] = []
+    again = prepare_packed(
+        STREETS, image_size=(32, 64), cache_dir=tmp_path, shared=shared, progress=lambda *frame: frames.append(frame)
+    )
+    assert frames == []
+    assert again.digest == streets.digest
+    store.requests.clear()
+    publish_packed(again.path, shared)
+    assert store.asked("PUT", "") == []
+
+
+def test_an_incomplete_pack_in_storage_is_not_used(streets: Packed, shared: Storage, tmp_path: Path) -> None:
+    assert fetch_packed("another", shared=shared, cache_dir=tmp_path) is None
+    for name in ("train.arrow", "complete"):
+        (shared / streets.path.name).delete(name)
+        assert fetch_packed(streets.path.name, shared=shared, cache_dir=tmp_path) is None
+    assert prepare_packed(STREETS, image_size=(32, 64), cache_dir=tmp_path, shared=shared).digest == streets.digest
+
+
+def test_files_of_two_packs_are_not_mixed(streets: Packed, shared: Storage, tmp_path: Path) -> None:
+    other = prepare_packed(replace(STREETS, seed=1), image_size=(32, 64), cache_dir=tmp_path)
+    (shared / streets.path.name).upload(other.path / "train.arrow", "train.arrow")
+    assert fetch_packed(streets.path.name, shared=shared, cache_dir=tmp_path / "cache") is None
+
+
+def test_of_two_processes_on_a_node_one_fetches_and_the_other_waits(
+    store: ObjectStore, streets: Packed, shared: Storage, tmp_path: Path
+) -> None:
+    processes = [start_fetch(streets, shared, tmp_path) for _ in range(2)]
+    assert [process.communicate(timeout=250)[0].strip() for process in processes] == [streets.digest] * 2
+    assert len(store.asked("GET", "/complete$")) == 1
+
+
+@contextmanager
+def halfway(store: ObjectStore) -> Iterator[None]:
+    """Hold the answer to a request in the middle of train.arrow during the block."""
+    requests: list[str] = []
+    reached, proceed = threading.Event(), threading.Event()
+
+    def hear(request: str) -> None:
+        if "GET" in request and "/train.arrow" in request:
+            requests.append(request)
+            if len(requests) == 10:
+                reached.set()
+                proceed.wait(300)
+
+    store.before_answer = hear
+    try:
+        assert reached.wait(250)
+        yield
+    finally:
+        store.before_answer = lambda _request: None
+        proceed.set()
+
+
+def test_a_fetch_that_is_killed_leaves_no_pack_and_is_repeated(
+    store: ObjectStore, streets: Packed, shared: Storage, tmp_path: Path
+) -> None:
+    process = start_fetch(streets, shared, tmp_path)
+    with halfway(store):
+        process.kill()
+        process.communicate()
+    assert [path.suffix for path in tmp_path.iterdir() if path.is_dir()] == [".part"]
+    fetched = fetch_packed(streets.path.name, shared=shared, cache_dir=tmp_path)
+    assert fetched is not None
+    assert fetched.digest == streets.digest
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [fetched.path]
+
+
+def test_a_fetch_waits_for_storage_that_becomes_unreachable(
+    store: ObjectStore, streets: Packed, shared: Storage, tmp_path: Path
+) -> None:
+    process = start_fetch(streets, shared, tmp_path)
+    with halfway(store):
+        store.go_away()
+    assert process.stderr
+    assert process.stderr.readline(), "the process has noticed"
+    assert process.poll() is None
+    store.come_back()
+    assert process.communicate(timeout=250)[0].strip() == streets.digest
+
+
+def test_the_suggested_size_fits_512x1024_in_multiples_of_32() -> None:
+    frame_sizes = ((1024, 2048), (360, 480), (720, 960), (40, 2048))
+    suggested = [suggested_image_size(frame_size) for frame_size in frame_sizes]
+    assert suggested == [(512, 1024), (352, 480), (512, 672), (32, 1024)]
+    with pytest.raises(ValueError, match=r"frames are 16x64 .*32 pixels or more"):
+        suggested_image_size((16, 64))

@@ -1,0 +1,329 @@
+"""What can be wrong with the input: each mistake is named with its way out, all together, and nothing is started."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from helpers.rows import plain_state
+from helpers.searches import move_into, on_frames, write_frames, write_space
+
+from tune_bisenet import run
+from tune_bisenet.config import Resources
+from tune_bisenet.options import parse_options
+from tune_bisenet.records import SavedState, read_manifest, to_json
+from tune_bisenet.search import driver
+from tune_bisenet.search.prepare import CACHE_VARIABLE, DATASET_VARIABLE, PreparedSearch, prepare_search
+from tune_bisenet.search.state import SessionOutcome
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to search in, and an environment that names no data."""
+    move_into(tmp_path, monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture
+def frames(place: Path) -> Path:
+    write_frames(place / "frames")
+    return place / "frames"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What the command line says to these flags, which it must refuse without leaving a trace."""
+    code = run.main(list(flags))
+    message = capsys.readouterr().err
+    assert code == 2, message
+    assert message.endswith("Nothing was started.\n")
+    assert not Path("results").exists()
+    return message
+
+
+MISTAKES = {
+    "no epochs": (["--epochs", "0"], ["--epochs 0"]),
+    "a size off the grid": (["--image-size", "100x200"], ["100x200", "32", "96x192 and 128x224"]),
+    "an unknown row": (["--space", "smoke", "--runs", "a,r99"], ["r99", "a, b, c"]),
+    "an unknown scheduler": (["--scheduler", "best"], ["--scheduler best", "asha", "fifo"]),
+    "an unknown precision": (["--precision", "fp8"], ["--precision fp8", "bf16"]),
+    "an unknown space": (["--space", "nosuch"], ["nosuch", "runs10", "smoke"]),
+    "a space file that is missing": (["--space", "spaces/mine.py"], ["mine.py"]),
+    "a folder without data": (["--data", "empty"], ["Cityscapes", "leftImg8bit", "--data"]),
+    "a backbone file that is missing": (["--backbone", "r18.pth"], ["r18.pth", "none"]),
+    "weights that need a network": (["--backbone", "imagenet"], ["--backbone FILE", "--backbone none"]),
+    "resuming without a name": (["--resume"], ["--resume", "--name"]),
+    "resuming what is missing": (["--resume", "--name", "x"], ["no search x", "--storage"]),
+    "a sampler for a grid": (["--sampler", "tpe", "--trials", "3"], ["--trials, --sampler", "grid"]),
+    "an unknown sampler": (["--space", "around10", "--sampler", "best"], ["--sampler best", "tpe", "cmaes", "qmc"]),
+    "latency alone": (["--space", "around10", "--objectives", "latency"], ["latency", "miou,latency"]),
+    "a sampler for one goal": (
+        ["--space", "around10", "--objectives", "miou,latency", "--sampler", "cmaes"],
+        ["cmaes", "tpe"],
+    ),
+    "stopping by one of two goals": (
+        ["--space", "around10", "--objectives", "miou,latency", "--scheduler", "asha"],
+        ["--scheduler asha", "fifo"],
+    ),
+    "several seeds of a sampled space": (["--space", "around10", "--seeds", "0,1"], ["--seeds", "--confirm K"]),
+    "an earlier search that is missing": (["--space", "around10", "--warm-start", "gone"], ["gone"]),
+    "a database that does not answer": (
+        ["--space", "around10", "--study", "postgresql://me@127.0.0.1:1/db"],
+        ["postgresql://me@127.0.0.1:1/db", "Connection refused"],
+    ),
+    "a password on the command line": (
+        ["--space", "around10", "--study", "postgresql://me:secret@127.0.0.1:1/db"],
+        ["postgresql://me@127.0.0.1:1/db", "$TUNE_BISENET_STUDY"],
+    ),
+    "a hidden password": (
+        ["--space", "around10", "--study", "postgresql://me:***@127.0.0.1:1/db"],
+        ["password", "$TUNE_BISENET_STUDY"],
+    ),
+    "an unknown kind of database": (["--space", "around10", "--study", "nosuch://x"], ["nosuch://x"]),
+    "a warm-up that no draw fits": (
+        ["--space", "around10", "--data", "frames", "--backbone", "none"],
+        ["does not fit", "--proxy"],
+    ),
+    "an unknown storage": (["--storage", "nosuch://bucket"], ["nosuch://bucket"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_with_its_way_out(capsys: pytest.CaptureFixture[str], frames: Path, mistake: str) -> None:
+    assert frames.is_dir()
+    flags, words = MISTAKES[mistake]
+    message = refused(capsys, *flags)
+    assert all(word in message for word in words), message
+    assert "secret" not in message
+
+
+BROKEN_SPACE = """
+from search_spaces.around10 import *
+
+def sample_some(trial):
+    if trial.suggest_float("luck", 0, 1) > 0.9:
+        raise KeyError("forgotten")
+    return sample(trial)
+
+SPACE = Sampled("mine", sample_some)
+"""
+
+
+def test_a_space_that_breaks_in_one_branch_is_refused_naming_the_draw(
+    capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    (place / "mine.py").write_text(BROKEN_SPACE)
+    message = refused(capsys, "--space", str(place / "mine.py"))
+    assert "of 200 random draws from the space cannot be trained" in message
+    assert "luck 0.9" in message
+    assert "forgotten" in message
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a\nb", "", "..", "-x", "x" * 101, "a b"])
+def test_a_name_that_cannot_be_a_folder_is_refused(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert "--name" in refused(capsys, f"--name={name}")
+
+
+def test_all_mistakes_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--epochs", "0", "--image-size", "33x64", "--data", "empty", "--backbone", "r18.pth"]
+    message = refused(capsys, *flags, "--space", "nosuch", "--storage", "nosuch://x")
+    for word in ("--epochs 0", "33x64", "leftImg8bit", "r18.pth", "runs10", "nosuch://x"):
+        assert word in message
+
+
+def test_an_abbreviated_flag_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run.main(["--epoch", "3"])
+    assert ended.value.code == 2
+    assert "--epoch" in capsys.readouterr().err
+
+
+def test_a_warm_up_that_does_not_fit_names_the_proxy(capsys: pytest.CaptureFixture[str], frames: Path) -> None:
+    message = refused(capsys, "--data", str(frames), "--backbone", "none", "--runs", "r01", "--epochs", "2")
+    assert "r01: a warm-up of" in message
+    assert "--proxy" in message
+
+
+def test_damaged_frames_are_all_named(capsys: pytest.CaptureFixture[str], frames: Path, place: Path) -> None:
+    write_space(place / "space.py", {"a": 0.01}, num_epochs=2)
+    first, second, third = sorted(frames.glob("leftImg8bit/train/town/*.png"))[:3]
+    first.write_bytes(first.read_bytes()[:100])
+    third.unlink()
+    second.write_text("no picture")
+    message = refused(capsys, *on_frames(place))
+    for path in (second, third):
+        assert path.name.removesuffix("_leftImg8bit.png") in message
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "a size of gigapixels"])
+def test_a_frame_that_cannot_be_decoded_is_named(
+    capsys: pytest.CaptureFixture[str], frames: Path, place: Path, damage: str
+) -> None:
+    write_space(place / "space.py", {"a": 0.01}, num_epochs=2)
+    path = sorted(frames.glob("leftImg8bit/train/town/*.png"))[0]
+    content = bytearray(path.read_bytes())
+    if damage == "a flipped byte":
+        content[len(content) // 2] ^= 0xFF
+    else:
+        content[16:24] = struct.pack(">II", 60000, 60000)
+    path.write_bytes(content)
+    assert path.name in refused(capsys, *on_frames(place))
+
+
+def test_a_variable_names_the_data_and_a_flag_overrides_it(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DATASET_VARIABLE, str(place / "elsewhere"))
+    assert str(place / "elsewhere") in refused(capsys, "--backbone", "none")
+    assert "elsewhere" not in refused(capsys, "--backbone", "none", "--data", "streets", "--runs", "r99")
+
+
+def test_weights_of_another_network_are_refused(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    import torch
+
+    torch.save({"conv1.weight": torch.zeros(3)}, place / "other.pth")
+    torch.save([1, 2, 3], place / "list.pth")
+    (place / "text.pth").write_text("no weights")
+    assert "is not a ResNet-18" in refused(capsys, "--backbone", "other.pth")
+    assert "does not hold a state dict" in refused(capsys, "--backbone", "list.pth")
+    assert "cannot be read" in refused(capsys, "--backbone", "text.pth")
+    assert "cannot be read" in refused(capsys, "--backbone", str(place))
+
+
+@pytest.mark.usefixtures("frames")
+def test_a_cache_that_cannot_be_written_is_named(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_space(place / "space.py", {"a": 0.01}, num_epochs=2)
+    (place / "file").write_text("")
+    monkeypatch.setenv(CACHE_VARIABLE, str(place / "file" / "cache"))
+    message = refused(capsys, *on_frames(place))
+    assert CACHE_VARIABLE in message
+
+
+def test_a_storage_that_is_a_file_is_refused(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    (place / "file").write_text("")
+    assert "--storage file cannot be written to" in refused(capsys, "--storage", "file")
+
+
+@pytest.mark.skipif("avx512_bf16" in Path("/proc/cpuinfo").read_text(), reason="this CPU has bf16 instructions")
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_bf16_on_a_cpu_without_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no bf16 instructions" in refused(capsys, "--precision", "bf16")
+
+
+def test_no_mistake_costs_a_decoded_frame(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    refused(capsys, "--runs", "r99")
+    assert not (place / "cache").exists()
+    assert "packing" not in capsys.readouterr().out
+
+
+# --- a search that exists ---------------------------------------------------------------------------------------------
+
+RESOURCES = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
+COMMAND = ("python", "-m", "tune_bisenet.run", "--seeds", "3,4")
+
+
+def prepared(**flags: object) -> PreparedSearch:
+    return prepare_search(*parse_options(flags), default_name="default", progress=lambda _done, _total: None)
+
+
+@pytest.fixture
+def search(place: Path, frames: Path) -> PreparedSearch:
+    """A search of two rows and two seeds on eleven small frames, whose driver ended before the first trial."""
+    write_space(place / "space.py", {"a": 0.01, "b": 0.02}, num_epochs=2, baseline="a")
+    flags = {"space": str(place / "space.py"), "data": str(frames), "backbone": "none", "seeds": "3,4"}
+    search = prepared(**flags, storage=str(place / "kept"), name="mine")
+    driver._write_manifest(search, driver._make_manifest(search, RESOURCES, COMMAND))
+    return search
+
+
+def resumed(search: PreparedSearch) -> list[str]:
+    folder = search.folder.local_path
+    assert folder is not None
+    return ["--storage", str(folder.parent), "--name", folder.name]
+
+
+def test_the_manifest_holds_all_that_is_needed_to_repeat_a_search(search: PreparedSearch) -> None:
+    manifest = read_manifest(search.folder)
+    assert manifest is not None
+    assert (manifest.name, manifest.space.baseline, manifest.config) == ("mine", "a", search.config)
+    assert list(manifest.trials) == ["a-s3", "b-s3", "a-s4", "b-s4"]
+    assert tuple(manifest.trials.values()) == search.runs
+    assert manifest.data.digests == {"32x64": next(iter(search.packs.values())).digest}
+    assert (manifest.data.train_images, manifest.data.val_images) == (8, 3)
+    (session,) = manifest.sessions
+    assert session.command == COMMAND
+    assert {"tune-bisenet", *driver.PACKAGES} == set(session.packages)
+    assert session.commit is None or len(session.commit.removesuffix("+changes")) == 40
+    assert session.ended is None
+
+
+def test_a_resumed_search_keeps_its_configuration_and_adds_a_session(search: PreparedSearch) -> None:
+    storage, name = resumed(search)[1::2]
+    again = prepared(storage=storage, name=name, resume=True)
+    assert (again.runs, again.config) == (search.runs, search.config)
+    manifest = driver._make_manifest(again, RESOURCES, (*COMMAND, "--resume"))
+    outcome = SessionOutcome(signal_number=15)
+    first, second = driver._end_session(manifest, outcome).sessions
+    assert (first.command, first.signal) == (COMMAND, None)
+    assert (second.command[-1], second.signal) == ("--resume", 15)
+    assert second.ended is not None
+    assert second.started <= second.ended
+
+
+CHANGED = [
+    ["--resume", "--epochs", "3"],
+    ["--resume", "--seeds", "0,1"],
+    ["--resume", "--scheduler", "median"],
+    ["--resume", "--runs", "a"],
+    ["--resume", "--space", "runs10"],
+    ["--add", "--epochs", "3", "--seeds", "1"],
+]
+
+
+@pytest.mark.parametrize("flags", CHANGED, ids=lambda flags: flags[1])
+def test_a_resumed_search_takes_no_other_flags(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, flags: list[str]
+) -> None:
+    message = refused(capsys, *resumed(search), *flags)
+    assert f"{flags[1]} differs" in message
+    assert "--name" in message
+
+
+REFUSED = {
+    "a name that is taken": (["--data", "frames", "--backbone", "none"], ["a search mine", "--resume"]),
+    "adding nothing": (["--add"], ["--add", "--seeds", "--runs"]),
+    "adding an unknown row": (["--add", "--runs", "z"], ["no row z"]),
+    "adding what is there": (["--add", "--seeds", "3"], ["--add"]),
+    "repeating what has not failed": (["--rerun", "a"], ["--rerun a", "b."]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_more_trials_must_be_new_ones_or_have_failed(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, case: str
+) -> None:
+    failed = plain_state("b-s3", run="b", seed=3, status="failed")
+    search.folder.write("trials.json", to_json(SavedState(states=(failed,))))
+    flags, words = REFUSED[case]
+    message = refused(capsys, *resumed(search), *flags)
+    assert all(word in message for word in words), message
+
+
+def test_changed_frames_are_refused(capsys: pytest.CaptureFixture[str], search: PreparedSearch, frames: Path) -> None:
+    first, second = sorted(frames.glob("leftImg8bit/train/town/*.png"))[:2]
+    shutil.copyfile(second, first)
+    message = refused(capsys, *resumed(search), "--resume")
+    assert f"the frames in {frames} have changed" in message
+
+
+def test_changed_rows_are_refused(capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path) -> None:
+    write_space(place / "space.py", {"a": 0.01, "b": 0.03}, num_epochs=2, baseline="a")
+    assert "row b has changed" in refused(capsys, *resumed(search), "--resume")
+
+
+def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], search: PreparedSearch) -> None:
+    content = json.loads(search.folder.read("search.json") or b"")
+    search.folder.write("search.json", json.dumps(content | {"sessions": []}).encode())
+    assert "search.json is damaged" in refused(capsys, *resumed(search), "--resume")

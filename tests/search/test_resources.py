@@ -1,0 +1,104 @@
+"""What trials request from Ray: the whole cluster, and no core twice; more than there is where the cluster grows."""
+
+import pytest
+
+from tune_bisenet.config import Resources
+from tune_bisenet.options import Options
+from tune_bisenet.search.resources import Cluster, ClusterError, Node, allocate
+
+
+def cluster(*nodes: tuple[float, float], autoscales: bool = False) -> Cluster:
+    """A cluster of nodes with these CPUs and GPUs."""
+    return Cluster(tuple(Node(cpus=cpus, gpus=gpus) for cpus, gpus in nodes), autoscales=autoscales)
+
+
+def options(**flags: object) -> Options:
+    return Options.model_validate(flags)
+
+
+# nodes as (CPUs, GPUs), flags, trials -> CPUs a trial, GPUs a trial, trials at once
+ALLOTTED = {
+    "ten trials on two cores take one each": ([(2, 0)], {}, 10, (1, 0, 2)),
+    "one trial takes all cores": ([(2, 0)], {"max_concurrent": 1}, 10, (2, 0, 1)),
+    "three trials share 64 cores": ([(64, 0)], {}, 3, (21, 0, 3)),
+    "a trial takes a GPU where there are any": ([(16, 4)], {}, 10, (4, 1, 4)),
+    "a GPU is shared by four trials": ([(16, 1)], {"gpus_per_trial": 0.25}, 10, (4, 0.25, 4)),
+    "GPUs may be left alone": ([(16, 4)], {"gpus_per_trial": 0}, 8, (2, 0, 8)),
+    "cores asked for bound the trials": ([(8, 0)], {"cpus_per_trial": 3}, 10, (3, 0, 2)),
+    "a trial runs on one node, so cores are not added up": ([(3, 0), (3, 0)], {"cpus_per_trial": 2}, 10, (2, 0, 2)),
+    "three trials on two nodes: one shares its node": ([(4, 0), (4, 0)], {}, 3, (2, 0, 3)),
+    "trials go where GPUs are": ([(32, 0), (8, 2)], {}, 10, (4, 1, 2)),
+    "a part of a GPU is taken of one GPU": ([(16, 2)], {"gpus_per_trial": 0.6}, 10, (8, 0.6, 2)),
+    "--device cpu takes no GPU": ([(8, 2)], {"device": "cpu"}, 4, (2, 0, 4)),
+    "--device cpu on GPUs that were asked for": ([(8, 2)], {"device": "cpu", "gpus_per_trial": 1}, 4, (4, 1, 2)),
+}
+
+
+@pytest.mark.parametrize(("nodes", "flags", "num_trials", "expected"), ALLOTTED.values(), ids=ALLOTTED)
+def test_resources_fit_the_machines(
+    nodes: list[tuple[float, float]],
+    flags: dict[str, object],
+    num_trials: int,
+    expected: tuple[int, float, int],
+) -> None:
+    found = allocate(cluster(*nodes), options(**flags), num_trials=num_trials)
+    assert (found.cpus_per_trial, found.gpus_per_trial, found.concurrency) == expected
+
+
+@pytest.mark.parametrize("flags", [{"cpus_per_trial": 3}, {"gpus_per_trial": 1}, {"device": "cuda"}])
+def test_a_request_that_is_too_large_is_refused(flags: dict[str, object]) -> None:
+    with pytest.raises(ClusterError, match="Lower --cpus-per-trial or --gpus-per-trial"):
+        allocate(cluster((2, 0)), options(**flags), num_trials=10)
+
+
+def test_a_request_that_no_single_node_holds_is_refused() -> None:
+    with pytest.raises(ClusterError, match="the largest of Ray's 2 nodes has 4 and 0"):
+        allocate(cluster((4, 0), (2, 0)), options(cpus_per_trial=6), num_trials=10)
+
+
+def test_a_device_without_a_gpu_for_it_is_refused() -> None:
+    with pytest.raises(ClusterError, match="exclude each other"):
+        allocate(cluster((2, 1)), options(device="cuda", gpus_per_trial=0), num_trials=10)
+
+
+# --- a cluster that starts nodes for waiting trials -------------------------------------------------------------------
+
+
+def test_on_an_empty_autoscaling_cluster_a_trial_requests_a_gpu_and_a_core() -> None:
+    found = allocate(cluster(autoscales=True), options(), num_trials=10)
+    assert (found.cpus_per_trial, found.gpus_per_trial, found.concurrency, found.grows) == (1, 1, 1, True)
+
+
+def test_on_an_autoscaling_cluster_flags_hold_even_if_no_node_has_as_much_yet() -> None:
+    found = allocate(cluster((4, 1), autoscales=True), options(gpus_per_trial=4, cpus_per_trial=16), num_trials=10)
+    assert (found.cpus_per_trial, found.gpus_per_trial) == (16, 4)
+
+
+def test_an_empty_cluster_that_does_not_autoscale_is_refused() -> None:
+    with pytest.raises(ClusterError, match="Ray has no node with a CPU"):
+        allocate(cluster(), options(), num_trials=10)
+
+
+def test_one_trial_more_than_fits_makes_an_autoscaling_cluster_grow() -> None:
+    each = Resources(cpus_per_trial=1, gpus_per_trial=0.5, max_concurrent=None, concurrency=1, grows=True)
+    sizes = [cluster(*[(4.0, 1.0)] * count, autoscales=True).max_in_flight(each) for count in (0, 1, 3)]
+    assert sizes == [1, 3, 7]
+
+
+def test_max_concurrent_is_requested_at_once_only_where_the_cluster_autoscales() -> None:
+    each = Resources(cpus_per_trial=1, gpus_per_trial=1, max_concurrent=8, concurrency=1)
+    assert cluster((4, 1), autoscales=True).max_in_flight(each) == 8
+    assert cluster((4, 2)).max_in_flight(each) == 2
+    assert cluster(*[(4.0, 4.0)] * 4).max_in_flight(each) == 8
+
+
+def test_a_cluster_that_has_lost_all_nodes_still_gets_one_trial() -> None:
+    assert (
+        cluster().max_in_flight(Resources(cpus_per_trial=1, gpus_per_trial=1, max_concurrent=None, concurrency=1)) == 1
+    )
+
+
+@pytest.mark.parametrize("flags", [{"device": "gpu"}, {"gpus_per_trial": 1.5}])
+def test_flags_that_no_cluster_understands_are_refused(flags: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(flags))):
+        options(**flags)

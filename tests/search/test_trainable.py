@@ -1,0 +1,303 @@
+"""One trial without Ray: it trains, reports, stops and resumes from its folder, on a local disk and elsewhere."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.fs
+import pytest
+from helpers.searches import epoch_numbers, write_frames
+
+from tune_bisenet import storage as storage_module
+from tune_bisenet.config import Run, TrialContext
+from tune_bisenet.data import packing
+from tune_bisenet.records import TRIAL, Latency, TrialRecord, TrialSpec, read_trial, write_trial
+from tune_bisenet.search.trainable import run_trial
+from tune_bisenet.storage import RetryPolicy, Storage
+from tune_bisenet.training import checkpoint
+
+if TYPE_CHECKING:
+    from tune_bisenet.data.packed import Packed
+
+TIMES = {"train_seconds", "val_seconds", "images_per_second", "seconds"}
+
+Report = dict[str, Any]
+
+
+def context_in(storage: Path, data: "Packed") -> TrialContext:
+    return TrialContext(
+        data="streets",
+        packs={"32x64": str(data.path)},
+        data_digests={"32x64": data.digest},
+        cache_dir=str(data.path.parent),
+        backbone="none",
+        backbone_digest="none",
+        precision="fp32",
+        storage=str(storage),
+        cpus_per_trial=1,
+        use_gpu=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Run) -> Run:
+    return tiny_run.model_copy(update={"image_size": (32, 64), "num_epochs": 3})
+
+
+@pytest.fixture
+def context(small_data: "Packed", tmp_path: Path) -> Iterator[TrialContext]:
+    yield context_in(tmp_path / "search", small_data)
+    shutil.rmtree(tmp_path)  # 200 MB of weights
+
+
+@pytest.fixture
+def folder(context: TrialContext, run: Run) -> Path:
+    """The trial's folder, before anything is in it."""
+    return Path(context.storage) / run.name
+
+
+@pytest.fixture(scope="module")
+def expected(run: Run, small_data: "Packed", tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    """The reports of a trial that nothing happens to."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    reports = train(run, context_in(path, small_data))
+    shutil.rmtree(path)
+    return reports
+
+
+def train(run: Run, context: TrialContext) -> list[Report]:
+    reports: list[Report] = []
+    run_trial(TrialSpec(trial=run.name, run=run), context, report=reports.append)
+    return reports
+
+
+class Killed(BaseException):
+    """Ends a trial at its report, as Tune's stop or a signal would."""
+
+
+def train_and_kill(num_epochs: int, run: Run, context: TrialContext) -> None:
+    reports: list[Report] = []
+
+    def report(result: Report) -> None:
+        reports.append(result)
+        if len(reports) == num_epochs:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_trial(TrialSpec(trial=run.name, run=run), context, report=report)
+
+
+def timeless(reports: list[Report], *, latency: bool = True) -> list[Report]:
+    left_out = TIMES if latency else TIMES | {"latency_ms"}
+    return [{key: value for key, value in report.items() if key not in left_out} for report in reports]
+
+
+def record_of(folder: Path) -> TrialRecord:
+    record = read_trial(Storage.at(str(folder)))
+    assert record is not None
+    return record
+
+
+def test_every_epoch_is_reported_once_with_the_best_so_far(expected: list[Report]) -> None:
+    assert [report["epoch"] for report in expected] == [1, 2, 3]
+    for report in expected:
+        earlier = [other["miou"] for other in expected[: report["epoch"]]]
+        assert report["best_miou"] == max(earlier)
+        assert report["best_epoch"] == earlier.index(max(earlier)) + 1
+        assert report["diverged"] is False
+    seconds = sum(report["train_seconds"] + report["val_seconds"] for report in expected)
+    assert expected[-1]["seconds"] == pytest.approx(seconds)
+
+
+def test_an_epoch_is_safe_on_storage_before_it_is_reported(run: Run, context: TrialContext, folder: Path) -> None:
+    def report(result: Report) -> None:
+        saved = checkpoint.from_bytes((folder / "last.pt").read_bytes())
+        assert saved["history"][-1]["epoch"] == result["epoch"]
+        assert record_of(folder).epochs[-1].miou == result["miou"]
+        assert (folder / "best.pt").exists()
+
+    run_trial(TrialSpec(trial=run.name, run=run), context, report=report)
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2])
+def test_a_trial_that_was_killed_ends_as_one_that_was_not(
+    run: Run, context: TrialContext, folder: Path, expected: list[Report], num_epochs: int
+) -> None:
+    train_and_kill(num_epochs, run, context)
+    again = timeless(train(run, context))
+    assert again == timeless(expected)[num_epochs - 1 :], "the last epoch is reported again, then the others"
+    assert epoch_numbers(folder) == [1, 2, 3]
+
+
+def test_a_trial_whose_last_report_was_lost_only_reports_again(
+    run: Run, context: TrialContext, folder: Path, expected: list[Report]
+) -> None:
+    train(run, context)
+    before = (folder / "last.pt").stat().st_mtime_ns
+    assert timeless(train(run, context)) == timeless(expected[-1:])
+    assert (folder / "last.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "a kill between two files", "both states lost"])
+def test_a_damaged_state_costs_epochs_and_changes_nothing(
+    run: Run, context: TrialContext, folder: Path, expected: list[Report], damage: str
+) -> None:
+    train_and_kill(2, run, context)
+    last = folder / "last.pt"
+    if damage == "a flipped byte":
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content)
+    elif damage == "a kill between two files":
+        last.rename(folder / ".last.pt.part")
+    else:
+        for name in ("last.pt", "previous.pt"):
+            (folder / name).write_bytes(b"PK")
+    assert timeless(train(run, context)) == timeless(expected)
+
+
+def test_the_state_of_another_run_is_refused_and_left_as_it_is(run: Run, context: TrialContext, folder: Path) -> None:
+    train(run.model_copy(update={"num_epochs": 1}), context)
+    before = (folder / "last.pt").read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match="another run"):
+        train(run, context)
+    assert (folder / "last.pt").read_bytes() == before
+
+
+# --- latency ----------------------------------------------------------------------------------------------------------
+
+
+def test_latency_is_measured_once_where_it_is_a_goal_and_changes_nothing_else(
+    run: Run, context: TrialContext, folder: Path, expected: list[Report]
+) -> None:
+    assert [report["latency_ms"] for report in expected] == [None] * 3
+    measuring = context.model_copy(update={"measures_latency": True})
+    train_and_kill(1, run, measuring)
+    measured = record_of(folder).latency
+    assert measured is not None
+    known = replace(measured, median_ms=measured.median_ms + 1)
+    write_trial(Storage.at(context.storage), replace(record_of(folder), latency=known))
+    reports = train(run, measuring)
+    assert [report["latency_ms"] for report in reports] == [known.median_ms] * 3
+    assert record_of(folder).latency == known
+    assert timeless(reports, latency=False) == timeless(expected, latency=False)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"spec": 1', b"\xff\xfe", b"[]"])
+def test_a_damaged_latency_is_measured_again(run: Run, context: TrialContext, folder: Path, content: bytes) -> None:
+    folder.mkdir(parents=True)
+    (folder / TRIAL).write_bytes(content)
+    measuring = context.model_copy(update={"measures_latency": True})
+    (report,) = train(run.model_copy(update={"num_epochs": 1}), measuring)
+    latency = record_of(folder).latency
+    assert isinstance(latency, Latency)
+    assert report["latency_ms"] == latency.median_ms
+
+
+# --- data and storage -------------------------------------------------------------------------------------------------
+
+
+def test_other_frames_than_the_drivers_are_refused(run: Run, context: TrialContext) -> None:
+    other = context.model_copy(update={"data_digests": {"32x64": "0" * 16}})
+    with pytest.raises(ValueError, match=r"other frames.*0000"):
+        train(run, other)
+
+
+def test_a_diverged_trial_reports_it_and_keeps_its_last_good_weights(
+    run: Run, context: TrialContext, folder: Path
+) -> None:
+    hot = run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"lr": 1e9})})
+    reports = train(hot, context)
+    assert [report["diverged"] for report in reports] == [False] * (len(reports) - 1) + [True]
+    assert math.isfinite(reports[-1]["miou"])
+    assert math.isfinite(reports[-1]["best_miou"])
+    for path in folder.glob("*.pt"):
+        weights = checkpoint.from_bytes(path.read_bytes())["model"]
+        assert all(bool(value.isfinite().all()) for value in weights.values()), path.name
+
+
+def test_a_node_without_the_pack_packs_its_own(run: Run, context: TrialContext, tmp_path: Path) -> None:
+    write_frames(tmp_path / "frames")
+    source = packing.open_source(str(tmp_path / "frames"))
+    pack = packing.prepare_packed(source, image_size=(32, 64), cache_dir=tmp_path / "driver")
+    changes = {
+        "data": str(tmp_path / "frames"),
+        "packs": {"32x64": str(tmp_path / "on another machine")},
+        "data_digests": {"32x64": pack.digest},
+        "cache_dir": str(tmp_path / "worker"),
+    }
+    assert len(train(run, context.model_copy(update=changes))) == run.num_epochs
+    assert list((tmp_path / "worker").glob("*/train.arrow"))
+
+
+def test_a_node_without_the_pack_and_the_data_fetches_the_drivers_pack(
+    run: Run, context: TrialContext, small_data: "Packed", tmp_path: Path
+) -> None:
+    shared = Storage.at((tmp_path / "shared").as_uri())
+    packing.publish_packed(small_data.path, shared)
+    changes = {
+        "data": str(tmp_path / "nowhere"),
+        "packs": {"32x64": str(tmp_path / "on another machine" / small_data.path.name)},
+        "shared_packs": shared.uri,
+        "cache_dir": str(tmp_path / "worker"),
+    }
+    assert len(train(run, context.model_copy(update=changes))) == run.num_epochs
+    assert (tmp_path / "worker" / small_data.path.name / "train.arrow").is_file()
+
+
+class FailingForEvents:
+    """A file system without local paths that takes everything but TensorBoard's files, until it is told to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._inner = pyarrow.fs.SubTreeFileSystem(str(folder), pyarrow.fs.LocalFileSystem())
+        self.takes_events = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def open_output_stream(self, path: str, **options: Any) -> Any:
+        if "tfevents" in path and not self.takes_events:
+            raise ConnectionResetError("unreachable")
+        return self._inner.open_output_stream(path, **options)
+
+
+@pytest.fixture
+def filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FailingForEvents:
+    """The file system of every storage of this test."""
+    filesystem = FailingForEvents(tmp_path)
+    bucket = Storage(filesystem, "bucket", "s3://bucket", RetryPolicy("s3://bucket"))
+    monkeypatch.setattr(Storage, "at", lambda _address: bucket)
+    monkeypatch.setattr(storage_module, "FIRST_PAUSE_SECONDS", 60.0)  # longer than a copy is retried
+    return filesystem
+
+
+def test_event_files_that_cannot_be_copied_do_not_end_a_trial_and_follow_later(
+    run: Run, context: TrialContext, tmp_path: Path, filesystem: FailingForEvents, caplog: pytest.LogCaptureFixture
+) -> None:
+    filesystem.takes_events = False
+    copied = []
+
+    def report(result: Report) -> None:
+        copied.append(len(list((tmp_path / "bucket" / run.name).glob("*.tfevents.*"))))
+        filesystem.takes_events = result["epoch"] >= 2
+
+    run_trial(TrialSpec(trial=run.name, run=run), context, report=report)
+    assert copied == [0, 0, 1]
+    assert caplog.text.count("TensorBoard's files are not copied") == 2
+
+
+@pytest.mark.usefixtures("filesystem")
+def test_in_object_storage_the_event_files_follow_every_epoch(run: Run, context: TrialContext, tmp_path: Path) -> None:
+    sizes = []
+
+    def report(_result: Report) -> None:
+        (events,) = (tmp_path / "bucket" / run.name).glob("*.tfevents.*")
+        sizes.append(events.stat().st_size)
+
+    run_trial(TrialSpec(trial=run.name, run=run), context, report=report)
+    assert sizes == sorted(set(sizes)), "every epoch adds to it"
+    assert len(sizes) == run.num_epochs
+    assert [report["epoch"] for report in train(run, context)] == [run.num_epochs], "it resumes there"

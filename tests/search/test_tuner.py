@@ -1,0 +1,197 @@
+"""Early stopping in real Tune searches: which trials stop, and what a second search takes over."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pytest
+import ray
+from helpers.rows import plain_row
+from ray import tune
+from ray.tune.experiment import Trial
+
+from tune_bisenet.config import Expect, Run
+from tune_bisenet.records import TrialSpec, to_plain
+from tune_bisenet.rungs import AshaRule, MedianRule, Stopper, StoppingRule, protected_rows
+from tune_bisenet.search.tuner import StoppingScheduler
+
+NUM_EPOCHS = 6  # one rung, after epoch 3
+ASHA = AshaRule(min_peers=1)
+
+
+def hundred(_run: Run) -> int:
+    """Return the iterations of an epoch."""
+    return 100
+
+
+def scheduler_of(rule: StoppingRule | None = ASHA, **fields: Any) -> StoppingScheduler:
+    return StoppingScheduler(Stopper(rule=rule, iterations_per_epoch=hundred, **fields))
+
+
+def row(name: str, expect: Expect | None = None) -> Run:
+    return plain_row(name, warmup=100, expect=expect, num_epochs=NUM_EPOCHS)
+
+
+def config_of(run: Run) -> dict[str, Any]:
+    return to_plain(TrialSpec(trial=run.name, run=run))
+
+
+class Curve(TypedDict, total=False):
+    miou: float
+    """The same after every epoch."""
+    first_epoch: int
+    """1 unless the trial resumes."""
+    nan_from: int
+    """The epoch from which on the loss is NaN."""
+
+
+def reporter(curves: dict[str, Curve]) -> Callable[[dict[str, Any]], None]:
+    """Return a trainable; a closure, because workers can't import this file."""
+
+    def report(config: dict[str, Any]) -> None:
+        curve = curves[config["trial"]]
+        for epoch in range(curve.get("first_epoch", 1), NUM_EPOCHS + 1):
+            diverged = epoch >= curve.get("nan_from", NUM_EPOCHS + 1)
+            tune.report({"epoch": epoch, "miou": curve["miou"], "diverged": diverged})
+
+    return report
+
+
+def name_of(trial: Trial) -> str:
+    return str(trial.config["trial"])
+
+
+def last_epochs(
+    scheduler: StoppingScheduler, runs: list[Run], curves: dict[str, Curve], storage: Path, **tune_config: Any
+) -> dict[str, int]:
+    """Run one trial after the other in this order; return the last epoch that each reported, 0 for none."""
+    specs = {run.name: config_of(run) for run in runs}
+    tuner = tune.Tuner(
+        reporter(curves),
+        param_space={
+            "trial": tune.grid_search(list(specs)),
+            "run": tune.sample_from(lambda config: specs[config["trial"]]["run"]),
+        },
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler,
+            max_concurrent_trials=1,
+            reuse_actors=True,
+            trial_name_creator=name_of,
+            trial_dirname_creator=name_of,
+            **tune_config,
+        ),
+        run_config=tune.RunConfig(storage_path=str(storage), verbose=0),
+    )
+    results = tuner.fit()
+    assert not results.errors
+    ended = [results[index] for index in range(len(results))]
+    return {result.config["trial"]: (result.metrics or {}).get("epoch", 0) for result in ended if result.config}
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+def in_ray(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that runs in the Ray of this module."""
+    return pytest.mark.ray(pytest.mark.usefixtures("one_ray")(test))
+
+
+@in_ray
+def test_bad_rows_stop_at_the_rung_diverged_ones_at_once_and_the_baseline_completes(tmp_path: Path) -> None:
+    runs = [row("r02"), row("r01"), row("r03"), row("r04", Expect(gain=(0.5, 0.5), over="r01")), row("r05")]
+    curves: dict[str, Curve] = {
+        "r02": {"miou": 50.0},
+        "r01": {"miou": 10.0},
+        "r03": {"miou": 20.0},
+        "r04": {"miou": 60.0, "nan_from": 2},
+        "r05": {"miou": 40.0},
+    }
+    scheduler = scheduler_of(protected=protected_rows(runs))
+    ended = last_epochs(scheduler, runs, curves, tmp_path)
+    assert ended == {"r02": 6, "r01": 6, "r03": 3, "r04": 2, "r05": 6}
+    assert scheduler.stopper.stops.keys() == {"r03", "r04"}
+    for number in ("20.00", "epoch 3", "30.00", "2 others"):
+        assert number in scheduler.stopper.stops["r03"]
+
+
+@in_ray
+def test_a_second_search_judges_by_what_the_first_has_seen(tmp_path: Path) -> None:
+    first = scheduler_of()
+    curves: dict[str, Curve] = {"r01": {"miou": 50.0}, "r02": {"miou": 40.0}}
+    assert last_epochs(first, [row("r01"), row("r02")], curves, tmp_path) == {"r01": 6, "r02": 3}
+
+    saved = json.loads(json.dumps(first.stopper.to_json()))
+    second = StoppingScheduler(scheduler_of().stopper.restored(saved))
+    runs = [row("r01"), row("r02"), row("r03"), row("r04"), row("r05")]
+    curves = {
+        "r01": {"miou": 30.0, "first_epoch": 3},  # repeats the rung, where it went on
+        "r02": {"miou": 90.0, "first_epoch": 4},  # was stopped, but the driver died before it noted so
+        "r03": {"miou": 99.0, "first_epoch": 4},  # resumes beyond the rung: not to be recorded there
+        "r04": {"miou": 44.0},  # below 45, the median of 50 and 40
+        "r05": {"miou": 45.0},  # above 44, the median of 50, 40 and 44
+    }
+    assert last_epochs(second, runs, curves, tmp_path) == {"r01": 6, "r02": 4, "r03": 6, "r04": 3, "r05": 6}
+    assert second.stopper.seen == {6: {"r01": {3: 50.0}, "r02": {3: 40.0}, "r04": {3: 44.0}, "r05": {3: 45.0}}}
+    assert second.stopper.stops["r02"] == first.stopper.stops["r02"]
+
+
+@in_ray
+def test_a_trial_that_resumes_at_its_end_and_reports_nothing_harms_no_other(tmp_path: Path) -> None:
+    curves: dict[str, Curve] = {"r01": {"first_epoch": NUM_EPOCHS + 1}, "r02": {"miou": 40.0}}
+    scheduler = scheduler_of()
+    assert last_epochs(scheduler, [row("r01"), row("r02")], curves, tmp_path) == {"r01": 0, "r02": 6}
+    assert scheduler.stopper.seen == {6: {"r02": {3: 40.0}}}
+
+
+@in_ray
+def test_without_a_rule_every_row_completes_but_a_diverged_one(tmp_path: Path) -> None:
+    scheduler = scheduler_of(None)
+    curves: dict[str, Curve] = {"r01": {"miou": 50.0}, "r02": {"miou": 1.0}, "r03": {"miou": 60.0, "nan_from": 4}}
+    runs = [row("r01"), row("r02"), row("r03")]
+    ended = last_epochs(scheduler, runs, curves, tmp_path, metric="miou", mode="max")
+    assert ended == {"r01": 6, "r02": 6, "r03": 4}
+
+
+@in_ray
+def test_the_median_rule_stops_trials_too(tmp_path: Path) -> None:
+    scheduler = scheduler_of(MedianRule(min_peers=1))
+    curves: dict[str, Curve] = {"r01": {"miou": 50.0}, "r02": {"miou": 40.0}, "r03": {"miou": 60.0, "nan_from": 2}}
+    assert last_epochs(scheduler, [row("r01"), row("r02"), row("r03")], curves, tmp_path) == {
+        "r01": 6,
+        "r02": 3,
+        "r03": 2,
+    }
+    for number in ("40.00", "epoch 3", "50.00"):
+        assert number in scheduler.stopper.stops["r02"]
+
+
+# --- without a cluster ------------------------------------------------------------------------------------------------
+
+
+def test_a_result_without_its_keys_breaks_an_invariant() -> None:
+    trial = Trial("stub", config=config_of(row("r01")), trial_name_creator=name_of, stub=True)
+    with pytest.raises(AssertionError, match="r01 reported no diverged, miou"):
+        scheduler_of().on_trial_result(None, trial, {"epoch": 3, "done": False})
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "accepted"),
+    [(None, None, True), ("miou", "max", True), ("loss", "max", False), ("miou", "min", False)],
+)
+def test_tune_may_name_the_same_metric_and_mode_but_no_other(
+    metric: str | None, mode: str | None, accepted: bool
+) -> None:
+    assert scheduler_of().set_search_properties(metric, mode, anything="else") is accepted
+
+
+def test_a_scheduler_can_be_pickled_as_tune_does_when_it_starts() -> None:
+    scheduler = scheduler_of(stops={"r03": "slow"})
+    copied = pickle.loads(pickle.dumps(scheduler))
+    assert copied.stopper.to_json() == scheduler.stopper.to_json()
+    assert copied.debug_string() == "stopped early: 1"

@@ -1,0 +1,76 @@
+"""Flags: durations as people write them, limits that are kept over sessions, defaults, and trials that are added."""
+
+from typing import Any
+
+import pytest
+
+from tune_bisenet.options import Limits, Options, SearchConfig, TrialGroup, parse_options, resolve_options
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5h", 5400), ("30m1h", 5400), ("2d12h", 216000)])
+def test_durations_are_sums_of_numbers_with_units(text: str, seconds: float) -> None:
+    assert parse_options({"time_budget": text}) == (Options(time_budget=seconds), {})
+
+
+@pytest.mark.parametrize("text", ["8", "h", "8 h", "8hours", "1h30", "-1h", "1h-30m", "", "1,5h", "eight hours"])
+def test_an_invalid_duration_is_named_with_valid_ones(text: str) -> None:
+    options, mistyped = parse_options({"time_budget": text, "name": "kept"})
+    assert (options.time_budget, options.name) == (None, "kept")
+    assert mistyped["time_budget"].startswith(f"--time-budget: {text} is not")
+    assert "1h30m" in mistyped["time_budget"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"time_budget": "0s"},
+        {"trials": 0},
+        {"gpu_hours": -1},
+        {"confirm": 0},
+        {"device": "gpu"},
+        {"gpus_per_trial": 1.5},
+        {"objectives": "latency"},
+        {"name": "../x"},
+        {"seeds": "1,1"},
+        {"image_size": "33x64"},
+    ],
+)
+def test_a_wrong_value_is_named_with_its_flag_and_left_out(flags: dict[str, Any]) -> None:
+    (name,) = flags
+    options, mistyped = parse_options(flags | {"epochs": "3"})
+    assert options == Options(epochs=3)
+    assert mistyped.keys() == {name}
+    assert mistyped[name].startswith(f"--{name.replace('_', '-')}")
+
+
+def test_a_session_changes_the_limits_it_names_and_keeps_the_others() -> None:
+    limits = Limits(trials=40, time_budget=3600.0, confirm=3)
+    changed = limits.updated(Options(trials=60, gpu_hours=8))
+    assert changed == Limits(trials=60, time_budget=3600.0, gpu_hours=8, confirm=3)
+    assert limits.updated(Options()) == limits
+
+
+def test_the_limit_that_is_reached_is_named() -> None:
+    limits = Limits(trials=3, time_budget=5400.0, gpu_hours=2.5)
+    assert limits.limit_reached(seconds=5399.9, gpu_hours=2.49) == ""
+    assert limits.limit_reached(seconds=5400, gpu_hours=0).startswith("--time-budget 1 h 30 min")
+    assert limits.limit_reached(seconds=0, gpu_hours=2.5).startswith("--gpu-hours 2.5")
+    unlimited = Limits(trials=1, confirm=1)  # trials are counted by the study
+    assert unlimited.limit_reached(seconds=1e9, gpu_hours=1e9) == ""
+
+
+def test_the_built_in_streets_are_a_proxy_without_pretrained_weights() -> None:
+    streets = resolve_options(Options(), default_data="streets")
+    assert (streets.proxy, streets.backbone, streets.scheduler) == (True, "none", "asha")
+    cityscapes = resolve_options(Options(objectives=("miou", "latency")), default_data="/data")
+    assert (cityscapes.proxy, cityscapes.backbone, cityscapes.scheduler) == (False, "imagenet", "fifo")
+
+
+def test_added_trials_have_the_rows_or_seeds_of_the_first_where_none_are_given() -> None:
+    config: SearchConfig = resolve_options(Options(runs=("a",), seeds=(1, 2)), default_data="streets")
+    more = config.with_group(runs=None, seeds=(3,)).with_group(runs=("b",), seeds=None)
+    groups = [TrialGroup(runs=("a",), seeds=(3,)), TrialGroup(runs=("b",), seeds=(1, 2))]
+    assert more.groups == (config.groups[0], *groups)
+    assert [config.default_seed, resolve_options(Options(), default_data="streets").default_seed] == [None, 0]
+    with pytest.raises(ValueError, match="--add"):
+        config.with_group(runs=None, seeds=None)

@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA ?= streets
 
 .DEFAULT_GOAL := help
-.PHONY: help setup runs10 around10 smoke test test-browser test-cluster test-postgres lint format lock tensorboard clean
+.PHONY: help setup runs10 around10 smoke test test-slow test-browser test-cluster test-postgres fixtures snapshots lint format lock tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -33,8 +33,11 @@ around10: setup  ## 30 trials around the ten, by Optuna; WARM=results/NAME begin
 smoke: setup  ## three short rows: does everything work here?
 	$(BIN)/python -m tune_bisenet.run --space smoke --epochs 2 --scheduler fifo
 
-test: setup  ## all tests but those of test-cluster, two files at a time
+test: setup  ## the quick tests, two files at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-slow: setup  ## whole searches, crashes and kills: what takes over half a minute
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "slow and not cluster and not namespaces"
 
 test-browser: setup  ## the report in a real Chromium; installs Debian's if it is not there
 	command -v chromium chromedriver >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)
@@ -42,11 +45,17 @@ test-browser: setup  ## the report in a real Chromium; installs Debian's if it i
 
 test-postgres: setup  ## the study in a real PostgreSQL; installs Debian's if it is not there
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
-	$(BIN)/python -m pytest tests/test_study_postgres.py
+	$(BIN)/python -m pytest tests/study/test_postgres.py
 
-test-cluster: setup  ## clusters, jobs, object storage, spot notices, against mock clouds; as root also the whole way of `ray up`
-	test "$$(id -u)" != 0 || (ls /usr/sbin/sshd && command -v rsync ip) >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq openssh-server rsync iproute2)
-	$(BIN)/python -m pytest -m cluster
+test-cluster: setup  ## clusters, jobs, mock clouds and object storage; as root also autoscaling, in Linux namespaces
+	$(BIN)/python -m pytest -m "cluster and not namespaces"
+	test "$$(id -u)" != 0 || $(BIN)/python -m pytest -m namespaces
+
+fixtures: setup  ## write the two small searches in tests/fixtures again; then run make snapshots
+	$(BIN)/python tests/write_fixtures.py
+
+snapshots: setup  ## write tests/snapshots again; review the diff
+	TUNE_BISENET_WRITE_SNAPSHOTS=1 $(BIN)/python -m pytest tests/test_snapshots.py
 
 lint: setup  ## formatting, lint, types, import layers
 	$(BIN)/ruff format --check

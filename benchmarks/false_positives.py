@@ -1,9 +1,9 @@
-"""How often a search says "confirmed" when nothing is better, and how often when a promise is true: by simulation.
+"""Simulate how often a search confirms a claim when nothing is better, and how often when the claim is true.
 
-Ten rows with the promises of runs10. Trials of one seed share noise (the same data order and augmentation) and have
-their own; epochs wiggle. For false positives every row is the same, at a level at which none of the 13 claims is true
-but for the edge: the mean best mIoU is the low end of the lowest promised level. For power every gain is the middle of
-its promise.
+The ten rows have the expectations of runs10. Trials of one seed share noise (the same data order and augmentation), and
+each trial and each epoch adds its own. For false positives all rows are alike, at a level at which none of the 13
+claims is true, except at its edge: the mean best mIoU is the low end of the lowest expected level. For power every gain
+is the middle of its expected range.
 
     python benchmarks/false_positives.py [--searches 2000] [--seeds 3,5]
 """
@@ -17,44 +17,44 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from search_spaces.runs10 import SPACE
-from tune_bisenet.records import Epoch
-from tune_bisenet.report.verdicts import Judgement, Measured, judge
+from tune_bisenet.records import Epoch, TrialSpec, TrialState
+from tune_bisenet.report.read import ReportedTrial
+from tune_bisenet.report.verdicts import Judgement, judge
 
 NUM_EPOCHS = 10
 SHARED_SD, OWN_SD, WIGGLE_SD = 0.7, 0.4, 0.2
-"""Points of mIoU: of a seed, of a trial, of an epoch."""
+"""In points of mIoU: between seeds, between trials of a seed, between epochs of a trial."""
 
 LEVEL = 55.0
 
 
-def curves_of(rng: np.random.Generator, *shape: int) -> NDArray[np.float64]:
-    """In percent, by shape x epochs; learning is all but over at the end, as under a poly schedule."""
+def draw_curves(rng: np.random.Generator, *shape: int) -> NDArray[np.float64]:
+    """Return mIoU in percent, shape x epochs; the curve is nearly flat at its end, as under a poly schedule."""
     progress = 1 - (1 - np.arange(1, NUM_EPOCHS + 1) / NUM_EPOCHS) ** 2
     return 40 + 15 * progress + rng.normal(0, OWN_SD, (*shape, 1)) + rng.normal(0, WIGGLE_SD, (*shape, NUM_EPOCHS))
 
 
-BIAS = float(curves_of(np.random.default_rng(1), 200_000).max(axis=-1).mean()) - LEVEL
-"""How far the best of the curve above is, on average, from the level wanted."""
+BIAS = float(draw_curves(np.random.default_rng(1), 200_000).max(axis=-1).mean()) - LEVEL
+"""How far the best epoch of a curve is, on average, above LEVEL."""
 
 
-def simulated(rng: np.random.Generator, num_seeds: int, gains: Mapping[str, float]) -> list[Measured]:
-    """The trials of one search; rows gain what `gains` says over the others."""
-    curves = curves_of(rng, len(SPACE.runs), num_seeds) - BIAS + rng.normal(0, SHARED_SD, (num_seeds, 1))
-    return [
-        Measured(
-            trial=f"{run.name}-s{seed}",
-            run=run.name,
-            seed=seed,
-            status="finished",
-            num_epochs=NUM_EPOCHS,
-            epochs=[epoch(number, miou + gains.get(run.name, 0)) for number, miou in enumerate(curve, start=1)],
-        )
-        for run, by_seed in zip(SPACE.runs, curves.tolist(), strict=True)
-        for seed, curve in enumerate(by_seed)
-    ]
+def simulate_trials(rng: np.random.Generator, num_seeds: int, gains: Mapping[str, float]) -> list[ReportedTrial]:
+    """Return the trials of one search, in which a row has its points of `gains` more than the others."""
+    curves = draw_curves(rng, len(SPACE.runs), num_seeds) - BIAS + rng.normal(0, SHARED_SD, (num_seeds, 1))
+    trials = []
+    for row, by_seed in zip(SPACE.runs, curves.tolist(), strict=True):
+        for seed, curve in enumerate(by_seed):
+            run = row.model_copy(update={"seed": seed, "num_epochs": NUM_EPOCHS})
+            spec = TrialSpec(trial=f"{run.name}-s{seed}", run=run)
+            state = TrialState.of_run(spec.trial, run, status="finished")
+            gain = gains.get(run.name, 0)
+            epochs = [make_epoch(number, miou + gain) for number, miou in enumerate(curve, start=1)]
+            trials.append(ReportedTrial(spec=spec, state=state, epochs=epochs))
+    return trials
 
 
-def epoch(number: int, miou: float) -> Epoch:
+def make_epoch(number: int, miou: float) -> Epoch:
+    """Return epoch `number` with this mIoU in percent."""
     return Epoch(
         epoch=number,
         iterations=number,
@@ -73,45 +73,47 @@ def epoch(number: int, miou: float) -> Epoch:
     )
 
 
-def searches(number: int, num_seeds: int, *, proxy: bool, gains: Mapping[str, float]) -> list[Judgement]:
-    rng = np.random.default_rng((number, num_seeds, proxy, len(gains)))
-    return [judge(SPACE.runs, simulated(rng, num_seeds, gains), proxy=proxy) for _ in range(number)]
+def judge_searches(num_searches: int, num_seeds: int, *, proxy: bool, gains: Mapping[str, float]) -> list[Judgement]:
+    """Return the judgement of each simulated search."""
+    rng = np.random.default_rng((num_searches, num_seeds, proxy, len(gains)))
+    return [judge(SPACE.runs, simulate_trials(rng, num_seeds, gains), proxy=proxy) for _ in range(num_searches)]
 
 
 def num_false(judgements: list[Judgement]) -> int:
-    """Searches in which any claim is confirmed."""
+    """Return the number of searches in which any claim is confirmed."""
     return sum(any(claim.verdict == "confirmed" for claim in judgement.claims) for judgement in judgements)
 
 
-def promised_gains() -> dict[str, float]:
-    """By row, the middle of its promise."""
+def expected_gains() -> dict[str, float]:
+    """Return, by row, the middle of the gain that it expects."""
     return {run.name: sum(run.expect.gain) / 2 for run in SPACE.runs if run.expect and run.expect.gain}
 
 
-def share(hits: int, of: int) -> str:
-    """With its Clopper-Pearson interval."""
-    low, high = stats.binomtest(hits, of).proportion_ci(0.95)
-    return f"{hits / of:6.2%} (95 % interval {low:.2%} to {high:.2%}, {hits} of {of})"
+def format_share(hits: int, total: int) -> str:
+    """Return a share with its Clopper-Pearson interval."""
+    low, high = stats.binomtest(hits, total).proportion_ci(0.95)
+    return f"{hits / total:6.2%} (95 % interval {low:.2%} to {high:.2%}, {hits} of {total})"
 
 
-def run(number: int, seeds: list[int]) -> None:
+def run(num_searches: int, seeds: list[int]) -> None:
+    """Print false positives, then power, by number of seeds."""
     print("searches of ten equal rows with any false confirmed:")
     for num_seeds in seeds:
         for proxy in (False, True):
-            judgements = searches(number, num_seeds, proxy=proxy, gains={})
+            judgements = judge_searches(num_searches, num_seeds, proxy=proxy, gains={})
             claims = f"{judgements[0].family} claims{' (proxy)' if proxy else ''}"
-            print(f"  {num_seeds} seeds, {claims}: {share(num_false(judgements), number)}")
-    print("verdicts on a gain that is the middle of its promise:")
+            print(f"  {num_seeds} seeds, {claims}: {format_share(num_false(judgements), num_searches)}")
+    print("verdicts on a gain that is the middle of its expected range:")
     for num_seeds in [*seeds, 10, 20]:
-        judgements = searches(max(number // 10, 1), num_seeds, proxy=True, gains=promised_gains())
-        for name, gain in promised_gains().items():
+        judgements = judge_searches(max(num_searches // 10, 1), num_seeds, proxy=True, gains=expected_gains())
+        for name, gain in expected_gains().items():
             verdicts = Counter(c.verdict for j in judgements for c in j.claims if (c.run, c.kind) == (name, "gain"))
-            told = ", ".join(f"{verdict} {verdicts[verdict] / len(judgements):.0%}" for verdict in sorted(verdicts))
-            print(f"  {num_seeds} seeds, {name} gains {gain:g}: {told} (n = {len(judgements)})")
+            shares = ", ".join(f"{verdict} {verdicts[verdict] / len(judgements):.0%}" for verdict in sorted(verdicts))
+            print(f"  {num_seeds} seeds, {name} gains {gain:g}: {shares} (n = {len(judgements)})")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--searches", type=int, default=2000)
     parser.add_argument("--seeds", default="3,5")
     arguments = parser.parse_args()

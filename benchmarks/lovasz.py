@@ -1,4 +1,4 @@
-"""Lovász-Softmax by counting errors in bins, against the textbook sort: time, and distance from float64.
+"""Compare Lovász-Softmax by counting errors in bins with the textbook sort: time, and distance from float64.
 
 python benchmarks/lovasz.py [--size 256x512] [--repeats 5]
 """
@@ -16,7 +16,7 @@ from tune_bisenet.training.losses import lovasz_softmax
 
 
 def by_sorting(scores: Tensor, targets: Tensor) -> Tensor:
-    """The definition: errors sorted, weighed by the differences of the Jaccard loss; in the precision of `scores`."""
+    """Return the loss by its definition, in the precision of `scores`: sorted errors, each with its Jaccard weight."""
     labels = targets.flatten()
     labelled = labels != VOID
     probabilities = scores.softmax(dim=1).movedim(1, 0).flatten(1)[:, labelled]
@@ -30,8 +30,8 @@ def by_sorting(scores: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def measured(loss: Callable[[Tensor, Tensor], Tensor], scores: Tensor, targets: Tensor) -> tuple[float, Tensor, Tensor]:
-    """CPU seconds of forward and backward, the loss, and its gradient."""
+def measure(loss: Callable[[Tensor, Tensor], Tensor], scores: Tensor, targets: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Return the CPU seconds of forward and backward, the loss, and its gradient."""
     leaf = scores.clone().requires_grad_()
     started = time.process_time()
     value = loss(leaf, targets)
@@ -41,16 +41,17 @@ def measured(loss: Callable[[Tensor, Tensor], Tensor], scores: Tensor, targets: 
 
 
 def run(height: int, width: int, repeats: int) -> None:
+    """Print both methods side by side, on a batch of four."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     scores = 3 * torch.randn(4, NUM_CLASSES, height, width, generator=generator)
     targets = torch.randint(0, 12, (4, height, width), generator=generator)
     targets[:, : height // 20] = VOID
-    _, truth, true_gradient = measured(by_sorting, scores.double(), targets)
+    _, truth, true_gradient = measure(by_sorting, scores.double(), targets)
     seconds: dict[str, list[float]] = {"bins": [], "sort": []}
     for _ in range(repeats):  # side by side, so that both meet the same noise
         for name, loss in (("bins", lovasz_softmax), ("sort", by_sorting)):
-            spent, value, gradient = measured(loss, scores, targets)
+            spent, value, gradient = measure(loss, scores, targets)
             seconds[name].append(spent)
             error = (gradient - true_gradient).norm() / true_gradient.norm()
             print(f"{name}: {1000 * spent:6.0f} ms  loss off by {abs(value - truth):.1e}  gradient by {error:.1e}")
@@ -59,7 +60,7 @@ def run(height: int, width: int, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="256x512")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Optuna's samplers against random draws, on a surrogate of the space fitted to trials of our own: no training.
+"""Compare Optuna's samplers with random draws, on a surrogate of the space that is fitted to our own trials.
 
-python benchmarks/samplers.py benchmarks/around10_streets.csv [--seeds 20] [--samplers tpe,gp,random]
+    python benchmarks/samplers.py benchmarks/around10_streets.csv [--seeds 20] [--samplers tpe,gp,random]
 
 The table is a sampled search's `tables/params.csv`. The surrogate is the better of a Gaussian process and a forest by
 cross-validation, and the studies are asked exactly as a search asks them. Values are mIoU in percent.
@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,15 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from sklearn.model_selection import KFold, cross_val_predict
 
 from tune_bisenet import spaces
-from tune_bisenet.records import Param, TrialState
+from tune_bisenet.config import Param
+from tune_bisenet.records import TrialState
 from tune_bisenet.spaces import DataFacts, RowOverrides, resolve_runs
-from tune_bisenet.study import sampling
-from tune_bisenet.study.study import Question, Study, open_storage
+from tune_bisenet.storage import Storage
+from tune_bisenet.study.sampling import SearchSpace
+from tune_bisenet.study.study import Study, StudySetup, study_database
 
 CHECKPOINTS = (10, 20, 40)
-"""After how many trials the best value is noted."""
+"""The numbers of trials after which the best value is noted."""
 FACTS = DataFacts(num_train=96, num_val=24, suggested_image_size=(96, 192))
 SETTINGS = RowOverrides(num_epochs=8, proxy=True)
 
@@ -43,7 +46,7 @@ Surrogate = Callable[[Params], float]
 
 
 class Encoder:
-    """Values as numbers in 0..1, logarithms where the space draws logarithms; a column says whether a value applies."""
+    """Encodes values as numbers in 0..1, on a log scale where the space has one; a column says which values apply."""
 
     def __init__(self, distributions: Mapping[str, BaseDistribution]) -> None:
         self._distributions = distributions
@@ -61,14 +64,14 @@ def _encoded(value: Param, distribution: BaseDistribution, *, applies: bool) -> 
         return [float(applies and value == choice) for choice in distribution.choices]
     if not applies:
         return [0.5, 0.0]
-    low, high, given = float(distribution.low), float(distribution.high), float(value)  # type: ignore[attr-defined]
+    low, high, number = float(distribution.low), float(distribution.high), float(value)  # type: ignore[attr-defined]
     if distribution.log:  # type: ignore[attr-defined]
-        low, high, given = np.log(low), np.log(high), np.log(given)
-    return [(given - low) / (high - low), 1.0]
+        low, high, number = np.log(low), np.log(high), np.log(number)
+    return [(number - low) / (high - low), 1.0]
 
 
 def read_trials(path: Path, distributions: Mapping[str, BaseDistribution]) -> list[tuple[dict[str, Param], float]]:
-    """Values and best mIoU of every trial that went to its end."""
+    """Return the parameters and the best mIoU of every trial that was trained to its end."""
     with path.open() as file:
         rows = [row for row in csv.DictReader(file) if row["state"] == "finished"]
     return [
@@ -91,7 +94,7 @@ def _parsed(text: str, distribution: BaseDistribution) -> Param:
 
 
 def fit(trials: Sequence[tuple[Params, float]], encode: Encoder) -> tuple[Surrogate, str]:
-    """The better of two models, and what cross-validation says of both."""
+    """Return the better of two models, and a text with the cross-validation of both."""
     inputs = np.array([encode(params) for params, _ in trials])
     values = np.array([value for _, value in trials])
     models = {
@@ -110,8 +113,9 @@ def fit(trials: Sequence[tuple[Params, float]], encode: Encoder) -> tuple[Surrog
             scores[name] = (_r2(values, guesses), float(stats.spearmanr(values, guesses).statistic))
         best = max(scores, key=lambda name: scores[name])
         model = models[best].fit(inputs, values)
-    words = "; ".join(f"{name}: R² {r2:.2f}, rank correlation {rank:.2f}" for name, (r2, rank) in scores.items())
-    return lambda params: float(model.predict([encode(params)])[0]), f"{best} of ({words}), 10-fold, n = {len(trials)}"
+    scores_text = "; ".join(f"{name}: R² {r2:.2f}, rank correlation {rank:.2f}" for name, (r2, rank) in scores.items())
+    description = f"{best} of ({scores_text}), 10-fold, n = {len(trials)}"
+    return lambda params: float(model.predict([encode(params)])[0]), description
 
 
 def _r2(values: NDArray[np.float64], guesses: NDArray[np.float64]) -> float:
@@ -121,28 +125,30 @@ def _r2(values: NDArray[np.float64], guesses: NDArray[np.float64]) -> float:
 # --- the searches ---------------------------------------------------------------------------------------------------
 
 
-def search(sampler: str, seed: int, surrogate: Surrogate, *, rows_first: bool, place: Path) -> list[float]:
-    """The best value after each trial of a study that is asked as a search asks it."""
+def search(sampler: str, seed: int, surrogate: Surrogate, *, rows_first: bool, directory: Path) -> list[float]:
+    """Return the best value after each trial of a study that is asked as a search asks it."""
     space = spaces.load_space("around10")
     assert isinstance(space, spaces.Sampled)
-    draw = sampling.draw_with(space, SETTINGS, FACTS, ("miou",))
+    scaled = SearchSpace(space=space, settings=SETTINGS, facts=FACTS, objectives=("miou",))
     runs = resolve_runs(space.rows, SETTINGS, FACTS) if rows_first else ()
-    rows = {
-        run.name: (run, sampling.point_of(row, space, draw, ("miou",)))
-        for run, row in zip(runs, space.rows, strict=False)
-    }
-    question = Question(draw=draw, rows=rows, objectives=("miou",), sampler=sampler, seed=seed)  # type: ignore[arg-type]
-    storage = open_storage(f"sqlite:///{place}/{sampler}-{seed}-{rows_first}.db")
-    study = Study(storage, "benchmark", question, limit=max(CHECKPOINTS), checkpoint_of=str)
+    rows = {run.name: replace(scaled.sample_row(row), run=run) for run, row in zip(runs, space.rows, strict=False)}
+    database = study_database(
+        Storage.at(str(directory)),
+        address=f"sqlite:///{directory}/{sampler}-{seed}-{rows_first}.db",
+        secret=None,
+        cache_dir=directory,
+    )
+    setup = StudySetup(space=scaled, rows=rows, sampler=sampler, seed=seed, test_draws=(), database=database)  # type: ignore[arg-type]
+    study = Study(setup, "benchmark", limit=max(CHECKPOINTS))
     study.reconcile([], [])
     best: list[float] = []
-    while (suggested := study.next()) is not None:
-        value = surrogate(suggested.params)
+    while (spec := study.ask()) is not None:
+        value = surrogate(spec.params)
         best.append(max([value, *best[-1:]]))
-        study.ended(
+        study.tell(
             TrialState(
-                trial=suggested.trial,
-                run=suggested.run.name,
+                trial=spec.trial,
+                run=spec.run.name,
                 seed=seed,
                 num_epochs=8,
                 status="finished",
@@ -153,45 +159,53 @@ def search(sampler: str, seed: int, surrogate: Surrogate, *, rows_first: bool, p
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Fit the surrogate, and compare the samplers on it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--samplers", default="tpe,random")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     space = spaces.load_space("around10")
     assert isinstance(space, spaces.Sampled)
-    points = sampling.rehearse(sampling.draw_with(space, SETTINGS, FACTS, ("miou",)), seed=0, draws=2000)
-    distributions = {name: one for point in points for name, one in point.distributions.items()}
-    surrogate, words = fit(read_trials(given.table, distributions), Encoder(distributions))
+    points = SearchSpace(space=space, settings=SETTINGS, facts=FACTS, objectives=("miou",)).test_draws(
+        seed=0, count=2000
+    )
+    distributions = {name: distribution for point in points for name, distribution in point.distributions.items()}
+    surrogate, description = fit(read_trials(arguments.table, distributions), Encoder(distributions))
     values = [surrogate(point.params) for point in points]
     print(
-        f"surrogate: {words}; over 2,000 random points: median {statistics.median(values):.2f}, best {max(values):.2f}"
+        f"surrogate: {description}; over 2,000 random points: median {statistics.median(values):.2f}, "
+        f"best {max(values):.2f}"
     )
     for rows_first in (False, True):
-        compare(given.samplers.split(","), given.seeds, surrogate, rows_first=rows_first)
+        compare(arguments.samplers.split(","), arguments.seeds, surrogate, rows_first=rows_first)
 
 
 def compare(samplers: Sequence[str], seeds: int, surrogate: Surrogate, *, rows_first: bool) -> None:
+    """Print the best value of each sampler, and its lead over random draws."""
     print(f"\n{'the ten rows first' if rows_first else 'from nothing'}, {seeds} seeds: best mIoU, mean (± sd)")
-    found = {}
-    with tempfile.TemporaryDirectory() as place:
+    best = {}
+    with tempfile.TemporaryDirectory() as directory:
         for sampler in samplers:
-            runs = [search(sampler, seed, surrogate, rows_first=rows_first, place=Path(place)) for seed in range(seeds)]
-            found[sampler] = np.array([[run[count - 1] for count in CHECKPOINTS] for run in runs])
+            runs = [
+                search(sampler, seed, surrogate, rows_first=rows_first, directory=Path(directory))
+                for seed in range(seeds)
+            ]
+            best[sampler] = np.array([[run[count - 1] for count in CHECKPOINTS] for run in runs])
             cells = [
                 f"{mean:.2f} ± {sd:.2f}"
-                for mean, sd in zip(found[sampler].mean(0), found[sampler].std(0, ddof=1), strict=True)
+                for mean, sd in zip(best[sampler].mean(0), best[sampler].std(0, ddof=1), strict=True)
             ]
             print(f"| {sampler} | {' | '.join(cells)} |", flush=True)
     for sampler in samplers:
-        if "random" in found and sampler != "random":
-            gains = found[sampler] - found["random"]
+        if "random" in best and sampler != "random":
+            gains = best[sampler] - best["random"]
             cells = [f"{column.mean():+.2f} ({_interval(column)})" for column in gains.T]
             print(f"| {sampler} less random | {' | '.join(cells)} |")
 
 
 def _interval(gains: NDArray[np.float64]) -> str:
-    """95 %, paired by seed."""
+    """Return the 95 % interval of the mean gain, paired by seed."""
     half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / np.sqrt(len(gains))
     return f"{gains.mean() - half:+.2f} to {gains.mean() + half:+.2f}"
 

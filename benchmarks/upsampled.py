@@ -1,4 +1,4 @@
-"""Loss and prediction of upsampled logits in bands, against torch's upsampling and then its loss or argmax.
+"""Compare loss and prediction of upsampled logits in bands with torch's upsampling, then its loss or argmax.
 
 python benchmarks/upsampled.py [--size 512x1024] [--repeats 5]
 """
@@ -20,16 +20,16 @@ Timed = Callable[[Tensor, Tensor], Tensor]
 
 def loss_in_bands(logits: Tensor, targets: Tensor) -> Tensor:
     losses.cross_entropy(logits, targets).backward()
-    return gradient_of(logits)
+    return take_gradient(logits)
 
 
 def loss_of_all(logits: Tensor, targets: Tensor) -> Tensor:
     full_size = F.interpolate(logits, size=targets.shape[1:], mode="bilinear", align_corners=False)
     F.cross_entropy(full_size, targets, ignore_index=VOID).backward()
-    return gradient_of(logits)
+    return take_gradient(logits)
 
 
-def gradient_of(logits: Tensor) -> Tensor:
+def take_gradient(logits: Tensor) -> Tensor:
     gradient, logits.grad = logits.grad, None
     assert gradient is not None
     return gradient
@@ -61,6 +61,7 @@ def compare(name: str, banded: Timed, whole: Timed, logits: Tensor, targets: Ten
 
 
 def run(height: int, width: int, repeats: int) -> None:
+    """Print both methods side by side, on a batch of four."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(4, NUM_CLASSES, height // 8, width // 8, generator=generator)).requires_grad_()
@@ -72,7 +73,7 @@ def run(height: int, width: int, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="512x1024")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

@@ -6,9 +6,8 @@ Epochs and iterations are those of the rows' own scale, 50 epochs; a proxy shrin
 from optuna.trial import BaseTrial as Trial
 
 from search_spaces.runs10 import SPACE as RUNS10
-from tune_bisenet.config import OHEM, SGD, AdamW, Augment, CrossEntropy, Loss, Optimizer, Run, WarmupPoly
+from tune_bisenet.config import OHEM, SGD, AdamW, Augment, CrossEntropy, Loss, Optimizer, Param, Run, WarmupPoly
 from tune_bisenet.config import WeightedCrossEntropy as WeightedCE
-from tune_bisenet.records import Param
 from tune_bisenet.spaces import Sampled
 
 

@@ -173,7 +173,7 @@ class Report:
         front = []
         if search.manifest.study and "latency" in search.manifest.study.objectives:
             table, plot = study_plots.pareto_front(samples)
-            front = [Section("front", "mIoU against latency", [table, plots(plot)])]
+            front = [Section("front", "Pareto front of mIoU and latency", [table, plots(plot)])]
         nothing = "No trial has an mIoU yet."
         slices = "Each by itself; the warmer the colour, the later in the search."
         return [

@@ -73,16 +73,12 @@ def test_a_validation_label_keeps_its_own_resolution(small_data: Packed) -> None
 def test_one_seed_and_epoch_always_give_the_same_batch() -> None:
     first = augmented(Augment(), random_images(), random_labels(), seed=3, epoch=7)
     torch.manual_seed(12345)  # nothing depends on torch's own state
+    before = torch.get_rng_state()
     second = augmented(Augment(), random_images(), random_labels(), seed=3, epoch=7)
+    epoch_order(10, seed=0, epoch=1)
+    assert torch.equal(torch.get_rng_state(), before), "nor changes it"
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
-
-
-def test_drawing_does_not_change_the_global_random_state() -> None:
-    before = torch.get_rng_state()
-    epoch_order(10, seed=0, epoch=1)
-    epoch_draw(Augment(), 10, seed=0, epoch=1)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(3, 8), (4, 7), (7, 3)])
@@ -181,13 +177,10 @@ def test_pixels_outside_the_image_are_0_and_void() -> None:
 
 
 @pytest.mark.parametrize("augment", [Augment(), Augment(min_scale=0.5, max_scale=0.9), scaled(1.7, flip=0.5)])
-def test_labels_never_blend(augment: Augment) -> None:
+def test_labels_never_blend_and_every_id_survives(augment: Augment) -> None:
     _, labels = augmented(augment, random_images(8), random_labels(8, ids=(0, 18)))
     assert set(labels.unique().tolist()) <= {0, 18, VOID}
     assert labels.dtype == torch.uint8
-
-
-def test_every_id_survives_augmentation_as_itself() -> None:
     ids = (*range(19), VOID)
     _, labels = augmented(scaled(1.3), random_images(8), random_labels(8, ids=ids))
     assert set(labels.unique().tolist()) == set(ids)
@@ -238,13 +231,10 @@ def test_brightness_multiplies_contrast_and_saturation_stretch_around_the_mean_a
     assert torch.allclose(with_factors(images, saturation=0.6), grey + 0.6 * (images - grey), atol=0.1)
 
 
-def test_colours_stay_between_0_and_255() -> None:
+def test_colours_stay_between_0_and_255_and_jitter_of_0_changes_none() -> None:
     strongest = with_factors(random_images(), brightness=1.4, contrast=1.4, saturation=1.4)
     assert strongest.min() > -0.1
     assert strongest.max() < 255.1
-
-
-def test_jitter_of_0_does_not_change_colours() -> None:
     draw = epoch_draw(STILL, 100, seed=0, epoch=1)
     for factors in (draw.brightness, draw.contrast, draw.saturation):
         assert (factors == 1.0).all()

@@ -73,17 +73,15 @@ def problems_of(root: Path | str, *, decode: bool = False) -> tuple[str, ...]:
 # --- what is read -----------------------------------------------------------------------------------------------
 
 
-def test_frames_are_found_by_split_in_the_order_of_their_names(root: Path) -> None:
+def test_frames_are_found_by_split_in_the_order_of_their_names_and_read_exactly(root: Path) -> None:
+    pixels = np.arange(4 * 6 * 3).reshape(4, 6, 3)
+    save(image_path(root, "train", "aachen/a_2"), pixels)
     source = open_source(str(root))
     assert {split: tuple(source.names(split)) for split in SPLITS} == FRAMES
     assert source.frame_size == SIZE
     assert source.name == str(root)
-
-
-def test_images_are_read_exactly(root: Path) -> None:
-    pixels = np.arange(4 * 6 * 3).reshape(4, 6, 3)
-    save(image_path(root, "train", "aachen/a_2"), pixels)
-    np.testing.assert_array_equal(open_source(str(root)).load("train", 1).image, pixels)
+    assert open_source(root.as_uri()).name == str(root), "a file URI is a local folder"
+    np.testing.assert_array_equal(source.load("train", 1).image, pixels)
 
 
 @pytest.mark.parametrize("mode", ["L", "P"])
@@ -203,19 +201,15 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(root: Path, side: 
 
 
 def test_all_problems_are_reported_at_once(root: Path) -> None:
-    label_path(root, "train", "aachen/a_1").unlink()
-    image_path(root, "train", "aachen/a_2").write_bytes(b"")
-    Image.new("RGBA", (6, 4)).save(label_path(root, "train", "bonn/b_1"))
-    shutil.rmtree(root / "gtFine" / "val")
+    missing, empty = label_path(root, "train", "aachen/a_1"), image_path(root, "train", "aachen/a_2")
+    rgba, folder = label_path(root, "train", "bonn/b_1"), root / "gtFine" / "val"
+    missing.unlink()
+    empty.write_bytes(b"")
+    Image.new("RGBA", (6, 4)).save(rgba)
+    shutil.rmtree(folder)
     problems = problems_of(root)
     assert len(problems) == 4
-    for path in (
-        label_path(root, "train", "aachen/a_1"),
-        image_path(root, "train", "aachen/a_2"),
-        label_path(root, "train", "bonn/b_1"),
-        root / "gtFine" / "val",
-    ):
-        assert str(path) in "\n".join(problems)
+    assert all(str(path) in "\n".join(problems) for path in (missing, empty, rgba, folder))
 
 
 def test_a_long_list_of_problems_is_pickled_whole_and_shortened_when_printed(root: Path) -> None:
@@ -289,10 +283,6 @@ def test_frames_in_object_storage_equal_those_of_a_local_folder(uri: str, frames
     assert packs[0].digest == packs[1].digest
     assert packs[0].path != packs[1].path
     assert packs[1].path.name.startswith("frames-32x64-")
-
-
-def test_a_file_uri_is_a_local_folder(frames: Path) -> None:
-    assert open_source(frames.as_uri()).name == str(frames)
 
 
 def test_the_fingerprint_changes_when_an_object_is_written_again(store: ObjectStore, frames: Path) -> None:

@@ -159,16 +159,15 @@ def test_a_pack_of_another_format_or_split_is_refused(tmp_path: Path, monkeypatc
 # --- when it is made, and when made again ------------------------------------------------------------------------
 
 
-def test_a_pack_is_made_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pack_is_made_once_and_progress_counts_the_frames_of_both_splits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    first, second = pack(tmp_path), pack(tmp_path)
+    seen: list[tuple[int, int]] = []
+    first = prepare_packed(Noise(), image_size=SIZE, cache_dir=tmp_path, progress=lambda *frame: seen.append(frame))
+    second = pack(tmp_path)
     assert (first.path, first.digest) == (second.path, second.digest)
     assert [record.message.split(":")[0] for record in caplog.records] == ["packing noise at 16x24"]
-
-
-def test_progress_counts_the_frames_of_both_splits(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    prepare_packed(Noise(), image_size=SIZE, cache_dir=tmp_path, progress=lambda *frame: seen.append(frame))
     assert seen == [(done, 10) for done in range(1, 11)]
 
 
@@ -321,18 +320,17 @@ def test_the_next_driver_fetches_the_pack_and_does_not_publish_it_again(
     assert store.asked("PUT", "") == []
 
 
-def test_an_incomplete_pack_in_storage_is_not_used(streets: Packed, shared: Storage, tmp_path: Path) -> None:
+def test_an_incomplete_pack_in_storage_and_one_mixed_of_two_are_not_used(
+    streets: Packed, shared: Storage, tmp_path: Path
+) -> None:
     assert fetch_packed("another", shared=shared, cache_dir=tmp_path) is None
+    other = prepare_packed(replace(STREETS, seed=1), image_size=(32, 64), cache_dir=tmp_path)
+    (shared / streets.path.name).upload(other.path / "train.arrow", "train.arrow")
+    assert fetch_packed(streets.path.name, shared=shared, cache_dir=tmp_path) is None
     for name in ("train.arrow", "complete"):
         (shared / streets.path.name).delete(name)
         assert fetch_packed(streets.path.name, shared=shared, cache_dir=tmp_path) is None
     assert prepare_packed(STREETS, image_size=(32, 64), cache_dir=tmp_path, shared=shared).digest == streets.digest
-
-
-def test_files_of_two_packs_are_not_mixed(streets: Packed, shared: Storage, tmp_path: Path) -> None:
-    other = prepare_packed(replace(STREETS, seed=1), image_size=(32, 64), cache_dir=tmp_path)
-    (shared / streets.path.name).upload(other.path / "train.arrow", "train.arrow")
-    assert fetch_packed(streets.path.name, shared=shared, cache_dir=tmp_path / "cache") is None
 
 
 def test_of_two_processes_on_a_node_one_fetches_and_the_other_waits(

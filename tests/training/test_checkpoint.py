@@ -62,14 +62,11 @@ def local(folder: Storage, name: str) -> Path:
 # --- resuming ---------------------------------------------------------------------------------------------------
 
 
-def test_without_a_saved_state_a_run_starts(training: Training, folder: Storage) -> None:
-    assert checkpoint.resume(training, folder, identity="one") == []
-    assert training.epochs_done == 0
-
-
 def test_a_run_resumes_from_the_last_saved_epoch_and_the_one_before_is_kept(
     training: Training, folder: Storage
 ) -> None:
+    assert checkpoint.resume(training, folder, identity="one") == []
+    assert training.epochs_done == 0, "nothing was saved"
     save_epochs(training, folder, 3)
     mark(training, -1.0)
     assert checkpoint.resume(training, folder, identity="one") == history_of(3)
@@ -165,7 +162,7 @@ def test_a_state_comes_back_as_it_was_and_torch_itself_can_read_it() -> None:
     assert same(torch.load(io.BytesIO(content), weights_only=True), small_state())
 
 
-def test_every_flipped_bit_is_noticed() -> None:
+def test_every_flipped_bit_and_every_missing_end_is_noticed() -> None:
     """Not even in the archive's directory, where torch would load whatever lies in memory silently."""
     content = to_bytes(small_state())
     bits = random.Random(0)
@@ -174,6 +171,9 @@ def test_every_flipped_bit_is_noticed() -> None:
         damaged[position] ^= 1 << bits.randrange(8)
         with pytest.raises(CheckpointError):
             from_bytes(bytes(damaged))
+    for length in (0, 1, 31, 32, 33, 1000, -1):
+        with pytest.raises(CheckpointError, match="damaged"):
+            from_bytes(content[:length])
 
 
 def test_the_bit_that_makes_torch_load_random_memory_is_noticed() -> None:
@@ -184,12 +184,6 @@ def test_the_bit_that_makes_torch_load_random_memory_is_noticed() -> None:
     assert silently.keys() == small_state().keys()  # the weight's memory is never written to: it may hold anything
     with pytest.raises(CheckpointError, match="damaged"):
         from_bytes(bytes(content))
-
-
-@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 1000, -1])
-def test_a_state_cut_short_is_refused(length: int) -> None:
-    with pytest.raises(CheckpointError, match="damaged"):
-        from_bytes(to_bytes(small_state())[:length])
 
 
 # --- what must never be loaded ----------------------------------------------------------------------------------
@@ -292,24 +286,21 @@ def test_a_file_gives_the_features_of_a_resnet(
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
 
 
-def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere.pt", tmp_path):
-        with pytest.raises(BackboneError, match=path.name):
-            checkpoint.load_backbone(str(path))
+NO_WEIGHTS = (b"", b"hello", b"PK\x03\x04 and no more")
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more", pickle.dumps({"a": [1]}, protocol=2)])
-def test_a_file_without_weights_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
-    path.write_bytes(content)
-    with pytest.raises(BackboneError, match=r"weights\.pt"):
-        checkpoint.load_backbone(str(path))
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}, "epoch": 3}, {"conv1.weight": 1.0}])
-def test_a_file_with_other_content_is_refused(tmp_path: Path, content: Any) -> None:
-    with pytest.raises(BackboneError, match="state dict of tensors"):
-        checkpoint.load_backbone(saved(tmp_path, content))
+    for refused in (tmp_path / "nowhere.pt", tmp_path):
+        with pytest.raises(BackboneError, match=refused.name):
+            checkpoint.load_backbone(str(refused))
+    for content in (*NO_WEIGHTS, pickle.dumps({"a": [1]}, protocol=2)):
+        path.write_bytes(content)
+        with pytest.raises(BackboneError, match=r"weights\.pt"):
+            checkpoint.load_backbone(str(path))
+    for state in ([1, 2], {"state_dict": {}, "epoch": 3}, {"conv1.weight": 1.0}):
+        with pytest.raises(BackboneError, match="state dict of tensors"):
+            checkpoint.load_backbone(saved(tmp_path, state))
 
 
 def test_missing_strange_and_misshapen_tensors_are_named(weights: dict[str, Tensor], tmp_path: Path) -> None:
@@ -320,9 +311,6 @@ def test_missing_strange_and_misshapen_tensors_are_named(weights: dict[str, Tens
     assert "layer1.0.conv1.weight is missing" in str(refusal.value)
     assert "layer5.conv.weight is unknown" in str(refusal.value)
     assert "conv1.weight has shape (64, 4, 7, 7) and should have (64, 3, 7, 7)" in str(refusal.value)
-
-
-def test_another_network_is_refused_in_a_few_words(weights: dict[str, Tensor], tmp_path: Path) -> None:
     content = {f"module.{key}": value for key, value in weights.items()}
     with pytest.raises(BackboneError, match=r"conv1\.weight is missing") as refusal:
         checkpoint.load_backbone(saved(tmp_path, content))
@@ -352,7 +340,7 @@ def test_cached_weights_need_no_network(weights: dict[str, Tensor], torch_cache:
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 and no more"])
+@pytest.mark.parametrize("content", NO_WEIGHTS)
 def test_a_damaged_cache_is_named(torch_cache: Path, content: bytes) -> None:
     (torch_cache / "resnet18-f37072fd.pth").write_bytes(content)
     with pytest.raises(BackboneError, match=r"resnet18-f37072fd\.pth .* delete it"):

@@ -66,7 +66,7 @@ def relative_distance(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
-def test_what_is_scored_at_void_pixels_changes_neither_loss_nor_gradient(
+def test_void_pixels_change_neither_loss_nor_gradient_and_alone_they_make_both_zero(
     loss_of: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     scores, targets = random_scores(2, NUM_CLASSES, 8, 8), random_targets(2, 8, 8, void_share=0.4)
@@ -77,10 +77,6 @@ def test_what_is_scored_at_void_pixels_changes_neither_loss_nor_gradient(
     assert loss == other_loss
     assert torch.equal(gradient, other_gradient)
     assert not gradient.where(void, 0.0).any()
-
-
-@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
-def test_a_loss_of_nothing_but_void_is_zero_with_a_zero_gradient(loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
     targets = torch.full((2, 4, 4), VOID)
     loss, gradient = with_gradient(lambda given: loss_of(given, targets), random_scores(2, NUM_CLASSES, 4, 4))
     assert loss == 0.0
@@ -127,18 +123,7 @@ def test_cross_entropy_where_every_labelled_class_weighs_nothing_is_zero_with_a_
     assert not gradient.any()
 
 
-def test_cross_entropy_is_computed_in_float32_whatever_it_is_given() -> None:
-    scores, targets = random_scores(1, NUM_CLASSES, 4, 4).bfloat16(), random_targets(1, 4, 4)
-    assert cross_entropy(scores, targets) == cross_entropy(scores.float(), targets)
-
-
 # --- class weights ----------------------------------------------------------------------------------------------
-
-
-def test_class_weights_of_a_count_by_hand() -> None:
-    counts = torch.tensor([60, 30, 10])
-    by_hand = [100 / (3 * 60), 100 / (3 * 30), 100 / (3 * 10)]
-    assert class_weights_from(counts, 1.0).tolist() == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_the_shares_of_cityscapes_give_the_known_weights() -> None:
@@ -165,7 +150,9 @@ def test_class_weights_to_a_power_by_hand(exponent: float) -> None:
     assert class_weights_from(torch.zeros(3, dtype=torch.int64), 1.0).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_the_first_power_changes_no_bit_of_a_class_weight() -> None:
+def test_class_weights_of_the_first_power_by_hand_and_to_the_last_bit() -> None:
+    by_hand = [100 / (3 * 60), 100 / (3 * 30), 100 / (3 * 10)]
+    assert class_weights_from(torch.tensor([60, 30, 10]), 1.0).tolist() == pytest.approx(by_hand, rel=1e-6)
     counts = torch.randint(1, 2**33, (500,), generator=torch.Generator().manual_seed(0))
     assert torch.equal(class_weights_from(counts, 1.0), (counts.sum().double() / (500 * counts.double())).float())
 
@@ -236,11 +223,6 @@ def hard_scores(predictions: Tensor) -> Tensor:
     return 1000.0 * F.one_hot(predictions, NUM_CLASSES).movedim(3, 1).float()
 
 
-def test_lovasz_softmax_of_a_perfect_prediction_is_zero() -> None:
-    targets = random_targets(2, 8, 8, classes=6)
-    assert lovasz_softmax(hard_scores(targets), targets).item() == 0.0
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_lovasz_softmax_of_hard_predictions_is_the_mean_jaccard_loss_of_the_classes_present(seed: int) -> None:
     targets = random_targets(2, 12, 12, classes=6, void_share=0.2, seed=seed)
@@ -251,6 +233,7 @@ def test_lovasz_softmax_of_hard_predictions_is_the_mean_jaccard_loss_of_the_clas
         in_label, in_prediction = (targets == present), (predictions == present) & labelled
         ious.append(((in_label & in_prediction).sum() / (in_label | in_prediction).sum()).item())
     expected = 1.0 - sum(ious) / len(ious)
+    assert lovasz_softmax(hard_scores(targets.where(labelled, 0)), targets).item() == 0.0, "a perfect prediction"
     assert lovasz_softmax(hard_scores(predictions), targets).item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -315,14 +298,11 @@ def test_the_total_is_the_main_loss_and_alpha_times_the_auxiliary_ones(aux_weigh
     assert parts.total.item() == pytest.approx(main + aux_weight * (aux1 + aux2), rel=1e-5)
 
 
-def test_class_weights_act_on_all_three_heads() -> None:
+def test_class_weights_act_on_all_three_heads_and_to_the_power_of_0_on_none() -> None:
     logits, loss = random_logits(), WeightedCrossEntropy(aux_weight=1.0)
     parts = head_losses(logits, LABELS, loss, class_weights=CLASS_WEIGHTS, epoch=1)
     expected = [alone(head, CLASS_WEIGHTS) for head in (logits.main, *logits.aux)]
     assert [part.item() for part in parts[1:]] == pytest.approx(expected, rel=1e-5)
-
-
-def test_class_weights_to_the_power_of_0_are_plain_cross_entropy() -> None:
     counts = torch.bincount(LABELS.flatten().long(), minlength=VOID + 1)[:NUM_CLASSES]
     assert not counts.all(), "some class never occurs"
     plain, weighted = (
@@ -525,6 +505,8 @@ def test_the_number_of_bands_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(argmax(logits, (96, 192)), likeliest)
 
 
-def test_the_gradient_has_the_type_of_the_logits() -> None:
+def test_losses_are_computed_in_float32_and_the_gradient_has_the_type_of_the_logits() -> None:
     logits, targets = random_case((12, 24), (96, 192))
-    assert with_gradient(lambda given: cross_entropy(given, targets), logits.bfloat16())[1].dtype == torch.bfloat16
+    loss, gradient = with_gradient(lambda given: cross_entropy(given, targets), logits.bfloat16())
+    assert gradient.dtype == torch.bfloat16
+    assert loss == cross_entropy(logits.bfloat16().float(), targets)

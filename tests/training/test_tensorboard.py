@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +156,16 @@ def test_runs_are_shown_by_name_with_all_scalars(board: Board) -> None:
     assert set(tags["r01"]) == shown
 
 
-def test_steps_are_epochs(board: Board) -> None:
+def test_steps_are_epochs_and_those_of_a_killed_and_resumed_trial_are_shown_once(board: Board) -> None:
     assert board.points("r01", "miou") == [(1, 10.0), (2, 30.0), (3, 20.0)]
     assert board.points("r01", "best_miou") == [(1, 10.0), (2, 30.0), (3, 30.0)]
     assert board.points("r01", "speed/epoch_seconds") == [(1, 3.5), (2, 3.5), (3, 3.5)]
-
-
-def test_a_killed_and_resumed_trial_shows_every_epoch_once(board: Board) -> None:
     assert board.points("r02", "miou") == list(enumerate(MIOU["r02"], start=1))
     assert board.points("r02", "best_miou")[-1] == (5, 25.0)
 
 
-def test_a_loss_that_is_nan_is_shown(board: Board) -> None:
+def test_a_loss_that_is_nan_is_shown_and_how_each_trial_ended(board: Board) -> None:
+    assert board.statuses() == {"r01": "STATUS_SUCCESS", "r02": "STATUS_SUCCESS", "r03": "STATUS_FAILURE"}
     assert [str(value).lower() for _, value in board.points("r03", "loss/total")] == ["nan"]
 
 
@@ -205,23 +202,16 @@ def test_the_table_shows_the_whole_row_of_every_trial_and_its_best_miou_beside_t
         assert (metrics["best_miou"], metrics["miou"]) == (max(mious), mious[-1])
 
 
-def test_the_table_shows_how_each_trial_ended(board: Board) -> None:
-    assert board.statuses() == {"r01": "STATUS_SUCCESS", "r02": "STATUS_SUCCESS", "r03": "STATUS_FAILURE"}
-
-
 # --- without a server -------------------------------------------------------------------------------------------
 
 
-def test_a_row_is_flattened_with_constants_and_none() -> None:
+def test_a_row_is_flattened_with_constants_and_none_and_values_have_their_columns_types() -> None:
     row = hparams(R01)
     assert (row["optimizer.kind"], row["optimizer.momentum"], row["loss.lovasz_after"]) == ("sgd", 0.9, "none")
     assert (row["image_size"], row["augment.flip"], row["num_epochs"], row["seed"]) == ("512x1024", 0.5, 50, 0)
     assert "optimizer.momentum" not in hparams(R02)
     assert hparams(R02)["loss.lovasz_after"] == "40"
     assert not any(name.startswith("expect") for name in row)
-
-
-def test_every_value_has_the_type_of_its_column() -> None:
     kinds = column_kinds(Run)
     for run in TRIALS.values():
         for name, value in hparams(run).items():
@@ -252,14 +242,6 @@ def test_writing_the_table_does_not_load_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_wrong_number_of_classes_is_refused(tmp_path: Path) -> None:
-    with (
-        TrialWriter(tmp_path, run=R01, trial="r01", completed_epochs=0) as tracker,
-        pytest.raises(ValueError, match="zip"),
-    ):
-        tracker.add_epoch(replace(epoch(1, 1.0), iou=(1.0,)), best_miou=1.0)
-
-
 # --- triptychs --------------------------------------------------------------------------------------------------
 
 
@@ -284,16 +266,13 @@ def test_void_is_black_in_the_label_and_in_the_prediction() -> None:
     assert (guess == truth).all()
 
 
-def test_labels_are_resized_to_the_picture() -> None:
+def test_labels_are_resized_to_the_picture_and_a_large_picture_is_shrunk() -> None:
     label = np.array([[0, 1], [2, 3]], dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
     prediction = np.array([[0, 1], [2, 3]], dtype=np.uint8)
     picture = triptych(np.zeros((3, 4, 4), dtype=np.uint8), label, prediction)
     truth, guess = picture[:, 4 + GAP : 8 + GAP], picture[:, 8 + 2 * GAP :]
     assert (truth == guess).all()
     assert (truth[3, 3] == CLASSES[3].colour).all()
-
-
-def test_a_large_picture_is_shrunk() -> None:
     frame = np.zeros((3, 1024, 2048), dtype=np.uint8)
     picture = triptych(frame, frame[0], np.zeros((128, 256), dtype=np.uint8))
     assert picture.shape == (TRIPTYCH_HEIGHT, 3 * 512 + 2 * GAP, 3)

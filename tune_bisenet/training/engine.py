@@ -147,7 +147,7 @@ def _group_size(iteration: int, num_iterations: int, accumulation: int) -> int:
 def _backward(training: Training, images: Tensor, labels: Tensor, *, epoch: int, scale: float) -> Tensor:
     """Add `scale` times the gradient of one micro-batch; return total, main, aux1 and aux2 loss, unscaled."""
     with _autocast(training.device, training.precision):
-        logits = training.model(_laid_out(images))
+        logits = training.model(images.to(memory_format=_memory_format(images.device)))
     parts = losses.head_losses(logits, labels, training.run.loss, class_weights=training.class_weights, epoch=epoch)
     (parts.total * scale).backward()  # type: ignore[no-untyped-call]
     return torch.stack(parts).detach()
@@ -200,15 +200,14 @@ def predict(model: BiSeNet, images: Tensor, size: tuple[int, int], *, precision:
     """
     model.eval()
     with _autocast(images.device, precision):
-        logits = model(_laid_out(normalise(images)))
+        logits = model(normalise(images).to(memory_format=_memory_format(images.device)))
     return losses.argmax(logits.main, size)
 
 
 def place(model: BiSeNet, device: torch.device) -> None:
     """Move `model` onto `device`, its weights laid out as convolutions are fastest there."""
     model.to(device=device)
-    if _prefers_channels_last(device):
-        model.to(memory_format=torch.channels_last)
+    model.to(memory_format=_memory_format(device))
 
 
 def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
@@ -217,10 +216,6 @@ def _autocast(device: torch.device, precision: Precision) -> contextlib.Abstract
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _prefers_channels_last(device: torch.device) -> bool:
-    """On GPUs convolutions are faster with channels last; on CPUs the gain of the forward is lost in the backward."""
-    return device.type == "cuda"
-
-
-def _laid_out(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last) if _prefers_channels_last(images.device) else images
+def _memory_format(device: torch.device) -> torch.memory_format:
+    """Return channels last on GPUs, where it is faster; on CPUs the backward loses what the forward gains."""
+    return torch.channels_last if device.type == "cuda" else torch.preserve_format

@@ -80,6 +80,7 @@ def repeat_timing(time_once: Callable[[], float]) -> list[float]:
 
 
 def summarize(seconds: list[float], *, device: str) -> Latency:
+    """Return median and quartiles in milliseconds."""
     low, median, high = (1000.0 * quartile for quartile in statistics.quantiles(seconds, n=4, method="inclusive"))
     return Latency(median_ms=median, low_ms=low, high_ms=high, repeats=len(seconds), device=device)
 
@@ -122,7 +123,12 @@ def benchmark_training(
         raise BenchmarkError("this machine has no GPU to time a trial on")
     device = torch.device("cuda" if use_gpu else "cpu")
     time_training = partial(
-        _time_training, with_lovasz=with_lovasz, precision=precision, device=device, threads=threads
+        _time_training,
+        with_lovasz=with_lovasz,
+        precision=precision,
+        device=device,
+        threads=threads,
+        seconds=BENCHMARK_SECONDS,
     )
     # Processes of their own: CUDA wants a fresh one, and memory is that of a trial alone.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -156,6 +162,7 @@ def _time_training(
     precision: Precision,
     device: torch.device,
     threads: int,
+    seconds: float,
 ) -> tuple[list[tuple[float, float]], int]:
     """Return the seconds of an image in training and in validation, for each timed epoch; and the bytes of memory."""
     torch.set_num_threads(threads)
@@ -171,7 +178,7 @@ def _time_training(
         epoch = next(epochs).epoch
         return epoch.train_seconds / len(training.train), epoch.val_seconds / len(training.val)
 
-    ends = time.perf_counter() + BENCHMARK_SECONDS
+    ends = time.perf_counter() + seconds
     first = time_epoch()  # slow: caches fill and cuDNN chooses its algorithms
     timed = []
     while time.perf_counter() < ends:

@@ -50,7 +50,7 @@ def flags(place: Path, name: str, nodes: Nodes | None = None) -> list[str]:
 
 
 def is_midway(folder: Path) -> bool:
-    """Whether every trial has a state to go back to, and epochs to go."""
+    """Return whether every trial has a state to go back to, and epochs to go."""
     return all(2 <= len(epochs(folder / trial)) <= NUM_EPOCHS - 3 for trial in TRIALS)
 
 

@@ -33,12 +33,12 @@ def random_labels(batch: int = 4, ids: tuple[int, ...] = (0, 5, 18, VOID)) -> Te
 
 
 def by_hand(images: Tensor) -> Tensor:
-    """Normalisation as torchvision's models want it: (value / 255 - mean) / std, channel by channel."""
+    """Normalise as torchvision's models want it: (value / 255 - mean) / std, channel by channel."""
     return (images.float() / 255 - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
 
 
 def levels(normalised: Tensor) -> Tensor:
-    """Normalised pixels back to 0 .. 255, as floats."""
+    """Convert normalised pixels back to 0 .. 255, as floats."""
     return (normalised * STD.view(3, 1, 1) + MEAN.view(3, 1, 1)) * 255
 
 
@@ -163,7 +163,7 @@ def test_a_scale_of_2_shows_a_quarter_of_the_image_twice_as_large() -> None:
 
 
 def beside_void(void: Tensor, *, frame: float) -> Tensor:
-    """B x H x W: pixels that are void or beside a void one; around the crop all is void if `frame` is 1."""
+    """Return B x H x W: pixels that are or touch void; around the crop all is void if `frame` is 1."""
     framed = torch.nn.functional.pad(void.float().unsqueeze(1), (1, 1, 1, 1), value=frame)
     return torch.nn.functional.max_pool2d(framed, 3, stride=1).squeeze(1) > 0
 
@@ -214,7 +214,7 @@ def test_normalisation_uses_the_mean_and_deviation_of_imagenet() -> None:
 
 
 def with_factors(images: Tensor, *, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0) -> Tensor:
-    """The images (B x 3 x H x W, 0 .. 255) after these factors and nothing else."""
+    """Return the images (B x 3 x H x W, 0 .. 255) after these factors and nothing else."""
     still = epoch_draw(STILL, len(images), seed=0, epoch=1)
     factors = (torch.full((len(images),), factor) for factor in (brightness, contrast, saturation))
     out, _ = augment_batch(images, random_labels(len(images)), AugmentDraw(still.window, *factors))

@@ -63,7 +63,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def problems_of(root: Path | str, *, decode: bool = False) -> tuple[str, ...]:
-    """What is wrong with the headers, or with the pixels of the first frame."""
+    """Return what is wrong with the headers, or with the pixels of the first frame."""
     source = open_source(str(root)) if decode else None
     with pytest.raises(DataError) as caught:
         source.load("train", 0) if source else open_source(str(root))
@@ -258,7 +258,7 @@ def frames(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["s3", "memory"])
 def uri(request: pytest.FixtureRequest, frames: Path, store: ObjectStore) -> Iterator[str]:
-    """The same frames where pyarrow reaches them by itself, and where fsspec does."""
+    """Give the same frames where pyarrow reaches them by itself, and where fsspec does."""
     if request.param == "s3":
         store.upload(frames, "frames")
         yield store.uri("frames")

@@ -285,7 +285,7 @@ def streets(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 
 @pytest.fixture
 def shared(store: ObjectStore, streets: Packed, tmp_path: Path) -> Storage:
-    """A folder with the published pack."""
+    """Give a folder with the published pack."""
     shared = Storage.at(store.uri(f"{tmp_path.name}/_packs"))
     publish_packed(streets.path, shared)
     store.requests.clear()

@@ -30,7 +30,7 @@ folder = pytest.fixture(trial_folder)
 
 @pytest.fixture
 def training(tiny_run: Run, small_data: Packed) -> Training:
-    """A run before its first epoch."""
+    """Give a run before its first epoch."""
     return begin(small(tiny_run), small_data)
 
 
@@ -257,7 +257,7 @@ def saved(folder: Path, content: Any) -> str:
 
 @pytest.fixture
 def torch_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache for what torchvision downloads, on a machine without a network."""
+    """Give an empty cache for what torchvision downloads, on a machine without a network."""
 
     def refuse(*_arguments: object, **_options: object) -> None:
         raise OSError("Network is unreachable")

@@ -26,7 +26,7 @@ folder = pytest.fixture(trial_folder)
 
 
 def recorded_rates(training: Training) -> list[float]:
-    """Filled, as `training` goes on, with the rate of every optimizer step, the same for all parameters."""
+    """Return a list that every optimizer step of `training` adds its rate to, the same for all parameters."""
     rates: list[float] = []
 
     def record(optimizer: torch.optim.Optimizer, *_arguments: object) -> None:
@@ -56,7 +56,7 @@ STATEFUL_RUNS = {
 
 
 def measurements(epochs: Sequence[Epoch]) -> list[dict[str, Any]]:
-    """All but how long it took."""
+    """Return all but how long it took."""
     timings = {"train_seconds", "val_seconds", "images_per_second"}
     return [{key: value for key, value in asdict(epoch).items() if key not in timings} for epoch in epochs]
 
@@ -124,17 +124,15 @@ def test_a_run_resumed_in_another_process_equals_one_never_stopped(
     assert_same_state(resumed, unbroken)
 
 
-def test_a_run_that_is_done_trains_no_further(run: Run, small_data: Packed) -> None:
-    training = begin(run, small_data)
-    assert len(list(engine.fit(training))) == 2
-    before = weights_of(training)
-    assert list(engine.fit(training)) == []
-    assert all(torch.equal(before[name], weight) for name, weight in weights_of(training).items())
-
-
 def test_the_same_run_twice_gives_the_same_numbers_and_another_seed_others(run: Run, small_data: Packed) -> None:
-    first, again = ([end.epoch for end in trained(run, small_data)] for _ in range(2))
+    training = begin(run, small_data)
+    first = [end.epoch for end in engine.fit(training)]
+    before = weights_of(training)
+    assert list(engine.fit(training)) == [], "it is done"
+    assert all(torch.equal(before[name], weight) for name, weight in weights_of(training).items())
+    again = [end.epoch for end in trained(run, small_data)]
     other = [end.epoch for end in trained(run.model_copy(update={"seed": 1}), small_data)]
+    assert len(first) == 2
     assert measurements(first) == measurements(again)
     assert measurements(first) != measurements(other)
 
@@ -170,6 +168,7 @@ def test_the_odd_micro_batch_at_an_epochs_end_makes_a_step_of_its_own(run: Run, 
     training = begin(run, small_data)
     list(engine.fit(training))
     assert {int(state["step"]) for state in training.optimizer.state.values()} == {2 * 2}
+    assert all(parameter.grad is None for parameter in training.model.parameters()), "a step leaves no gradient"
     assert [engine._group_size(iteration, 3, 2) for iteration in range(3)] == [2, 2, 1]
     assert [engine._group_size(iteration, 7, 3) for iteration in range(7)] == [3, 3, 3, 3, 3, 3, 1]
 
@@ -202,12 +201,6 @@ def test_two_micro_batches_give_the_gradient_of_one_batch_of_both(run: Run, smal
         assert (accumulated - whole).norm() < 1e-4 * whole.norm() + 1e-7
 
 
-def test_a_step_leaves_no_gradient_behind(run: Run, small_data: Packed) -> None:
-    training = begin(run.model_copy(update={"num_epochs": 1, "accumulation": 2}), small_data)
-    next(engine.fit(training))
-    assert all(parameter.grad is None for parameter in training.model.parameters())
-
-
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
 def test_class_weights_come_from_the_counts_kept_with_the_data(run: Run, small_data: Packed, exponent: float) -> None:
     loss = WeightedCrossEntropy(aux_weight=1.0, exponent=exponent)
@@ -223,13 +216,12 @@ def test_class_weights_come_from_the_counts_kept_with_the_data(run: Run, small_d
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(aux_weight=1.0), OHEM(aux_weight=1.0)])
-def test_other_losses_weigh_no_class(run: Run, small_data: Packed, loss: Loss) -> None:
-    assert begin(run.model_copy(update={"loss": loss}), small_data).class_weights is None
-
-
-def test_the_width_of_the_main_head_is_the_runs(run: Run, small_data: Packed) -> None:
-    network = begin(run.model_copy(update={"head_width": 48}), small_data).model
-    assert network.head[1].weight.shape == (NUM_CLASSES, 48, 1, 1)
+def test_other_losses_weigh_no_class_and_the_main_head_has_the_runs_width(
+    run: Run, small_data: Packed, loss: Loss
+) -> None:
+    training = begin(run.model_copy(update={"loss": loss, "head_width": 48}), small_data)
+    assert training.class_weights is None
+    assert training.model.head[1].weight.shape == (NUM_CLASSES, 48, 1, 1)
 
 
 def test_a_backbone_is_where_training_starts(run: Run, small_data: Packed) -> None:

@@ -39,20 +39,20 @@ def random_scores(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
 
 
 def random_targets(*shape: int, classes: int = NUM_CLASSES, void_share: float = 0.0, seed: int = 1) -> Tensor:
-    """int64 B x H x W with ids below `classes`, a share of them replaced by void."""
+    """Return int64 B x H x W with ids below `classes`, a share of them replaced by void."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(classes, shape, generator=generator)
     return targets.masked_fill(torch.rand(shape, generator=generator) < void_share, VOID)
 
 
 def labelled_pixels(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """P x C scores and P targets, void left out."""
+    """Return P x C scores and P targets, void left out."""
     labelled = targets.flatten() != VOID
     return scores.movedim(1, -1).flatten(0, -2)[labelled], targets.flatten()[labelled]
 
 
 def with_gradient(loss: Callable[[Tensor], Tensor], scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient with respect to the scores."""
+    """Return the loss and its gradient with respect to the scores."""
     scores = scores.clone().requires_grad_()
     value = loss(scores)
     return value.detach(), torch.autograd.grad(value, scores)[0]
@@ -161,12 +161,12 @@ def test_class_weights_of_the_first_power_by_hand_and_to_the_last_bit() -> None:
 
 
 def jaccard_loss(mispredicted: set[int], foreground: set[int]) -> float:
-    """Equation 6 of the paper: `|M| / |{y = c} u M|` for the set M of pixels that are wrong about class c."""
+    """Return equation 6, `|M| / |{y = c} u M|`, for the set M of pixels that are wrong about class c."""
     return len(mispredicted) / len(foreground | mispredicted)
 
 
 def literal_lovasz_softmax(scores: Tensor, targets: Tensor) -> Tensor:
-    """Equations 8, 9 and 11, class by class and pixel by pixel; differentiable with respect to float64 `scores`."""
+    """Compute equations 8, 9 and 11, class by class and pixel by pixel; differentiable by float64 `scores`."""
     pixels, labels = labelled_pixels(scores, targets)
     probabilities = pixels.softmax(dim=1)
     losses = []
@@ -219,7 +219,7 @@ def test_lovasz_softmax_of_one_labelled_pixel_is_its_error() -> None:
 
 
 def hard_scores(predictions: Tensor) -> Tensor:
-    """Scores whose softmax is 1 at the predicted class and 0 elsewhere, to the last bit of float32."""
+    """Return scores whose softmax is 1 at the predicted class and 0 elsewhere, to the last bit of float32."""
     return 1000.0 * F.one_hot(predictions, NUM_CLASSES).movedim(3, 1).float()
 
 
@@ -273,7 +273,7 @@ def test_following_the_gradient_of_lovasz_softmax_lets_the_iou_rise() -> None:
 
 
 def random_logits() -> Logits:
-    """The heads of a 16 x 32 image: the main one and the first auxiliary one at 1/8, the second at 1/16."""
+    """Return the heads of a 16 x 32 image: the main one and the first auxiliary one at 1/8, the second at 1/16."""
     aux = (random_scores(2, NUM_CLASSES, 2, 4, seed=1), random_scores(2, NUM_CLASSES, 1, 2, seed=2))
     return Logits(random_scores(2, NUM_CLASSES, 2, 4, seed=0), aux)
 
@@ -282,7 +282,7 @@ LABELS = random_targets(2, 16, 32, classes=6, void_share=0.1).to(torch.uint8)
 
 
 def alone(logits: Tensor, class_weights: Tensor | None = None) -> float:
-    """Cross-entropy of one head, computed by torch."""
+    """Return the cross-entropy of one head, computed by torch."""
     full_size = F.interpolate(logits, size=(16, 32), mode="bilinear", align_corners=False)
     targets = LABELS.long()
     return F.cross_entropy(full_size, targets, class_weights, ignore_index=VOID).item()
@@ -316,7 +316,7 @@ def test_class_weights_act_on_all_three_heads_and_to_the_power_of_0_on_none() ->
 
 
 def alone_of_hard_pixels(logits: Tensor, num_kept: int) -> float:
-    """Mean cross-entropy of one head's `num_kept` hardest pixels, and those as hard as the last, computed by torch."""
+    """Average, by torch, the cross-entropy of one head's `num_kept` hardest pixels, and those as hard as the last."""
     full_size = F.interpolate(logits, size=(16, 32), mode="bilinear", align_corners=False)
     losses = F.cross_entropy(full_size, LABELS.long(), ignore_index=VOID, reduction="none")
     last = losses.flatten().topk(num_kept).values[-1]
@@ -413,7 +413,7 @@ def test_loss_and_gradient_equal_those_of_upsampling_first(
 
 
 def pixel_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of each labelled pixel, computed by torch in float64, the hardest first."""
+    """Return the cross-entropy of each labelled pixel, computed by torch in float64, the hardest first."""
     full_size = F.interpolate(logits.double(), size=targets.shape[1:], mode="bilinear", align_corners=False)
     losses = F.cross_entropy(full_size, targets, ignore_index=VOID, reduction="none")
     return losses[targets != VOID].sort(descending=True).values

@@ -23,7 +23,7 @@ def random_ids(*shape: int, classes: int = NUM_CLASSES, void_share: float = 0.0,
 
 
 def matrix_of(entries: dict[tuple[int, int], int]) -> Tensor:
-    """A confusion matrix with these counts at (label, prediction)."""
+    """Return a confusion matrix with these counts at (label, prediction)."""
     matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
     for place, count in entries.items():
         matrix[place] = count
@@ -89,7 +89,7 @@ def test_a_class_in_neither_labels_nor_predictions_has_no_iou_and_no_part_in_the
 
 
 def plausible_prediction(label: Tensor, seed: int) -> Tensor:
-    """The label, moved by three pixels and with a twentieth of the pixels at random; some class at void too."""
+    """Return the label, moved by three pixels and with a twentieth of the pixels at random; some class at void too."""
     moved = label.roll(3, dims=1)
     noise = random_ids(*label.shape, seed=seed)
     random_places = torch.rand(label.shape, generator=torch.Generator().manual_seed(seed)) < 0.05
@@ -104,7 +104,7 @@ def write_label_ids(path: Path, train_ids: Tensor) -> None:
 
 
 def referee_scores(predictions: list[Path], labels: list[Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """IoU (0 to 1) by class name, NaN where a class never occurs, and `mean`, as cityscapesScripts finds them."""
+    """Return IoU (0 to 1) by class, NaN where one never occurs, and `mean`, as cityscapesScripts finds them."""
     for variable in ("CITYSCAPES_DATASET", "CITYSCAPES_RESULTS", "CITYSCAPES_EXPORT_DIR"):
         monkeypatch.delenv(variable, raising=False)
     referee = importlib.import_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")

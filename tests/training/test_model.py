@@ -111,7 +111,7 @@ def test_a_size_off_the_grid_is_refused_with_the_nearest_that_are_on_it(
 
 
 def without_gradient(network: BiSeNet) -> set[str]:
-    """The parts of the network with a parameter that no gradient reaches."""
+    """Return the parts of the network with a parameter that no gradient reaches."""
     parameters = network.named_parameters()
     return {name.split(".")[0] for name, value in parameters if value.grad is None or not value.grad.any()}
 

@@ -38,7 +38,7 @@ def weights_of(network: nn.Module) -> list[Tensor]:
 
 
 def norm_of(network: nn.Module) -> float:
-    """The L2 norm over all gradients at once, in float64."""
+    """Return the L2 norm over all gradients at once, in float64."""
     return torch.cat([gradient.double().flatten() for gradient in gradients_of(network)]).norm().item()
 
 

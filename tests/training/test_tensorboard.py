@@ -71,7 +71,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(scope="module")
 def search_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three trials: one finished, one killed after 4 epochs and resumed from the 2nd, one diverged."""
+    """Write three trials: one finished, one killed after 4 epochs and resumed from the 2nd, one diverged."""
     root = tmp_path_factory.mktemp("search")
     HParamsTable(Storage.at(str(root)), TRIALS).write()
     with TrialWriter(root / "r01", run=R01, trial="r01", completed_epochs=0) as tracker:
@@ -121,7 +121,7 @@ class Board:
         return {name: group["sessions"][0]["status"] for name, group in self.session_groups().items()}
 
     def is_loaded(self) -> bool:
-        """Whether the table's schema is there, and the end of each trial: that is the last record of its file."""
+        """Return whether the table's schema is there, and each trial's end: that is the last record of its file."""
         statuses = self.statuses()
         if set(statuses) != set(TRIALS) or "STATUS_UNKNOWN" in statuses.values():
             return False

@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 
 
 def small(tiny_run: Run) -> Run:
-    """What tests that train have as their fixture `run`."""
+    """Return what tests that train have as their fixture `run`."""
     return tiny_run.model_copy(update={"image_size": SIZE})
 
 
 def trial_folder(tmp_path: Path) -> Iterator[Storage]:
-    """A trial's folder; emptied at once, for each state takes 100 MB."""
+    """Give a trial's folder; emptied at once, for each state takes 100 MB."""
     path = tmp_path / "trial"
     path.mkdir()
     yield Storage.at(str(path))
@@ -44,7 +44,7 @@ def weights_of(training: Training) -> dict[str, Tensor]:
 
 
 def recorded_inputs(training: Training) -> list[Tensor]:
-    """Filled, as `training` goes on, with what the network is given to learn from."""
+    """Return a list that fills with what the network of `training` is given to learn from."""
     inputs: list[Tensor] = []
 
     def record(network: nn.Module, given: tuple[Tensor]) -> None:
@@ -62,7 +62,7 @@ def rate_by_hand(base_lr: float, warmup: int, iteration: int, total: int) -> flo
 
 
 def flat(state: Any, place: str = "") -> dict[str, Any]:
-    """Every tensor and value of a nested state under its path; tensors as their bytes."""
+    """Return every tensor and value of a nested state under its path; tensors as their bytes."""
     if isinstance(state, Tensor):
         return {place: (state.dtype, tuple(state.shape), state.numpy().tobytes())}
     if isinstance(state, dict | list | tuple):

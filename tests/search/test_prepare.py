@@ -84,6 +84,10 @@ MISTAKES = {
         ["--space", "around10", "--data", "frames", "--backbone", "none"],
         ["does not fit", "--proxy"],
     ),
+    "a warm-up that does not fit": (
+        ["--data", "frames", "--backbone", "none", "--runs", "r01", "--epochs", "2"],
+        ["r01: a warm-up of", "--proxy"],
+    ),
     "an unknown storage": (["--storage", "nosuch://bucket"], ["nosuch://bucket"]),
 }
 
@@ -136,12 +140,6 @@ def test_an_abbreviated_flag_is_unknown(capsys: pytest.CaptureFixture[str]) -> N
         run.main(["--epoch", "3"])
     assert ended.value.code == 2
     assert "--epoch" in capsys.readouterr().err
-
-
-def test_a_warm_up_that_does_not_fit_names_the_proxy(capsys: pytest.CaptureFixture[str], frames: Path) -> None:
-    message = refused(capsys, "--data", str(frames), "--backbone", "none", "--runs", "r01", "--epochs", "2")
-    assert "r01: a warm-up of" in message
-    assert "--proxy" in message
 
 
 def test_damaged_frames_are_all_named(capsys: pytest.CaptureFixture[str], frames: Path, place: Path) -> None:

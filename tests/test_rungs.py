@@ -13,7 +13,7 @@ import pytest
 from helpers.rows import plain_row
 
 from tune_bisenet.config import Expect, Run
-from tune_bisenet.rungs import AshaRule, Decision, MedianRule, Stopper, StoppingRule, forecast, protected_rows, quantile
+from tune_bisenet.rungs import AshaRule, MedianRule, Stopper, StoppingRule, forecast, protected_rows, quantile
 
 ITERATIONS_PER_EPOCH = 743
 RUNGS = AshaRule(min_peers=1)
@@ -35,15 +35,13 @@ def stopper_of(rule: StoppingRule | None = RUNGS, **fields: Any) -> Stopper:
     return Stopper(rule=rule, iterations_per_epoch=iterations_per_epoch, **fields)
 
 
-def decide(stopper: Stopper, run: Run, epoch: int, miou: float, **more: Any) -> Decision:
+def decide(stopper: Stopper, run: Run, epoch: int, miou: float, **more: Any) -> str:
     return stopper.decide(run, more.pop("trial", run.name), epoch=epoch, miou=miou, **more)
 
 
 def survivors(stopper: Stopper, mious: list[float], epoch: int = 20) -> list[float]:
     """Return those that continue, where each comes from a trial of its own and they arrive in this order."""
-    return [
-        miou for run, miou in zip(rows(len(mious)), mious, strict=True) if not decide(stopper, run, epoch, miou).stop
-    ]
+    return [miou for run, miou in zip(rows(len(mious)), mious, strict=True) if not decide(stopper, run, epoch, miou)]
 
 
 # --- where the rungs are ----------------------------------------------------------------------------------------
@@ -136,26 +134,26 @@ def test_between_rungs_nothing_is_judged_or_recorded() -> None:
 
 def test_runs_of_another_length_are_not_compared() -> None:
     stopper = stopper_of()
-    assert not decide(stopper, row("long", num_epochs=100), 40, 50.0).stop
-    assert not decide(stopper, row("short", num_epochs=50), 40, 10.0).stop
-    assert decide(stopper, row("long2", num_epochs=100), 40, 49.0).stop
+    assert not decide(stopper, row("long", num_epochs=100), 40, 50.0)
+    assert not decide(stopper, row("short", num_epochs=50), 40, 10.0)
+    assert decide(stopper, row("long2", num_epochs=100), 40, 49.0)
 
 
 def test_a_trial_that_jumps_over_a_rung_is_not_recorded_there_late() -> None:
     stopper = stopper_of()
     for epoch in (19, 21, 39):
         decide(stopper, row("resumed"), epoch, 55.0)
-    assert not decide(stopper, row("fresh"), 20, 30.0).stop
+    assert not decide(stopper, row("fresh"), 20, 30.0)
     assert stopper.seen == {50: {"fresh": {20: 30.0}}}
 
 
 def test_a_trial_whose_loss_switch_lies_ahead_is_neither_judged_nor_recorded() -> None:
     stopper = stopper_of()
     decide(stopper, row("r01"), 20, 40.0)
-    assert not decide(stopper, row("r05", lovasz_after=35), 20, 1.0).stop
+    assert not decide(stopper, row("r05", lovasz_after=35), 20, 1.0)
     assert stopper.seen == {50: {"r01": {20: 40.0}}}
     decide(stopper, row("r01"), 40, 50.0)
-    assert decide(stopper, row("r05", lovasz_after=35), 40, 1.0).stop
+    assert decide(stopper, row("r05", lovasz_after=35), 40, 1.0)
 
 
 # --- the median rule --------------------------------------------------------------------------------------------
@@ -176,7 +174,7 @@ def median_stopper(*known: Sequence[float], min_peers: int = 1, **fields: Any) -
 def train(stopper: Stopper, curve: Sequence[float], run: Run | None = None, trial: str = "new") -> int:
     """Return after how many epochs the trial ends."""
     for epoch, miou in enumerate(curve, start=1):
-        if stopper.decide(run or short(), trial, epoch=epoch, miou=miou).stop:
+        if stopper.decide(run or short(), trial, epoch=epoch, miou=miou):
             return epoch
     return len(curve)
 
@@ -197,7 +195,7 @@ def test_the_median_rule_waits_for_grace_warmup_and_loss_switch(run: Run, first:
 
 def test_a_hopeless_trial_is_stopped_at_the_first_judged_epoch_and_not_at_its_last() -> None:
     assert train(median_stopper([50.0] * 5), [1.0] * 5) == 2
-    assert not median_stopper([50.0] * 5).decide(short(), "new", epoch=5, miou=1.0).stop
+    assert not median_stopper([50.0] * 5).decide(short(), "new", epoch=5, miou=1.0)
     assert train(median_stopper([50.0] * 5), [1.0] * 5, short(lovasz_after=3)) == 4
 
 
@@ -255,7 +253,7 @@ def test_a_trial_with_an_epoch_never_reported_counts_only_until_there() -> None:
     for epoch in (1, 2, 4):
         stopper.decide(short(), "gap", epoch=epoch, miou=50.0)
     for epoch in (1, 3, 4):
-        assert not stopper.decide(short(), "late", epoch=epoch, miou=1.0).stop
+        assert not stopper.decide(short(), "late", epoch=epoch, miou=1.0)
     assert train(stopper, [1.0] * 5) == 2
 
 
@@ -274,10 +272,10 @@ def test_rows_that_others_are_measured_against_are_protected() -> None:
 
 def test_every_seed_of_a_protected_row_is_recorded_but_never_stopped() -> None:
     stopper = stopper_of(protected=frozenset({"r01"}))
-    assert not decide(stopper, row("r02"), 20, 50.0).stop
-    assert not decide(stopper, row("r01"), 20, 1.0, trial="r01").stop
-    assert not decide(stopper, row("r01", seed=1), 20, 2.0, trial="r01-s1").stop
-    assert "below 2.00, the median of 3 others" in decide(stopper, row("r03"), 20, 1.5).reason
+    assert not decide(stopper, row("r02"), 20, 50.0)
+    assert not decide(stopper, row("r01"), 20, 1.0, trial="r01")
+    assert not decide(stopper, row("r01", seed=1), 20, 2.0, trial="r01-s1")
+    assert "below 2.00, the median of 3 others" in decide(stopper, row("r03"), 20, 1.5)
     median = median_stopper([50.0] * 5, protected=frozenset({"r01"}))
     assert train(median, [1.0] * 5, short("r01"), "r01") == 5
     assert train(median, [20.0] * 5) == 2
@@ -287,7 +285,7 @@ def test_every_seed_of_a_protected_row_is_recorded_but_never_stopped() -> None:
 def test_a_diverged_trial_stops_at_once_even_a_protected_one_and_is_not_recorded(rule: StoppingRule | None) -> None:
     stopper = stopper_of(rule, protected=frozenset({"r01"}))
     for run, epoch in ((row("r01"), 3), (row("r02"), 20)):
-        assert decide(stopper, run, epoch, 2.0, diverged=True).reason.endswith(f"epoch {epoch}")
+        assert decide(stopper, run, epoch, 2.0, diverged=True).endswith(f"epoch {epoch}")
     assert stopper.to_json()["seen"] == []
 
 
@@ -307,7 +305,7 @@ def test_an_epoch_reported_again_is_neither_judged_nor_recorded_again(rule: Stop
         survivors(stopper, [30.0, 40.0], epoch)
     stopper.add_known(row(), "better", [60.0] * 50)
     before = stopper.to_json()
-    assert not decide(stopper, rows(1)[0], 20, 1.0).stop  # it continued when this came
+    assert not decide(stopper, rows(1)[0], 20, 1.0)  # it continued when this came
     assert stopper.to_json() == before
 
 
@@ -316,7 +314,7 @@ def test_a_stopped_trial_stays_stopped_wherever_it_resumes(rule: StoppingRule) -
     stopper = stopper_of(rule)
     stopper.add_known(row(), "before", [50.0] * 50)
     decision = decide(stopper, row("r03"), 20, 30.0)
-    assert decision.stop
+    assert decision
     assert {decide(stopper, row("r03"), epoch, 60.0) for epoch in (19, 20, 21, 40)} == {decision}
 
 

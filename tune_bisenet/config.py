@@ -150,7 +150,7 @@ class Expect(Frozen):
 
 
 def check_image_size(size: tuple[int, int]) -> tuple[int, int]:
-    """`size` (H, W) in pixels if BiSeNet can take it; ValueError naming the nearest sizes otherwise."""
+    """Return `size` (H, W) in pixels if BiSeNet can take it. Raises ValueError, naming the nearest sizes."""
     if all(side > 0 and side % STRIDE == 0 for side in size):
         return size
     down = tuple(max(side // STRIDE, 1) * STRIDE for side in size)
@@ -162,7 +162,7 @@ def check_image_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def format_size(size: tuple[int, int]) -> str:
-    """`512x1024`: height, then width."""
+    """Return height, then width, as `512x1024`."""
     return f"{size[0]}x{size[1]}"
 
 
@@ -207,7 +207,7 @@ class Run(Frozen):
         return self
 
     def fingerprint(self) -> str:
-        """16 hex digits over everything that decides what is trained: not the name, not the expectation."""
+        """Return 16 hex digits over everything that decides what is trained: not the name, not the expectation."""
         return fingerprint(self.model_dump(mode="json", exclude={"name", "expect"}))
 
 
@@ -236,7 +236,7 @@ class TrialContext(Frozen):
     """Whether each trial also measures how long one prediction takes."""
 
     def identity(self, run: Run) -> str:
-        """16 hex digits over all that decides the weights a trial ends with."""
+        """Return 16 hex digits over all that decides the weights a trial ends with."""
         digest = self.data_digests[format_size(run.image_size)]
         return fingerprint([run.fingerprint(), digest, self.backbone_digest, self.precision])
 
@@ -260,6 +260,6 @@ class Resources(Frozen):
 
 
 def fingerprint(value: object) -> str:
-    """16 hex digits of the SHA-256 of a JSON value in canonical form."""
+    """Return 16 hex digits of the SHA-256 of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

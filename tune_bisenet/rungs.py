@@ -168,17 +168,6 @@ def quantile(values: Collection[float], share: float) -> float:
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Whether a trial stops, and why; no reason if it continues."""
-
-    stop: bool
-    reason: str = ""
-
-
-CONTINUE: Final = Decision(stop=False)
-
-
 @dataclass(kw_only=True)
 class Stopper:
     """One rule over the trials of one search: what each trial reached, and which were stopped.
@@ -196,8 +185,8 @@ class Stopper:
     stops: dict[str, str] = field(default_factory=dict)
     """Why each stopped trial was stopped."""
 
-    def decide(self, run: Run, trial: str, *, epoch: int, miou: float, diverged: bool = False) -> Decision:
-        """Return the decision on `trial` after `epoch`, and record its mIoU if the rule needs it.
+    def decide(self, run: Run, trial: str, *, epoch: int, miou: float, diverged: bool = False) -> str:
+        """Return why `trial` stops after `epoch`, empty if it continues; record its mIoU if the rule needs it.
 
         Decisions are final: a restarted trial that reports an epoch again, or resumes where it was stopped, gets the
         same one. A trial that resumes beyond a rung is not recorded there with a later mIoU, which would stop good
@@ -205,20 +194,22 @@ class Stopper:
         """
         assert math.isfinite(miou), f"trial {trial} reported mIoU {miou} at epoch {epoch}"
         if trial in self.stops:
-            return Decision(stop=True, reason=self.stops[trial])
+            return self.stops[trial]
         if diverged:
-            return self._stop(trial, f"the loss was no longer a number at epoch {epoch}")
+            self.stops[trial] = f"the loss was no longer a number at epoch {epoch}"
+            return self.stops[trial]
         if self.rule is None or epoch not in self.rule.recorded_epochs(run, self.iterations_per_epoch(run)):
-            return CONTINUE
+            return ""
         curves = self.seen.setdefault(run.num_epochs, {})
         own = curves.setdefault(trial, {})
         if epoch in own:
-            return CONTINUE
+            return ""
         own[epoch] = miou
         if run.name in self.protected or epoch not in self.rule.judged_epochs(run, self.iterations_per_epoch(run)):
-            return CONTINUE
-        reason = self.rule.objection(curves, trial, epoch)
-        return self._stop(trial, reason) if reason else CONTINUE
+            return ""
+        if reason := self.rule.objection(curves, trial, epoch):
+            self.stops[trial] = reason
+        return reason
 
     def add_known(self, run: Run, trial: str, curve: Sequence[float]) -> None:
         """Add a trial of an earlier search to compare with: mIoU after epochs 1, 2, ...; it stops no trial by itself.
@@ -249,10 +240,6 @@ class Stopper:
             curve = {int(epoch): miou for epoch, miou in row["miou"].items()}
             seen.setdefault(row["num_epochs"], {})[row["trial"]] = curve
         return replace(self, seen=seen, stops=dict(record["stops"]))
-
-    def _stop(self, trial: str, reason: str) -> Decision:
-        self.stops[trial] = reason
-        return Decision(stop=True, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,11 +290,12 @@ def forecast(
         scores = (correlation * final[:, None] + math.sqrt(1 - correlation**2) * noise).tolist()
         stopper = Stopper(rule=rule, iterations_per_epoch=lambda _: iterations_per_epoch, protected=protected)
         for run, name, epochs, at_rungs in zip(runs, names, rungs, scores, strict=True):
-            decisions = (
-                (epoch, stopper.decide(run, name, epoch=epoch, miou=score).stop)
+            stopped_at = (
+                epoch
                 for epoch, score in zip(epochs, at_rungs, strict=False)
+                if stopper.decide(run, name, epoch=epoch, miou=score)
             )
-            trained += next((epoch for epoch, stop in decisions if stop), run.num_epochs)
+            trained += next(stopped_at, run.num_epochs)
         best_stopped += names[final.argmax()] in stopper.stops
     return Forecast(
         epochs_share_saved=1 - trained / (simulations * sum(run.num_epochs for run in runs)),

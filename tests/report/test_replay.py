@@ -15,7 +15,7 @@ from tune_bisenet.records import Epoch, TrialSpec, TrialState
 from tune_bisenet.report.read import ReportedTrial, SearchRecord, read_search
 from tune_bisenet.report.replay import TRIED_RULES, ReplayedRule, replay, replay_table, simulate
 from tune_bisenet.report.tables import Marked
-from tune_bisenet.rungs import CONTINUE, RULES, AshaRule, Decision, MedianRule, Stopper, StoppingRule
+from tune_bisenet.rungs import RULES, AshaRule, MedianRule, Stopper, StoppingRule
 
 ONE_AT_A_TIME = SESSION | {"trials_at_once": 1}
 
@@ -65,9 +65,9 @@ class Listener(Stopper):
     unwanted: str = ""
     heard: list[str] = field(default_factory=list)
 
-    def decide(self, run: Run, trial: str, *, epoch: int, miou: float, diverged: bool = False) -> Decision:
+    def decide(self, run: Run, trial: str, *, epoch: int, miou: float, diverged: bool = False) -> str:
         self.heard.append(f"{trial}{epoch}")
-        return Decision(stop=True) if trial == self.unwanted else CONTINUE
+        return "unwanted" if trial == self.unwanted else ""
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def live(trials: Mapping[str, ReportedTrial], stopper: Stopper, slots: int) -> d
             epoch = trials[name].epochs[trained[name]]
             trained[name] += 1
             run = trials[name].run
-            decision = stopper.decide(run, name, epoch=epoch.epoch, miou=epoch.miou, diverged=epoch.diverged)
-            if decision.stop or trained[name] == len(trials[name].epochs):
+            reason = stopper.decide(run, name, epoch=epoch.epoch, miou=epoch.miou, diverged=epoch.diverged)
+            if reason or trained[name] == len(trials[name].epochs):
                 del running[name]
             else:
                 running[name] += epoch.seconds

@@ -41,6 +41,9 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return message
 
 
+AROUND = ["--space", "around10", "--data", "frames", "--backbone", "none", "--proxy"]
+"""A sampled search whose few frames are packed at once, for what is found only then."""
+
 MISTAKES = {
     "no epochs": (["--epochs", "0"], ["--epochs 0"]),
     "a size off the grid": (["--image-size", "100x200"], ["100x200", "32", "96x192 and 128x224"]),
@@ -66,9 +69,9 @@ MISTAKES = {
         ["--scheduler asha", "fifo"],
     ),
     "several seeds of a sampled space": (["--space", "around10", "--seeds", "0,1"], ["--seeds", "--confirm K"]),
-    "an earlier search that is missing": (["--space", "around10", "--warm-start", "gone"], ["gone"]),
+    "an earlier search that is missing": ([*AROUND, "--warm-start", "gone"], ["gone"]),
     "a database that does not answer": (
-        ["--space", "around10", "--study", "postgresql://me@127.0.0.1:1/db"],
+        [*AROUND, "--study", "postgresql://me@127.0.0.1:1/db"],
         ["postgresql://me@127.0.0.1:1/db", "Connection refused"],
     ),
     "a password on the command line": (
@@ -79,10 +82,14 @@ MISTAKES = {
         ["--space", "around10", "--study", "postgresql://me:***@127.0.0.1:1/db"],
         ["password", "$TUNE_BISENET_STUDY"],
     ),
-    "an unknown kind of database": (["--space", "around10", "--study", "nosuch://x"], ["nosuch://x"]),
+    "an unknown kind of database": ([*AROUND, "--study", "nosuch://x"], ["nosuch://x"]),
     "a warm-up that no draw fits": (
         ["--space", "around10", "--data", "frames", "--backbone", "none"],
         ["does not fit", "--proxy"],
+    ),
+    "a warm-up that does not fit": (
+        ["--data", "frames", "--backbone", "none", "--runs", "r01", "--epochs", "2"],
+        ["r01: a warm-up of", "--proxy"],
     ),
     "an unknown storage": (["--storage", "nosuch://bucket"], ["nosuch://bucket"]),
 }
@@ -136,12 +143,6 @@ def test_an_abbreviated_flag_is_unknown(capsys: pytest.CaptureFixture[str]) -> N
         run.main(["--epoch", "3"])
     assert ended.value.code == 2
     assert "--epoch" in capsys.readouterr().err
-
-
-def test_a_warm_up_that_does_not_fit_names_the_proxy(capsys: pytest.CaptureFixture[str], frames: Path) -> None:
-    message = refused(capsys, "--data", str(frames), "--backbone", "none", "--runs", "r01", "--epochs", "2")
-    assert "r01: a warm-up of" in message
-    assert "--proxy" in message
 
 
 def test_damaged_frames_are_all_named(capsys: pytest.CaptureFixture[str], frames: Path, place: Path) -> None:

@@ -116,8 +116,8 @@ def simulate(trials: Mapping[str, ReportedTrial], stopper: Stopper, *, slots: in
         name, record = names[order], records[order]
         epoch = record.epochs[count - 1]
         trained[name] = count
-        decision = stopper.decide(record.run, name, epoch=epoch.epoch, miou=epoch.miou, diverged=epoch.diverged)
-        if decision.stop or count == len(record.epochs):
+        reason = stopper.decide(record.run, name, epoch=epoch.epoch, miou=epoch.miou, diverged=epoch.diverged)
+        if reason or count == len(record.epochs):
             start_next(now)
         else:
             heappush(running, (now + record.epochs[count].seconds, order, count + 1))

@@ -216,14 +216,14 @@ class StoppingScheduler(FIFOScheduler):
             return TrialScheduler.CONTINUE
         missing = {"epoch", METRIC, "diverged"} - result.keys()
         assert not missing, f"trial {trial} reported no {', '.join(sorted(missing))}"
-        decision = self.stopper.decide(
+        reason = self.stopper.decide(
             Run.model_validate(trial.config["run"]),
             _name_of(trial),
             epoch=result["epoch"],
             miou=result[METRIC],
             diverged=result["diverged"],
         )
-        return TrialScheduler.STOP if decision.stop else TrialScheduler.CONTINUE
+        return TrialScheduler.STOP if reason else TrialScheduler.CONTINUE
 
     def debug_string(self) -> str:
         return f"stopped early: {len(self.stopper.stops)}"

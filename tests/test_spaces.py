@@ -14,7 +14,6 @@ from tune_bisenet.spaces import (
     Grid,
     RowOverrides,
     Sampled,
-    SpaceError,
     iterations_per_epoch,
     proxy_caption,
     resolve_runs,
@@ -177,14 +176,14 @@ BROKEN = {
 
 @pytest.mark.parametrize(("name", "text", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_space_is_refused_with_the_reason(tmp_path: Path, name: str, text: str, message: str) -> None:
-    with pytest.raises(SpaceError, match=message):
+    with pytest.raises(InputError, match=message):
         load(tmp_path / name, text)
 
 
 def test_an_unknown_space_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(SpaceError, match=r"runs11 .*runs10"):
+    with pytest.raises(InputError, match=r"runs11 .*runs10"):
         spaces.load_space("runs11")
-    with pytest.raises(SpaceError, match=r"no file .*nowhere\.py"):
+    with pytest.raises(InputError, match=r"no file .*nowhere\.py"):
         spaces.load_space(str(tmp_path / "nowhere.py"))
 
 

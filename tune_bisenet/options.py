@@ -35,15 +35,21 @@ exit codes: 0 all trials ended well (finished, stopped by the scheduler, or dive
 completed; 2 the input was wrong and nothing was started; 75 Ray died, or storage or the study's database did not
 answer for ten minutes: resume with --resume; 130 and 143 interrupted by a signal: resume with --resume.
 """
+MAX_LISTED_PROBLEMS: Final = 20
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 
 
 class InputError(ValueError):
-    """The input was wrong. `problems` holds one sentence each."""
+    """The user's input cannot be used. `problems` holds a sentence each, with what to do; str() lists the first."""
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)  # not joined, so that it can be pickled on its way out of a worker
+        self.problems = problems
+
+    def __str__(self) -> str:
+        num_more = len(self.problems) - MAX_LISTED_PROBLEMS
+        more = [f"and {num_more:,} more"] if num_more > 0 else []  # a broken download has thousands
+        return "\n".join([*self.problems[:MAX_LISTED_PROBLEMS], *more])
 
 
 _UNIT_SECONDS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}

@@ -47,13 +47,11 @@ def _search(options: Options, mistyped: dict[str, str], console: "Console", argu
             console.print(f"packing frames, once for this data and size: {done} of {total}", highlight=False)
 
     search = prepare_search(options, mistyped, default_name=_default_name(options), progress=show)
-    from tune_bisenet.search.driver import CANNOT_BEGIN, run_search
+    from tune_bisenet.search.driver import run_search
     from tune_bisenet.search.resources import RESTARTABLE
 
     try:
         return run_search(search, console, ["python", "-m", "tune_bisenet.run", *map(redact, arguments)])
-    except CANNOT_BEGIN as error:
-        return _refuse([str(error)])
     except StorageError as error:
         cause = str(error).removesuffix(".")
         sys.stderr.write(f"{cause}. Nothing is lost: when it answers, run the same command again with --resume.\n")
@@ -65,12 +63,9 @@ def _plan(options: Options, mistyped: dict[str, str], console: "Console", _argum
     from tune_bisenet.search.prepare import survey_search
 
     search = survey_search(options, mistyped, default_name=_default_name(options))
-    from tune_bisenet.search.driver import CANNOT_BEGIN, OK, print_plan_page
+    from tune_bisenet.search.driver import OK, print_plan_page
 
-    try:
-        print_plan_page(console, search)
-    except CANNOT_BEGIN as error:
-        return _refuse(str(error).splitlines())
+    print_plan_page(console, search)
     return OK
 
 

@@ -109,12 +109,8 @@ class Sampled:
 Space = Grid | Sampled
 
 
-class SpaceError(ValueError):
-    """A space cannot be found or is not a space."""
-
-
 def load_space(name: str) -> Space:
-    """Return the space of a module in `search_spaces`, or of a Python file. Raises SpaceError, saying what to do."""
+    """Return the space of a module in `search_spaces`, or of a Python file. Raises InputError, saying what to do."""
     try:
         module = _load_module(name)
     except ValidationError as error:
@@ -124,13 +120,13 @@ def load_space(name: str) -> Space:
             else finding["msg"].removeprefix("Value error, ")
             for finding in error.errors()
         ]
-        raise SpaceError(f"a row of the space {name} is wrong: {'; '.join(findings)}") from error
+        raise InputError(f"a row of the space {name} is wrong: {'; '.join(findings)}") from error
     except Exception as error:  # a space is the user's own code: whatever it raises is a mistake in it
         kind = "" if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: "
-        raise SpaceError(f"the space {name} cannot be used: {kind}{error}") from error
+        raise InputError(f"the space {name} cannot be used: {kind}{error}") from error
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Space):
-        raise SpaceError(
+        raise InputError(
             f"the space {name} defines no SPACE of type Grid or Sampled: "
             "end the file with SPACE = Grid(title, runs) or SPACE = Sampled(title, sample)."
         )
@@ -209,7 +205,7 @@ def resolve_runs(rows: Sequence[Run], overrides: RowOverrides, data: DataFacts) 
             )
         resolved.append(run)
     if problems:
-        raise InputError(problems)
+        raise InputError(*problems)
     return tuple(run.model_copy(update={"seed": seed}) for seed in overrides.seeds for run in resolved)
 
 

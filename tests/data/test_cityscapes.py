@@ -17,7 +17,8 @@ from helpers.searches import write_frames
 from PIL import Image
 
 from tune_bisenet.data.packing import check_reachable, open_source, prepare_packed
-from tune_bisenet.data.source import SPLITS, DataError, Split
+from tune_bisenet.data.source import SPLITS, Split
+from tune_bisenet.options import InputError
 
 # From the label table of cityscapesScripts, by hand; every other id is void.
 TRAIN_ID_OF_LABEL_ID = {
@@ -65,7 +66,7 @@ def root(tmp_path: Path) -> Path:
 def problems_of(root: Path | str, *, decode: bool = False) -> tuple[str, ...]:
     """Return what is wrong with the headers, or with the pixels of the first frame."""
     source = open_source(str(root)) if decode else None
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(InputError) as caught:
         source.load("train", 0) if source else open_source(str(root))
     return caught.value.problems
 
@@ -215,7 +216,7 @@ def test_all_problems_are_reported_at_once(root: Path) -> None:
 def test_a_long_list_of_problems_is_pickled_whole_and_shortened_when_printed(root: Path) -> None:
     for number in range(50):
         save(image_path(root, "val", f"ulm/x_{number:02}"), np.zeros((*SIZE, 3)))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(InputError) as caught:
         open_source(str(root))
     error = pickle.loads(pickle.dumps(caught.value))
     assert str(error).splitlines() == [*caught.value.problems[:20], "and 30 more"]
@@ -310,9 +311,9 @@ def test_headers_are_read_without_the_rest_of_a_large_object(store: ObjectStore,
 
 
 def test_unreachable_storage_is_reported_within_seconds(store: ObjectStore) -> None:
-    with pytest.raises(DataError, match="nobucket"):
+    with pytest.raises(InputError, match="nobucket"):
         check_reachable(store.uri("x", bucket="nobucket"))
-    with pytest.raises(DataError, match=r"127\.0\.0\.1:9"):
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9"):
         check_reachable("s3://bucket/x?endpoint_override=http://127.0.0.1:9&scheme=http&region=us-east-1")
     with pytest.raises(ValueError, match="key"):
         check_reachable("s3://AKID:secret@bucket/x")

@@ -23,8 +23,9 @@ from tune_bisenet.data import packed as packed_module
 from tune_bisenet.data import packing
 from tune_bisenet.data.packed import Packed, open_packed, suggested_image_size
 from tune_bisenet.data.packing import fetch_packed, open_source, prepare_packed, publish_packed
-from tune_bisenet.data.source import SPLITS, DataError, Frame, Split
+from tune_bisenet.data.source import SPLITS, Frame, Split
 from tune_bisenet.data.streets import Streets
+from tune_bisenet.options import InputError
 from tune_bisenet.storage import Storage
 
 SIZE = (16, 24)
@@ -50,7 +51,7 @@ class Noise:
 
     def load(self, split: Split, index: int) -> Frame:
         if (split, index) in self.damaged:
-            raise DataError([f"image {split} {index} is damaged", f"label {split} {index} is damaged"])
+            raise InputError(f"image {split} {index} is damaged", f"label {split} {index} is damaged")
         if self.frame is not None:
             return self.frame
         rng = np.random.default_rng([SPLITS.index(split), index])
@@ -149,10 +150,10 @@ def test_a_pack_of_another_format_or_split_is_refused(tmp_path: Path, monkeypatc
     path = pack(tmp_path).path
     with monkeypatch.context() as patch:
         patch.setattr(packed_module, "FORMAT_VERSION", 2)
-        with pytest.raises(DataError, match=r"format 1\b.* 2\b"):
+        with pytest.raises(InputError, match=r"format 1\b.* 2\b"):
             open_packed(path)
     shutil.copy(path / "train.arrow", path / "val.arrow")
-    with pytest.raises(DataError, match="7 rows of train, not 7 of val"):
+    with pytest.raises(InputError, match="7 rows of train, not 7 of val"):
         open_packed(path)
 
 
@@ -191,7 +192,7 @@ def test_a_truncated_or_missing_file_is_refused_and_packed_again(tmp_path: Path,
     path.unlink()
     if num_bytes is not None:
         path.write_bytes(whole[:num_bytes])
-    with pytest.raises(DataError, match=r"train\.arrow"):
+    with pytest.raises(InputError, match=r"train\.arrow"):
         open_packed(packed.path)
     assert pack(tmp_path).digest == packed.digest
     assert path.read_bytes() == whole
@@ -211,7 +212,7 @@ def test_the_digest_depends_on_content_and_not_on_paths_or_times(tmp_path: Path)
 
 
 def test_all_damaged_frames_are_named_at_once_and_nothing_remains(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(InputError) as caught:
         pack(tmp_path, Noise(damaged=[("train", 0), ("train", 6), ("val", 1)]))
     assert caught.value.problems == tuple(
         f"{half} {frame} is damaged" for frame in ("train 0", "train 6", "val 1") for half in ("image", "label")
@@ -221,7 +222,7 @@ def test_all_damaged_frames_are_named_at_once_and_nothing_remains(tmp_path: Path
 
 def test_a_disk_too_small_is_refused_before_the_first_frame(tmp_path: Path) -> None:
     huge = Noise(frame_size=(10_000_000, 10_000_000), damaged=[("train", 0)])  # three val labels of 100 TB
-    with pytest.raises(DataError, match=r"300,000\.0 GB"):
+    with pytest.raises(InputError, match=r"300,000\.0 GB"):
         pack(tmp_path, huge)
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from tune_bisenet.config import Resources
-from tune_bisenet.options import Options
-from tune_bisenet.search.resources import Cluster, ClusterError, Node, allocate
+from tune_bisenet.options import InputError, Options
+from tune_bisenet.search.resources import Cluster, Node, allocate
 
 
 def cluster(*nodes: tuple[float, float], autoscales: bool = False) -> Cluster:
@@ -47,17 +47,17 @@ def test_resources_fit_the_machines(
 
 @pytest.mark.parametrize("flags", [{"cpus_per_trial": 3}, {"gpus_per_trial": 1}, {"device": "cuda"}])
 def test_a_request_that_is_too_large_is_refused(flags: dict[str, object]) -> None:
-    with pytest.raises(ClusterError, match="Lower --cpus-per-trial or --gpus-per-trial"):
+    with pytest.raises(InputError, match="Lower --cpus-per-trial or --gpus-per-trial"):
         allocate(cluster((2, 0)), options(**flags), num_trials=10)
 
 
 def test_a_request_that_no_single_node_holds_is_refused() -> None:
-    with pytest.raises(ClusterError, match="the largest of Ray's 2 nodes has 4 and 0"):
+    with pytest.raises(InputError, match="the largest of Ray's 2 nodes has 4 and 0"):
         allocate(cluster((4, 0), (2, 0)), options(cpus_per_trial=6), num_trials=10)
 
 
 def test_a_device_without_a_gpu_for_it_is_refused() -> None:
-    with pytest.raises(ClusterError, match="exclude each other"):
+    with pytest.raises(InputError, match="exclude each other"):
         allocate(cluster((2, 1)), options(device="cuda", gpus_per_trial=0), num_trials=10)
 
 
@@ -75,7 +75,7 @@ def test_on_an_autoscaling_cluster_flags_hold_even_if_no_node_has_as_much_yet() 
 
 
 def test_an_empty_cluster_that_does_not_autoscale_is_refused() -> None:
-    with pytest.raises(ClusterError, match="Ray has no node with a CPU"):
+    with pytest.raises(InputError, match="Ray has no node with a CPU"):
         allocate(cluster(), options(), num_trials=10)
 
 

@@ -17,12 +17,12 @@ from helpers.light_search import (
 )
 from optuna.trial import TrialState as OptunaState
 
+from tune_bisenet.options import InputError
 from tune_bisenet.records import TRIAL, TRIALS, TrialSpec, TrialState, read_saved_state
 from tune_bisenet.search.prepare import read_specs
 from tune_bisenet.search.searcher import GridSearcher
 from tune_bisenet.search.state import SearchState
 from tune_bisenet.storage import Storage
-from tune_bisenet.study.study import StudyError
 
 place = pytest.fixture(make_place)
 _closed = pytest.fixture(autouse=True)(close_connections)
@@ -162,7 +162,7 @@ def test_a_damaged_study_is_no_outage(search: Search) -> None:
     file = Path(search.folder.path) / "study.db"
     content = file.read_bytes()
     file.write_bytes(content[:8192] + b"\xff" * (len(content) - 8192))
-    with pytest.raises(StudyError, match=r"Remove the file study\.db"):
+    with pytest.raises(InputError, match=r"Remove the file study\.db"):
         search.run()
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 from helpers.rows import plain_epoch, plain_row, plain_state
 
+from tune_bisenet.options import InputError
 from tune_bisenet.records import (
     BEST_WEIGHTS,
     LAST,
@@ -262,7 +263,7 @@ def test_one_process_at_a_time_runs_a_search_and_a_killed_one_does_not_block_it(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(state_module.InUseError, match=folder.path), state_module.exclusive(folder):
+        with pytest.raises(InputError, match=folder.path), state_module.exclusive(folder):
             pass
         holder.kill()
     with state_module.exclusive(folder):

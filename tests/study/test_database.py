@@ -10,11 +10,11 @@ import pytest
 from helpers.light_search import close_connections, database_at
 from helpers.object_store import object_store
 
-from tune_bisenet.options import STUDY_VARIABLE, parse_options
+from tune_bisenet.options import STUDY_VARIABLE, InputError, parse_options
 from tune_bisenet.records import STUDY
 from tune_bisenet.search.prepare import survey_search
 from tune_bisenet.storage import Storage
-from tune_bisenet.study.study import StudyError, study_database
+from tune_bisenet.study.study import study_database
 
 _closed = pytest.fixture(autouse=True)(close_connections)
 
@@ -36,7 +36,7 @@ def bucket(tmp_path: Path) -> Storage:
 
 def error_of(address: str, secret: str | None = None) -> str:
     """Return what a user reads who gives this --study and this $TUNE_BISENET_STUDY to a new search."""
-    with pytest.raises(StudyError) as refused:
+    with pytest.raises(InputError) as refused:
         database_at(address, secret=secret).check("search", is_new=True)
     return str(refused.value)
 
@@ -86,7 +86,7 @@ def test_a_copy_that_fails_is_logged_and_made_later(tmp_path: Path, caplog: pyte
 @pytest.mark.parametrize("content", [b"no database" * 100, b"SQLite format 3\0" + b"\xff" * 500])
 def test_a_damaged_file_is_named_with_its_remedy(folder: Storage, tmp_path: Path, content: bytes) -> None:
     folder.write(STUDY, content)
-    with pytest.raises(StudyError, match=r"Remove the file study\.db"):
+    with pytest.raises(InputError, match=r"Remove the file study\.db"):
         study_database(folder, address=None, secret=None, cache_dir=tmp_path).open()
 
 

@@ -27,8 +27,8 @@ from helpers.light_search import (
 )
 from helpers.processes import free_port
 
+from tune_bisenet.options import InputError
 from tune_bisenet.storage import RETRY_VARIABLE, Storage, StorageError
-from tune_bisenet.study.study import StudyError
 
 PROGRAMS = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
 
@@ -176,7 +176,7 @@ def test_a_wrong_password_is_refused_and_neither_is_shown(server: Server) -> Non
     database = server.add_database("guarded")
     database_at(database["url"], secret=database["secret"]).check("light", is_new=True)
     for secret in (server.url("guarded", password="gu@ssed/w0rd"), None):
-        with pytest.raises(StudyError) as refused:
+        with pytest.raises(InputError) as refused:
             database_at(database["url"], secret=secret).check("light", is_new=True)
         message = str(refused.value)
         assert all(word in message for word in (database["url"], "password", "$TUNE_BISENET_STUDY"))

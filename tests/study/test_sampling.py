@@ -11,7 +11,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import BaseTrial
 
 from tune_bisenet.config import Param, Run, Sampler
-from tune_bisenet.spaces import LatencyRanges, Sampled, SpaceError
+from tune_bisenet.options import InputError
+from tune_bisenet.spaces import LatencyRanges, Sampled
 from tune_bisenet.study import sampling
 
 PARAMS: dict[str, Param] = {"lr": 0.02, "optimizer": "sgd", "momentum": 0.7, "aux_weight": 0.5, "accumulation": 2}
@@ -79,7 +80,7 @@ def test_a_scaled_size_is_one_that_bisenet_takes(scale: float, size: tuple[int, 
 )
 def test_a_row_whose_point_is_wrong_is_named(wrong: Callable[[Run], dict[str, Param]], words: str) -> None:
     sampling.check_rows(SPACE)
-    with pytest.raises(SpaceError, match=words):
+    with pytest.raises(InputError, match=words):
         sampling.check_rows(replace(SPACE, point=wrong))
 
 
@@ -88,7 +89,7 @@ def test_a_branch_that_fails_is_found_with_the_parameters_that_lead_there() -> N
         bad = trial.suggest_categorical("kind", ["good", "bad"]) == "bad"
         return row("drawn", trial.suggest_float("bad_lr", -2.0, -1.0) if bad else trial.suggest_float("lr", 0.01, 0.1))
 
-    with pytest.raises(SpaceError) as refused:
+    with pytest.raises(InputError) as refused:
         search_space(Sampled("broken", sample_kind)).test_draws(seed=0)
     said = str(refused.value)
     assert 60 < int(said.split()[0]) < 140
@@ -100,7 +101,7 @@ def test_any_error_of_a_space_is_the_users_mistake() -> None:
     def sample_typo(trial: BaseTrial) -> Run:
         return row("drawn", {"lr": trial.suggest_float("lr", 0.01, 0.1)}["rate"])
 
-    with pytest.raises(SpaceError, match=r"200 of 200 .* With lr 0.0.*: 'rate'"):
+    with pytest.raises(InputError, match=r"200 of 200 .* With lr 0.0.*: 'rate'"):
         search_space(Sampled("typo", sample_typo)).test_draws(seed=0)
 
 

@@ -19,10 +19,11 @@ from trainings import begin, small, trial_folder
 from tune_bisenet import storage
 from tune_bisenet.config import Run
 from tune_bisenet.data.packed import Packed
+from tune_bisenet.options import InputError
 from tune_bisenet.records import BEST_WEIGHTS, LAST, PREVIOUS, Epoch
 from tune_bisenet.storage import Storage
 from tune_bisenet.training import checkpoint
-from tune_bisenet.training.checkpoint import BackboneError, CheckpointError, from_bytes, to_bytes
+from tune_bisenet.training.checkpoint import CheckpointError, from_bytes, to_bytes
 from tune_bisenet.training.engine import Training
 
 folder = pytest.fixture(trial_folder)
@@ -292,27 +293,27 @@ NO_WEIGHTS = (b"", b"hello", b"PK\x03\x04 and no more")
 def test_what_is_no_file_of_weights_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     for refused in (tmp_path / "nowhere.pt", tmp_path):
-        with pytest.raises(BackboneError, match=refused.name):
+        with pytest.raises(InputError, match=refused.name):
             checkpoint.load_backbone(str(refused))
     for content in (*NO_WEIGHTS, pickle.dumps({"a": [1]}, protocol=2)):
         path.write_bytes(content)
-        with pytest.raises(BackboneError, match=r"weights\.pt"):
+        with pytest.raises(InputError, match=r"weights\.pt"):
             checkpoint.load_backbone(str(path))
     for state in ([1, 2], {"state_dict": {}, "epoch": 3}, {"conv1.weight": 1.0}):
-        with pytest.raises(BackboneError, match="state dict of tensors"):
+        with pytest.raises(InputError, match="state dict of tensors"):
             checkpoint.load_backbone(saved(tmp_path, state))
 
 
 def test_missing_strange_and_misshapen_tensors_are_named(weights: dict[str, Tensor], tmp_path: Path) -> None:
     changed = weights | {"layer5.conv.weight": torch.zeros(1), "conv1.weight": torch.zeros(64, 4, 7, 7)}
     del changed["layer1.0.conv1.weight"]
-    with pytest.raises(BackboneError, match="ResNet-18") as refusal:
+    with pytest.raises(InputError, match="ResNet-18") as refusal:
         checkpoint.load_backbone(saved(tmp_path, changed))
     assert "layer1.0.conv1.weight is missing" in str(refusal.value)
     assert "layer5.conv.weight is unknown" in str(refusal.value)
     assert "conv1.weight has shape (64, 4, 7, 7) and should have (64, 3, 7, 7)" in str(refusal.value)
     content = {f"module.{key}": value for key, value in weights.items()}
-    with pytest.raises(BackboneError, match=r"conv1\.weight is missing") as refusal:
+    with pytest.raises(InputError, match=r"conv1\.weight is missing") as refusal:
         checkpoint.load_backbone(saved(tmp_path, content))
     assert str(refusal.value).count(" is missing") == 5
 
@@ -322,14 +323,14 @@ def test_code_in_a_file_does_not_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     path.write_bytes(pickle.dumps(Exploit(trace), protocol=2))
     for file in (str(path), saved(tmp_path, {"conv1.weight": Exploit(trace)})):
-        with pytest.raises(BackboneError):
+        with pytest.raises(InputError):
             checkpoint.load_backbone(file)
     assert not trace.exists()
 
 
 @pytest.mark.usefixtures("torch_cache")
 def test_without_a_network_imagenet_is_an_error_that_says_what_to_pass() -> None:
-    with pytest.raises(BackboneError, match=r"https://.*--backbone FILE .* --backbone none"):
+    with pytest.raises(InputError, match=r"https://.*--backbone FILE .* --backbone none"):
         checkpoint.load_backbone("imagenet")
 
 
@@ -343,7 +344,7 @@ def test_cached_weights_need_no_network(weights: dict[str, Tensor], torch_cache:
 @pytest.mark.parametrize("content", NO_WEIGHTS)
 def test_a_damaged_cache_is_named(torch_cache: Path, content: bytes) -> None:
     (torch_cache / "resnet18-f37072fd.pth").write_bytes(content)
-    with pytest.raises(BackboneError, match=r"resnet18-f37072fd\.pth .* delete it"):
+    with pytest.raises(InputError, match=r"resnet18-f37072fd\.pth .* delete it"):
         checkpoint.load_backbone("imagenet")
 
 

@@ -149,11 +149,9 @@ def prepare_submission(words: Sequence[str]) -> Submission:
     flags = vars(build_parser().parse_args(words))
     if any(has_secret(word) or ("://" in word and is_ambiguous(word)) for word in words):
         raise InputError(  # before another message can show the password
-            [
-                "an address in the run's flags has a password in it, and everyone who reaches the cluster can read a "
-                f"job's command. For a study, leave --study out and set ${STUDY_VARIABLE} on the head before Ray is "
-                "started there; for storage and data, give the machines a role."
-            ]
+            "an address in the run's flags has a password in it, and everyone who reaches the cluster can read a "
+            f"job's command. For a study, leave --study out and set ${STUDY_VARIABLE} on the head before Ray is "
+            "started there; for storage and data, give the machines a role."
         )
     problems = [
         f"{flag} starts nothing, and needs no cluster: run python -m tune_bisenet.run {flag} on this machine."
@@ -169,7 +167,7 @@ def prepare_submission(words: Sequence[str]) -> Submission:
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        raise InputError(problems)
+        raise InputError(*problems)
     name = options.name or f"{space.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = ["python", "-m", "tune_bisenet.run", "--address", "auto", *words]
     run += ["--name", name] if options.name is None else []

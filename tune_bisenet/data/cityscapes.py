@@ -26,7 +26,8 @@ from pyarrow.fs import FileType
 
 from tune_bisenet.config import format_size
 from tune_bisenet.data.classes import MAX_LABEL_ID, NUM_CLASSES, VOID, train_id_table
-from tune_bisenet.data.source import SPLITS, DataError, Frame, Split
+from tune_bisenet.data.source import SPLITS, Frame, Split
+from tune_bisenet.options import InputError
 from tune_bisenet.storage import Storage, StorageError
 
 IMAGES: Final = "leftImg8bit"
@@ -77,7 +78,7 @@ class Cityscapes:
         return self.frame_names[split]
 
     def load(self, split: Split, index: int) -> Frame:
-        """Decode one frame. Raises DataError for what a header cannot show: damaged pixels and unknown ids."""
+        """Decode one frame. Raises InputError for what a header cannot show: damaged pixels and unknown ids."""
         name = self.frame_names[split][index]
         problems: list[str] = []
         with _collect(problems), _open_png(self.root, _image_path(split, name), IMAGE_MODES) as picture:
@@ -85,14 +86,14 @@ class Cityscapes:
         with _collect(problems):
             label = _decode_label(self.root, _label_path(split, name, self.label_format), self.label_format)
         if problems:
-            raise DataError(problems)
+            raise InputError(*problems)
         return Frame(image, label)
 
 
 def open_cityscapes(root: Storage) -> Cityscapes:
     """Find and check every frame under `root`, reading headers only.
 
-    Raises one DataError that names every file that is missing, unpaired, unreadable, or of another size or mode.
+    Raises one InputError that names every file that is missing, unpaired, unreadable, or of another size or mode.
     """
     _require_layout(root)
     listed = {
@@ -112,7 +113,7 @@ def open_cityscapes(root: Storage) -> Cityscapes:
     sizes = _read_header_sizes(root, modes, problems)
     problems += _size_problems(root, pairs, sizes)
     if problems:
-        raise DataError(problems)
+        raise InputError(*problems)
     files = sorted(file for pair in pairs for file in pair)
     lines = [f"{path}\t{num_bytes}\t{mtime_ns}" for path, num_bytes, mtime_ns in files]  # cheap: no file is read
     return Cityscapes(
@@ -152,7 +153,7 @@ def _label_path(split: Split, name: str, label_format: LabelFormat) -> str:
 
 
 def _require_layout(root: Storage) -> None:
-    """Raise DataError unless both top folders exist; name the folder that was meant if it is above or one below."""
+    """Raise InputError unless both top folders exist; name the folder that was meant if it is above or one below."""
 
     def has_layout(folder: Storage) -> bool:
         return folder.exists(IMAGES) and folder.exists(LABELS)
@@ -164,14 +165,14 @@ def _require_layout(root: Storage) -> None:
     parents = root.local_path.parents if root.local_path else ()  # in object storage they may belong to others
     for folder in (*(Storage.at(str(parent)) for parent in parents), *(root / child for child in children)):
         if has_layout(folder):
-            raise DataError([f"no Cityscapes under {root.uri}, but under {folder.uri}: point --data at {folder.uri}."])
+            raise InputError(f"no Cityscapes under {root.uri}, but under {folder.uri}: point --data at {folder.uri}.")
     state = "; that is a file" if is_file else "" if root.exists() else "; there is no such folder"
     images, labels = (root / IMAGES / "train").uri, (root / LABELS / "train").uri
     problem = (
         f"no Cityscapes under {root.uri}: expected {images} and {labels}{state}. "
         "Point --data at the folder that holds them, or leave --data out: the built-in streets need no download."
     )
-    raise DataError([problem])
+    raise InputError(problem)
 
 
 def _pairing_problems(
@@ -240,10 +241,10 @@ def _size_problems(
 
 @contextmanager
 def _collect(problems: list[str]) -> Iterator[None]:
-    """Add the problems of a DataError to `problems` instead of raising it."""
+    """Add the problems of an InputError to `problems` instead of raising it."""
     try:
         yield
-    except DataError as error:
+    except InputError as error:
         problems.extend(error.problems)
 
 
@@ -253,7 +254,7 @@ def _open_png(
 ) -> Iterator[Image.Image]:
     """Open a PNG whose header is right: readable, of bounded size, in one of `modes`, reading at most `max_bytes`.
 
-    Raises DataError, also for errors of Pillow in the body of the `with`.
+    Raises InputError, also for errors of Pillow in the body of the `with`.
     """
     uri = (root / path).uri
     try:
@@ -265,18 +266,18 @@ def _open_png(
                 raise Image.DecompressionBombError
             if picture.mode not in modes:
                 rule = next(iter(modes.values()))
-                raise DataError([f"{uri} has Pillow's mode {picture.mode!r}: {rule}. Convert or replace the file."])
+                raise InputError(f"{uri} has Pillow's mode {picture.mode!r}: {rule}. Convert or replace the file.")
             yield picture
-    except (DataError, StorageError):
+    except (InputError, StorageError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         problem = (
             f"{uri} claims more than {MAX_FRAME_PIXELS:,} pixels, the most a frame may have: remove or replace it."
         )
-        raise DataError([problem]) from error
+        raise InputError(problem) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:  # all that Pillow raises
         problem = f"{uri} cannot be read as PNG ({error}): unpack or copy it again, or remove the frame."
-        raise DataError([problem]) from error
+        raise InputError(problem) from error
 
 
 def _decode_label(root: Storage, path: str, label_format: LabelFormat) -> NDArray[np.uint8]:
@@ -291,5 +292,5 @@ def _decode_label(root: Storage, path: str, label_format: LabelFormat) -> NDArra
             f"{(root / path).uri} holds the ids {listed}: *{label_format.suffix} holds 0 to {label_format.max_id}, "
             f"and {VOID} for void. Replace it by the original, or map your own classes to these ids."
         )
-        raise DataError([problem])
+        raise InputError(problem)
     return np.frombuffer(ids.translate(label_format.train_ids), np.uint8).reshape(picture.height, picture.width)

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from tune_bisenet.config import STRIDE, format_size
 from tune_bisenet.data.classes import NUM_CLASSES
-from tune_bisenet.data.source import SPLITS, DataError, Split
+from tune_bisenet.data.source import SPLITS, Split
+from tune_bisenet.options import InputError
 
 FORMAT_VERSION: Final = 1
 MAX_SUGGESTED_SIZE: Final = (512, 1024)
@@ -105,7 +106,7 @@ def arrow_schema(header: Header) -> Any:
 
 
 def open_packed(path: Path) -> Packed:
-    """Open a pack without reading its pixels. Raises DataError if it is missing or not complete."""
+    """Open a pack without reading its pixels. Raises InputError if it is missing or not complete."""
     files = [_read_split(path, split) for split in SPLITS]
     content = [
         [header.format_version, header.split, header.image_size, header.label_size, batch_sha256]
@@ -132,7 +133,7 @@ def _read_split(folder: Path, split: Split) -> tuple[Header, PackedSplit, ClassC
     """
     path = folder / f"{split}.arrow"
     if not path.is_file():
-        raise DataError([f"there is no pack at {path}; a search makes it when it starts."])
+        raise InputError(f"there is no pack at {path}; a search makes it when it starts.")
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         metadata = reader.schema.metadata or {}
@@ -149,7 +150,7 @@ def _read_split(folder: Path, split: Split) -> tuple[Header, PackedSplit, ClassC
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         reason = str(error).strip() or type(error).__name__
         problem = f"the pack {path} is not complete ({reason}); a search makes it again when it starts."
-        raise DataError([problem]) from error
+        raise InputError(problem) from error
 
 
 def _read_batches(reader: Any, header: Header) -> tuple[PackedSplit, ClassCounts, list[str]]:

@@ -43,9 +43,9 @@ from tune_bisenet.data.packed import (
     arrow_schema,
     open_packed,
 )
-from tune_bisenet.data.source import SPLITS, DataError, Source, Split
+from tune_bisenet.data.source import SPLITS, Source, Split
 from tune_bisenet.data.streets import Streets
-from tune_bisenet.options import STREETS
+from tune_bisenet.options import STREETS, InputError
 from tune_bisenet.storage import Storage
 
 BATCH_BYTES: Final = 64 * 2**20
@@ -61,7 +61,7 @@ _log = logging.getLogger(__name__)
 def open_source(name: str) -> Source:
     """Open the built-in streets, or a folder or URI in Cityscapes layout.
 
-    Raises DataError with everything that is wrong with it, and StorageError if object storage does not answer.
+    Raises InputError with everything that is wrong with it, and StorageError if object storage does not answer.
     """
     if name == STREETS:
         return Streets()
@@ -70,13 +70,13 @@ def open_source(name: str) -> Source:
 
 
 def check_reachable(name: str) -> None:
-    """Raise DataError, within seconds, if `name` lies in object storage that refuses or does not answer."""
+    """Raise InputError, within seconds, if `name` lies in object storage that refuses or does not answer."""
     if "://" not in name:
         return
     try:
         Storage.at(name, fail_fast=True).check_readable()
     except OSError as error:
-        raise DataError([f"--data {name} cannot be read: {error}"]) from error
+        raise InputError(f"--data {name} cannot be read: {error}") from error
 
 
 def prepare_packed(
@@ -90,13 +90,13 @@ def prepare_packed(
     """Open the pack of `source` at `image_size`; if there is none, fetch it from `shared` or make it.
 
     Any number of processes may call this at once: one packs, the others wait.
-    Raises DataError naming every frame that cannot be used, or when the disk is too small.
+    Raises InputError naming every frame that cannot be used, or when the disk is too small.
     """
     folder = cache_dir / _pack_name(source, image_size)
     with _lock(folder):
         try:
             return open_packed(folder)
-        except DataError as reason:
+        except InputError as reason:
             if shared is None or not _download(shared / folder.name, folder):
                 _log.info("packing %s at %s: %s", source.name, format_size(image_size), reason)
                 _build(source, image_size, folder, progress or (lambda _done, _total: None))
@@ -112,7 +112,7 @@ def fetch_packed(name: str, *, shared: Storage, cache_dir: Path) -> Packed | Non
     with _lock(folder):
         try:
             return open_packed(folder)
-        except DataError:
+        except InputError:
             return open_packed(folder) if _download(shared / name, folder) else None
 
 
@@ -140,8 +140,8 @@ def _download(remote: Storage, folder: Path) -> bool:
             for split in SPLITS:
                 remote.download(f"{split}.arrow", part / f"{split}.arrow")
             if open_packed(part).digest != digest.decode():
-                raise DataError([f"its digest is not {digest.decode()}, the one in {COMPLETE}"])
-    except (DataError, FileNotFoundError) as reason:
+                raise InputError(f"its digest is not {digest.decode()}, the one in {COMPLETE}")
+    except (InputError, FileNotFoundError) as reason:
         _log.warning("the packed frames in %s cannot be used: %s", remote.uri, reason)
         return False
     return True
@@ -177,7 +177,7 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
             f"packed frames need {needed_bytes / 1e9:,.1f} GB in {folder}, where {free_bytes / 1e9:,.1f} GB are free: "
             "remove packs there that no search uses, name another cache folder, or choose a smaller image size."
         )
-        raise DataError([problem])
+        raise InputError(problem)
 
 
 def _pack_name(source: Source, image_size: FrameSize) -> str:
@@ -210,7 +210,7 @@ def _build(source: Source, image_size: FrameSize, folder: Path, progress: PackPr
             rows = _pack_rows(source, split, header, problems, lambda: progress(next(num_done), num_frames))
             _write_split(part / f"{split}.arrow", header, rows)
         if problems:
-            raise DataError(problems)
+            raise InputError(*problems)
 
 
 _PackedRow = tuple[str, ByteArray, ByteArray, ClassCounts]
@@ -243,7 +243,7 @@ def _pack_rows(
                 waiting.extend(pool.submit(pack_row, index) for index in next_indices)
                 try:
                     row = waiting.popleft().result()
-                except DataError as error:
+                except InputError as error:
                     problems.extend(error.problems)
                 else:
                     if not problems:

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 Split = Literal["train", "val"]
 SPLITS: Final[tuple[Split, ...]] = ("train", "val")
-MAX_LISTED_PROBLEMS: Final = 20
 
 
 class Frame(NamedTuple):
@@ -16,19 +15,6 @@ class Frame(NamedTuple):
 
     image: NDArray[np.uint8]  # H x W x 3, RGB
     label: NDArray[np.uint8]  # H x W, trainIds, void 255
-
-
-class DataError(ValueError):
-    """The data cannot be used. `problems` holds one sentence each, naming the file and what to do; str() the first."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__(tuple(problems))  # not joined, so that the error can be pickled on its way out of a worker
-        self.problems = tuple(problems)
-
-    def __str__(self) -> str:
-        num_more = len(self.problems) - MAX_LISTED_PROBLEMS
-        more = [f"and {num_more:,} more"] if num_more > 0 else []
-        return "\n".join([*self.problems[:MAX_LISTED_PROBLEMS], *more])
 
 
 class Source(Protocol):
@@ -50,4 +36,4 @@ class Source(Protocol):
         """Return the frames' names in order, one for each frame of the split."""
 
     def load(self, split: Split, index: int) -> Frame:
-        """Decode one frame. Raises DataError if it is damaged."""
+        """Decode one frame. Raises InputError if it is damaged."""

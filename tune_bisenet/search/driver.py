@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tune_bisenet import __version__, spaces
 from tune_bisenet.config import Resources
-from tune_bisenet.options import Limits, Options
+from tune_bisenet.options import InputError, Limits, Options
 from tune_bisenet.records import (
     SEARCH,
     DataInfo,
@@ -35,15 +35,11 @@ from tune_bisenet.rungs import RULES, Stopper, protected_rows
 from tune_bisenet.search.console import SearchProgress, print_dry_run, print_plan, print_results
 from tune_bisenet.search.forecast import estimate_search, time_throughput
 from tune_bisenet.search.prepare import PreparedSearch, pack_digests
-from tune_bisenet.search.resources import Cluster, ClusterError, Node, allocate, ray_session
+from tune_bisenet.search.resources import Cluster, Node, allocate, ray_session
 from tune_bisenet.search.searcher import GridSearcher, Searcher, StudySearcher
-from tune_bisenet.search.state import InUseError, SearchState, SessionOutcome, complete_states, exclusive, restore
+from tune_bisenet.search.state import SearchState, SessionOutcome, complete_states, exclusive, restore
 from tune_bisenet.search.tuner import run_trials
-from tune_bisenet.study.study import StudyError
 from tune_bisenet.training.tensorboard import HParamsTable
-
-CANNOT_BEGIN: Final = (InUseError, ClusterError, StudyError)
-"""What `run_search` and `print_plan_page` raise for a mistake of the user's that `prepare` cannot find."""
 
 OK: Final = 0
 SOME_FAILED: Final = 1
@@ -58,7 +54,7 @@ PACKAGES: Final = ("torch", "torchvision", "ray", "pyarrow", "numpy", "optuna", 
 
 
 def run_search(search: PreparedSearch, console: Console, command: Sequence[str]) -> int:
-    """Run one session and return its exit code. Raises one of CANNOT_BEGIN; StorageError if storage does not answer."""
+    """Run one session and return its exit code. Raises InputError; StorageError if storage does not answer."""
     options = search.options
     with exclusive(search.folder), ray_session(options.address) as cluster:
         resources = allocate(cluster(), options, num_trials=search.num_trials or UNBOUNDED_TRIALS)
@@ -105,9 +101,9 @@ def _run_session(
 
 
 def _check_limits(limits: Limits, resources: Resources) -> None:
-    """Raise ClusterError for a limit that trials with these resources never reach."""
+    """Raise InputError for a limit that trials with these resources never reach."""
     if limits.gpu_hours is not None and not resources.gpus_per_trial:
-        raise ClusterError("--gpu-hours: trials here have no GPU. Limit the search by --time-budget or --trials.")
+        raise InputError("--gpu-hours: trials here have no GPU. Limit the search by --time-budget or --trials.")
 
 
 def _restore_state(search: PreparedSearch, saved: SavedState, stopper: Stopper) -> SearchState:
@@ -204,7 +200,7 @@ def _now() -> datetime:
 
 
 def print_plan_page(console: Console, search: PreparedSearch) -> None:
-    """Print what a search would take, without starting anything. Raises ClusterError if no trial fits."""
+    """Print what a search would take, without starting anything. Raises InputError if no trial fits."""
     cluster = _planned_cluster(search.options)
     resources = allocate(cluster, search.options, num_trials=search.num_trials or UNBOUNDED_TRIALS)
     _check_limits(search.config.limits, resources)

@@ -16,7 +16,7 @@ from tune_bisenet import spaces
 from tune_bisenet.config import Precision, Run, TrialContext, format_size, trial_name
 from tune_bisenet.data.packed import FrameSize, Packed, suggested_image_size
 from tune_bisenet.data.packing import PACKS, check_reachable, open_source, prepare_packed
-from tune_bisenet.data.source import DataError, Source
+from tune_bisenet.data.source import Source
 from tune_bisenet.options import (
     DEFAULT_TRIALS,
     NO_BACKBONE,
@@ -138,7 +138,7 @@ def prepare_search(
             )
         return replace(search, study=_add_known_trials(search, search.study)) if search.study else search
     except ValueError as error:
-        raise InputError(list(_problems_of(error))) from error
+        raise InputError(*_problems_of(error)) from error
 
 
 def survey_search(options: Options, mistyped: Mapping[str, str], *, default_name: str) -> PreparedSearch:
@@ -152,7 +152,7 @@ def survey_search(options: Options, mistyped: Mapping[str, str], *, default_name
             config = config.model_copy(update={"study": study.database.shown})
         return replace(search, study=study, config=config)
     except ValueError as error:
-        raise InputError(list(_problems_of(error))) from error
+        raise InputError(*_problems_of(error)) from error
 
 
 def _attempt(problems: list[str], function: Callable[[], _Value]) -> _Value | None:
@@ -165,9 +165,7 @@ def _attempt(problems: list[str], function: Callable[[], _Value]) -> _Value | No
 
 
 def _problems_of(error: ValueError) -> Sequence[str]:
-    if isinstance(error, DataError):
-        return str(error).splitlines()  # a broken download has thousands; the message stops at some
-    return error.problems if isinstance(error, InputError) else [str(error)]
+    return str(error).splitlines() if isinstance(error, InputError) else [str(error)]
 
 
 def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> PreparedSearch:
@@ -194,7 +192,7 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     if rows is not None and data and not mistyped:
         runs = _attempt(problems, partial(_resolve_runs, rows, config, data[1]))
     if problems:
-        raise InputError(problems)
+        raise InputError(*problems)
     assert folder and space and backbone_digest and data and runs is not None  # noqa: PT018
     return PreparedSearch(
         name=name,
@@ -414,7 +412,7 @@ def _open_data(data: str) -> tuple[Source, DataFacts]:
     try:
         source = open_source(data)
     except StorageError as error:
-        raise DataError([f"--data {data} cannot be read: {error}"]) from error
+        raise InputError(f"--data {data} cannot be read: {error}") from error
     size = suggested_image_size(source.frame_size)
     return source, DataFacts(len(source.names("train")), len(source.names("val")), size)
 

@@ -12,7 +12,7 @@ from typing import Final
 import ray
 
 from tune_bisenet.config import Resources
-from tune_bisenet.options import Options
+from tune_bisenet.options import InputError, Options
 from tune_bisenet.storage import RETRY_VARIABLE
 
 _log = logging.getLogger(__name__)
@@ -30,10 +30,6 @@ PENDING_TRIALS: Final = 64
 
 HEAD: Final = "node:__internal_head__"
 """The resource with which Ray marks the head node."""
-
-
-class ClusterError(ValueError):
-    """There is no such cluster, or it cannot hold what one trial requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +74,7 @@ class Cluster:
 def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
     """Start Ray on this machine, or connect to the cluster at `address`; yield a function that returns its nodes.
 
-    Raise ClusterError if no cluster answers there.
+    Raise InputError if no cluster answers there.
     """
     configure_environment()
     host, separator, port = (address or "").rpartition(":")
@@ -86,7 +82,7 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
         if separator and port.isdigit() and "://" not in host:  # fail within seconds, where Ray retries for minutes
             socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
     except OSError as error:
-        raise ClusterError(
+        raise InputError(
             f"no Ray cluster answers at {address} ({error}). `ray start --head` prints the address of one; "
             "leave --address out to use this machine alone."
         ) from error
@@ -99,7 +95,7 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
             runtime_env={"env_vars": _worker_environment()} if address else None,
         )
     except (ConnectionError, ValueError) as error:
-        raise ClusterError(
+        raise InputError(
             f"--address {address}: Ray cannot connect: {error}. Is its Ray the same version as here? "
             "If it asks for a token (RAY_AUTH_MODE=token), are that variable and the token set here too?"
         ) from error
@@ -114,7 +110,7 @@ def allocate(cluster: Cluster, options: Options, *, num_trials: int) -> Resource
     """Return resources for each trial so that all together use the machines and no core is requested twice.
 
     Without flags a trial gets a GPU where there are any, and as many cores as all that fit can have. On an autoscaling
-    cluster the present nodes are no limit, and a GPU and a core are the default. Raise ClusterError if a trial cannot
+    cluster the present nodes are no limit, and a GPU and a core are the default. Raise InputError if a trial cannot
     fit.
     """
     gpus = _gpus_per_trial(cluster, options)
@@ -133,7 +129,7 @@ def allocate(cluster: Cluster, options: Options, *, num_trials: int) -> Resource
             count = len(cluster.nodes)
             subject = "Ray has" if count == 1 else f"the largest of Ray's {count} nodes has"
             holds = f"{subject} {largest_node.cpus:g} and {largest_node.gpus:g}"
-        raise ClusterError(
+        raise InputError(
             f"a trial asks for {cpus} CPUs and {gpus:g} GPUs; {holds}. Lower --cpus-per-trial or --gpus-per-trial."
         )
     return Resources(
@@ -147,7 +143,7 @@ def allocate(cluster: Cluster, options: Options, *, num_trials: int) -> Resource
 
 def _gpus_per_trial(cluster: Cluster, options: Options) -> float:
     if options.device == "cuda" and options.gpus_per_trial == 0:
-        raise ClusterError("--device cuda and --gpus-per-trial 0 exclude each other: leave one of them out.")
+        raise InputError("--device cuda and --gpus-per-trial 0 exclude each other: leave one of them out.")
     if options.gpus_per_trial is not None:
         return options.gpus_per_trial
     if options.device == "auto":

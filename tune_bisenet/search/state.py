@@ -12,6 +12,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from tune_bisenet.config import Run
+from tune_bisenet.options import InputError
 from tune_bisenet.records import (
     ENDED_WELL,
     LAST,
@@ -39,10 +40,6 @@ MAX_SHARE_OF_WRITING: Final = 0.05
 """Of the driver's time: in a search of thousands of trials, each write takes some tenths of a second."""
 
 
-class InUseError(ValueError):
-    """Another driver is running the same search."""
-
-
 @dataclass
 class SessionOutcome:
     """How a session of a search ended: by itself, by a signal, or by a limit, in words."""
@@ -58,7 +55,7 @@ class SessionOutcome:
 
 @contextmanager
 def exclusive(folder: Storage) -> Iterator[None]:
-    """Keep other drivers on this machine's disk out: two would train everything twice. Raises InUseError.
+    """Keep other drivers on this machine's disk out: two would train everything twice. Raises InputError.
 
     Object storage has no locks; there, a second driver repeats work but damages nothing.
     """
@@ -72,7 +69,7 @@ def exclusive(folder: Storage) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise InUseError(f"another process is running the search in {folder.path}: wait for it, or stop it.") from error
+        raise InputError(f"another process is running the search in {folder.path}: wait for it, or stop it.") from error
     try:
         yield
     finally:

@@ -22,7 +22,8 @@ from pydantic import ValidationError
 
 from tune_bisenet import spaces
 from tune_bisenet.config import STRIDE, Objective, Param, Run, Sampler
-from tune_bisenet.spaces import DataFacts, RowOverrides, Sampled, SpaceError
+from tune_bisenet.options import InputError
+from tune_bisenet.spaces import DataFacts, RowOverrides, Sampled
 from tune_bisenet.text import markdown_table
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class SearchSpace:
         return row.model_copy(update=changes)
 
     def test_draws(self, *, seed: int, count: int = NUM_TEST_DRAWS) -> tuple[SampledRun, ...]:
-        """Return random draws. Raise SpaceError with the first parameters that cannot be trained, if there are any."""
+        """Return random draws. Raise InputError with the first parameters that cannot be trained, if there are any."""
         study = optuna.create_study(sampler=RandomSampler(seed=seed))
         draws, failures = [], []
         for _ in range(count):
@@ -114,7 +115,7 @@ class SearchSpace:
             values = ", ".join(
                 f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
             )
-            raise SpaceError(
+            raise InputError(
                 f"{len(failures)} of {count} random draws from the space cannot be trained. With {values}: {problem}"
             )
         return tuple(draws)
@@ -142,7 +143,7 @@ def scale_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
 
 
 def check_rows(space: Sampled) -> None:
-    """Raise SpaceError naming each declared row that the space cannot draw."""
+    """Raise InputError naming each declared row that the space cannot draw."""
     problems = []
     for row in space.rows:
         assert space.point is not None, "a row of a space without rows"
@@ -158,7 +159,7 @@ def check_rows(space: Sampled) -> None:
             if got[name] != value
         ]
     if problems:
-        raise SpaceError("\n".join(problems))
+        raise InputError(*problems)
 
 
 def sampler_problems(sampler: Sampler, objectives: Sequence[Objective]) -> list[str]:

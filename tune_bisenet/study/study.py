@@ -29,7 +29,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from tune_bisenet.config import Objective, Run, Sampler, fingerprint
-from tune_bisenet.options import STUDY_VARIABLE
+from tune_bisenet.options import STUDY_VARIABLE, InputError
 from tune_bisenet.records import BEST_WEIGHTS, STUDY, Status, TrialRecord, TrialSpec, TrialState
 from tune_bisenet.storage import Storage
 from tune_bisenet.study.sampling import SampledRun, SearchSpace, build_sampler
@@ -47,10 +47,6 @@ DATABASE_ERRORS: Final = (SQLAlchemyError, StorageInternalError, ImportError)
 """What Optuna raises if a database cannot be used; ImportError if the database's driver is not installed."""
 
 log = logging.getLogger(__name__)
-
-
-class StudyError(ValueError):
-    """A study's database cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +70,7 @@ class StudyDatabase:
         return _without_password(self.url).render_as_string()
 
     def check(self, name: str, *, is_new: bool) -> None:
-        """Raise StudyError if a user's database does not answer, or has a study of that name before a new search.
+        """Raise InputError if a user's database does not answer, or has a study of that name before a new search.
 
         A file of the search's own is not touched: it is made when the search starts.
         """
@@ -82,7 +78,7 @@ class StudyDatabase:
             return
         names = optuna.get_all_study_names(self._connect())
         if is_new and name in names:
-            raise StudyError(
+            raise InputError(
                 f"--study {self.shown}: there is a study {name} already. Take another --name, or another database."
             )
 
@@ -109,7 +105,7 @@ class StudyDatabase:
             except OSError as error:
                 log.warning("the study is not copied to %s before the next trial ends: %s", self.folder.uri, error)
 
-    def error(self, cause: BaseException) -> StudyError:
+    def error(self, cause: BaseException) -> InputError:
         """Return the error to raise for `cause`, with what to do and without a password."""
         remedy = (
             f"Remove the file {STUDY}: it is rebuilt from the trials' folders."
@@ -117,7 +113,7 @@ class StudyDatabase:
             else f"The address is SQLAlchemy's, as in postgresql://user@host/database. If it needs a password, set "
             f"${STUDY_VARIABLE} to the whole address with its password."
         )
-        return StudyError(f"the study in {self.shown} cannot be used: {one_line(cause)}. {remedy}")
+        return InputError(f"the study in {self.shown} cannot be used: {one_line(cause)}. {remedy}")
 
     def _connect(self) -> BaseStorage:
         options: dict[str, Any] = {"pool_pre_ping": True}
@@ -130,7 +126,7 @@ class StudyDatabase:
 
 
 def study_database(folder: Storage, *, address: str | None, secret: str | None, cache_dir: Path) -> StudyDatabase:
-    """Return a user's database, or without an address the SQLite file of the search in `folder`. Raise StudyError.
+    """Return a user's database, or without an address the SQLite file of the search in `folder`. Raise InputError.
 
     `address` is from the command line, which everyone on the machine can read and which is stored with the search, so
     it may not have a password. `secret`, from $TUNE_BISENET_STUDY, is an address that may; it adds its password to the
@@ -139,7 +135,7 @@ def study_database(folder: Storage, *, address: str | None, secret: str | None, 
     url = None if address is None else _parse_address("--study", address)
     full = None if secret is None else _parse_address(f"${STUDY_VARIABLE}", secret)
     if url is not None and url != _without_password(url):
-        raise StudyError(
+        raise InputError(
             f"--study {_without_password(url)}: everyone on this machine can read a password on the command line. "
             f"Set ${STUDY_VARIABLE} to the whole address instead."
         )
@@ -168,7 +164,7 @@ def _parse_address(source: str, address: str) -> URL:
     except (ArgumentError, ValueError):
         url = None
     if url is None or "@" in (url.host or ""):
-        raise StudyError(
+        raise InputError(
             f"{source} is not an address of a database, as postgresql://user@host:5432/database. "
             "In a password, write characters such as @ : / percent-encoded, as in %40 for @."
         )

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
-from tune_bisenet.options import NO_BACKBONE
+from tune_bisenet.options import NO_BACKBONE, InputError
 from tune_bisenet.records import BEST_WEIGHTS, LAST, PREVIOUS, Epoch
 from tune_bisenet.storage import Storage
 from tune_bisenet.training.engine import Training
@@ -119,12 +119,8 @@ def from_bytes(content: bytes) -> dict[str, Any]:
     return state
 
 
-class BackboneError(ValueError):
-    """The weights cannot be loaded or do not fit."""
-
-
 def load_backbone(backbone: str) -> dict[str, Tensor] | None:
-    """Return the weights of `imagenet` or of a file; None for `none`. Raises BackboneError with what to do."""
+    """Return the weights of `imagenet` or of a file; None for `none`. Raises InputError with what to do."""
     if backbone == NO_BACKBONE:
         return None
     weights = _load_imagenet() if backbone == IMAGENET else _load_file(Path(backbone))
@@ -141,7 +137,7 @@ def load_backbone(backbone: str) -> dict[str, Tensor] | None:
     ]
     if problems:
         listed = "; ".join(problems[:5])  # another network has hundreds
-        raise BackboneError(f"--backbone {backbone} is not a ResNet-18 under torchvision's names: {listed}.")
+        raise InputError(f"--backbone {backbone} is not a ResNet-18 under torchvision's names: {listed}.")
     return features
 
 
@@ -160,8 +156,8 @@ def _load_imagenet() -> dict[str, Tensor]:
     except Exception as error:  # from the network, or as in `_load_file`
         cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(_WEIGHTS.url).name
         if cached.exists():
-            raise BackboneError(f"{cached} cannot be read ({error}): delete it to fetch it again.") from error
-        raise BackboneError(
+            raise InputError(f"{cached} cannot be read ({error}): delete it to fetch it again.") from error
+        raise InputError(
             f"torchvision's ImageNet weights cannot be fetched from {_WEIGHTS.url} ({error}). Without a network, "
             "pass --backbone FILE with a ResNet-18 saved elsewhere, or --backbone none to train from scratch."
         ) from error
@@ -172,9 +168,9 @@ def _load_file(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise BackboneError(f"--backbone {path}: there is no such file. Pass imagenet, none or a file.") from error
+        raise InputError(f"--backbone {path}: there is no such file. Pass imagenet, none or a file.") from error
     except Exception as error:  # a file of another kind is read as a pickle, which can fail in any way
-        raise BackboneError(f"--backbone {path} cannot be read as weights saved by torch.save: {error}") from error
+        raise InputError(f"--backbone {path} cannot be read as weights saved by torch.save: {error}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise BackboneError(f"--backbone {path} does not hold a state dict of tensors.")
+        raise InputError(f"--backbone {path} does not hold a state dict of tensors.")
     return weights

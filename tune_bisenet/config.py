@@ -79,7 +79,7 @@ class CrossEntropy(Frozen):
 
 
 class WeightedCrossEntropy(Frozen):
-    """The same with `weight[c] = (total / (num_classes * counts[c])) ** exponent` on all three heads.
+    """Cross-entropy with `weight[c] = (total / (num_classes * counts[c])) ** exponent` on all three heads.
 
     With exponent 0 all classes weigh the same, as in `CrossEntropy`; with 1 each class weighs the same in all.
     """
@@ -207,7 +207,7 @@ class Run(Frozen):
         return self
 
     def fingerprint(self) -> str:
-        """16 hex digits over everything that decides what is trained: not the name, not the expectation."""
+        """Return 16 hex digits over everything that decides what is trained: not the name, not the expectation."""
         return fingerprint(self.model_dump(mode="json", exclude={"name", "expect"}))
 
 
@@ -236,7 +236,7 @@ class TrialContext(Frozen):
     """Whether each trial also measures how long one prediction takes."""
 
     def identity(self, run: Run) -> str:
-        """16 hex digits over all that decides the weights a trial ends with."""
+        """Return 16 hex digits over all that decides the weights a trial ends with."""
         digest = self.data_digests[format_size(run.image_size)]
         return fingerprint([run.fingerprint(), digest, self.backbone_digest, self.precision])
 
@@ -260,6 +260,6 @@ class Resources(Frozen):
 
 
 def fingerprint(value: object) -> str:
-    """16 hex digits of the SHA-256 of a JSON value in canonical form."""
+    """Return 16 hex digits of the SHA-256 of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

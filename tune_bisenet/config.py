@@ -79,7 +79,7 @@ class CrossEntropy(Frozen):
 
 
 class WeightedCrossEntropy(Frozen):
-    """The same with `weight[c] = (total / (num_classes * counts[c])) ** exponent` on all three heads.
+    """Cross-entropy with `weight[c] = (total / (num_classes * counts[c])) ** exponent` on all three heads.
 
     With exponent 0 all classes weigh the same, as in `CrossEntropy`; with 1 each class weighs the same in all.
     """

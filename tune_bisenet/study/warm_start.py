@@ -10,12 +10,8 @@ from dataclasses import replace
 from tune_bisenet.config import Run, format_size
 from tune_bisenet.records import ENDED_WELL, TrialRecord, TrialSpec, TrialState
 from tune_bisenet.report.read import SearchRecord
-from tune_bisenet.study.sampling import SampledRun, sample_at
+from tune_bisenet.study.sampling import sample_at
 from tune_bisenet.study.study import StudySetup
-
-
-class _UnusableError(ValueError):
-    """A trial of the earlier search cannot be used; the text says why."""
 
 
 def warm_start(
@@ -45,10 +41,11 @@ def warm_start(
         raise ValueError(f"--warm-start {search.folder.uri}: {' '.join(problems)}")
     known, left_out = [], {}
     for name in search.trials:
-        try:
-            known.append(_known_trial(name, search, setup, data_digests))
-        except _UnusableError as reason:
-            left_out[name] = str(reason)
+        taken = _known_trial(name, search, setup, data_digests)
+        if isinstance(taken, str):
+            left_out[name] = taken
+        else:
+            known.append(taken)
     if not known:
         reasons = " ".join(f"{name}: {reason}." for name, reason in list(left_out.items())[:3])
         raise ValueError(f"--warm-start {search.folder.uri}: none of its trials can be used here. {reasons}")
@@ -79,23 +76,31 @@ def fresh_runs(
     return [run.model_copy(update={"seed": first_seed + index}) for index in range(count) for run in different]
 
 
-def _known_trial(name: str, search: SearchRecord, setup: StudySetup, sizes: Mapping[str, str]) -> TrialRecord:
-    """Return the trial as this search knows it. Raise _UnusableError if it was not trained as in this search."""
+def _known_trial(name: str, search: SearchRecord, setup: StudySetup, sizes: Mapping[str, str]) -> TrialRecord | str:
+    """Return the trial as this search knows it, or why it cannot be used."""
     record = search.trials[name]
     run, state = record.run, record.state
     if state.status not in ENDED_WELL or not record.epochs:
-        raise _UnusableError(f"it has not ended well ({state.status})")
+        return f"it has not ended well ({state.status})"
     if "latency" in setup.space.objectives and state.latency_ms is None:
-        raise _UnusableError("its latency was not measured")
+        return "its latency was not measured"
     if format_size(run.image_size) not in sizes:
-        raise _UnusableError(f"its images were {format_size(run.image_size)}")
-    sampled = _same_draw(name, search, setup)
+        return f"its images were {format_size(run.image_size)}"
+    is_row = run.name in setup.rows
+    if is_row:
+        sampled = setup.rows[run.name]
+    elif not record.spec.params:
+        return "it is no row of this space"
+    else:
+        try:
+            sampled = sample_at(record.spec.params, setup.space.sample_run)
+        except Exception as error:  # this space was not written for its parameters
+            return f"it is no point of this space: {error}"
     ignored = {"name", "expect", "seed"}  # another seed is another sample of the same run
     before, now = (one.model_dump(exclude=ignored) for one in (run, sampled.run))
     differing = [f"{field} {before[field]}, here {now[field]}" for field in before if before[field] != now[field]]
     if differing:
-        raise _UnusableError(f"it was trained otherwise ({', '.join(differing)})")
-    is_row = run.name in setup.rows
+        return f"it was trained otherwise ({', '.join(differing)})"
     prefix = "" if is_row else "earlier-"  # because this search has a `t0012` of its own
     taken = replace(sampled, run=run.model_copy(update={"name": prefix + run.name}))
     return TrialRecord(
@@ -104,17 +109,3 @@ def _known_trial(name: str, search: SearchRecord, setup: StudySetup, sizes: Mapp
         epochs=tuple(record.epochs),
         source=(search.folder / name).uri,
     )
-
-
-def _same_draw(name: str, search: SearchRecord, setup: StudySetup) -> SampledRun:
-    """Return this space's draw for a trial: by the name of its row, or by the parameters it was sampled with."""
-    row = setup.rows.get(search.trials[name].run.name)
-    if row is not None:
-        return row
-    spec = search.trials[name].spec
-    if not spec.params:
-        raise _UnusableError("it is no row of this space")
-    try:
-        return sample_at(spec.params, setup.space.sample_run)
-    except Exception as error:  # this space was not written for its parameters
-        raise _UnusableError(f"it is no point of this space: {error}") from error

@@ -140,7 +140,7 @@ def search(sampler: str, seed: int, surrogate: Surrogate, *, rows_first: bool, d
     )
     setup = StudySetup(space=scaled, rows=rows, sampler=sampler, seed=seed, test_draws=(), database=database)  # type: ignore[arg-type]
     study = Study(setup, "benchmark", limit=max(CHECKPOINTS))
-    study.reconcile([], [])
+    study.reconcile([])
     best: list[float] = []
     while (spec := study.ask()) is not None:
         value = surrogate(spec.params)

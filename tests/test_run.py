@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import PROJECT, Driver, environment
-from helpers.searches import epoch_numbers, leaderboard, make_place
+from helpers.searches import epoch_numbers, leaderboard, make_place, on_frames, write_space
 
 from tune_bisenet import run
 
@@ -91,11 +91,12 @@ def test_the_first_search_of_a_newcomer_ends_well_as_a_proxy(place: Path) -> Non
 
 @pytest.mark.ray
 def test_more_than_the_machine_has_is_refused_before_anything_is_trained(place: Path) -> None:
-    flags = ["--space", "smoke", "--image-size", "32x64", "--storage", str(place / "kept"), "--name", "x"]
-    command = [sys.executable, "-m", "tune_bisenet.run", *flags, "--cpus-per-trial", "9999"]
+    write_space(place / "space.py", {"a": 0.01}, num_epochs=1)
+    flags = [*on_frames(place), "--image-size", "32x64", "--name", "x", "--cpus-per-trial", "9999"]
+    command = [sys.executable, "-m", "tune_bisenet.run", *flags]
     env = environment(place)
     refused = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, check=False, timeout=280)
     assert refused.returncode == 2
     assert "--cpus-per-trial" in refused.stderr
     assert re.search(r"9999 CPUs and [01] GPUs; Ray has [1-9]\d* and \d", refused.stderr)
-    assert not (place / "kept" / "x" / "search.json").exists()
+    assert not (place / "x" / "search.json").exists()

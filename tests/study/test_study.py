@@ -54,8 +54,8 @@ def open_study(
     known: Sequence[TrialRecord] = (),
 ) -> Study:
     """Open the study as a new process does."""
-    study = Study(setup_in(url, setup or setup_of()), "test", limit=limit)
-    assert study.reconcile(records, known) == {}
+    study = Study(replace(setup_in(url, setup or setup_of()), known=tuple(known)), "test", limit=limit)
+    assert study.reconcile(records) == {}
     return study
 
 
@@ -232,7 +232,7 @@ def test_with_two_objectives_a_trial_that_ended_early_fails_and_is_not_tried_aga
     states = [(name_in_search(trial), trial.state) for trial in trials_at(url)]
     assert states == [("a", OptunaState.FAIL), ("b", OptunaState.WAITING)]
     lost = Study(setup_in(url, setup), "test", limit=None)
-    assert lost.reconcile([record_of(spec, epochs=1)], []) == {"a": status}
+    assert lost.reconcile([record_of(spec, epochs=1)]) == {"a": status}
 
 
 def test_trials_of_an_earlier_search_are_in_the_study_as_they_ended(url: str) -> None:
@@ -282,7 +282,7 @@ def test_a_trial_that_was_cut_off_waits_and_is_the_next_with_the_same_parameters
 def test_what_a_killed_driver_left_running_waits_and_live_trials_run_on(url: str) -> None:
     study = open_study(url)
     first, second = ask(study), ask(study)
-    study.reconcile([record_of(first, 0), record_of(second, 0)], [], live={first.trial})
+    study.reconcile([record_of(first, 0), record_of(second, 0)], live={first.trial})
     assert [trial.state for trial in trials_at(url)] == [OptunaState.RUNNING, OptunaState.WAITING]
     assert ask(study) == second
 
@@ -312,7 +312,7 @@ def test_a_study_ahead_of_its_folders_returns_how_trials_ended(url: str, lr: flo
     study = open_study(url, setup, limit=1)
     (spec,) = train_next(study, 1)
     before = trials_at(url)
-    assert study.reconcile([record_of(spec, epochs=1)], []) == {spec.trial: ended(spec).status}
+    assert study.reconcile([record_of(spec, epochs=1)]) == {spec.trial: ended(spec).status}
     assert trials_at(url) == before
     assert study.ask() is None
 

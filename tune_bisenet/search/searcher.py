@@ -170,7 +170,7 @@ class StudySearcher(Searcher):
         for name, spec in self._suggested.items():
             record = read_sound_trial(self._folder / name) or TrialRecord.of_spec(spec)
             records[name] = replace(record, spec=spec, state=self._state[name])
-        statuses = self._study.reconcile(list(records.values()), self._setup.known, live=self._live)
+        statuses = self._study.reconcile(list(records.values()), live=self._live)
         for trial, status in statuses.items():
             latency = records[trial].latency
             if measured := measure(records[trial].epochs, latency_ms=latency.median_ms if latency else None):

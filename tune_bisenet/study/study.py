@@ -303,17 +303,15 @@ class Study:
             records.append(TrialRecord(spec=spec, state=state))
         return records
 
-    def reconcile(
-        self, records: Sequence[TrialRecord], known: Sequence[TrialRecord], *, live: Collection[str] = ()
-    ) -> dict[str, Status]:
+    def reconcile(self, records: Sequence[TrialRecord], *, live: Collection[str] = ()) -> dict[str, Status]:
         """Make the study agree with the folders. It may be killed anywhere and called again.
 
-        `records` are this search's trials as their folders have them, `known` those of earlier searches; `live` trials
-        are running. Returns the status of each trial that has ended for the study but not for its folder.
+        `records` are this search's trials as their folders have them; `live` trials are running. Returns the status of
+        each trial that has ended for the study but not for its folder.
         """
         self._ids = {}
         known_before = {trial.user_attrs.get("source") for trial in self._study.get_trials(deepcopy=False)}
-        for record in known:
+        for record in self._setup.known:
             if record.source not in known_before:
                 self._add(record)
         latest = {name_in_search(trial): trial for trial in self._own_trials()}
@@ -324,7 +322,7 @@ class Study:
         }
         self._stop_running(live)
         tried = {trial.user_attrs.get("row") for trial in self._own_trials()}
-        tried |= {record.spec.run.name for record in known}
+        tried |= {record.spec.run.name for record in self._setup.known}
         for name, row in self._setup.rows.items():
             if name not in tried:
                 self._add(TrialRecord.of_spec(row.spec(name, origin="row")))

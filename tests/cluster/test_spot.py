@@ -14,7 +14,7 @@ from tune_bisenet.cluster.daemons import Notice, aws_notice, gcp_notice, watch
 
 PREEMPTED = "/computeMetadata/v1/instance/preempted"
 INSTANCE_ACTION = "/latest/meta-data/spot/instance-action"
-NOTICE: Notice = ("gone at noon", 9)
+NOTICE = Notice("gone at noon", 9)
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def test_aws_gives_notice_with_a_time(cloud: Cloud) -> None:
     notice = aws_notice(cloud.url)
     assert notice is not None
     # A notice gives whole seconds, and some of them may have passed.
-    assert 119 - (time.time() - began) <= notice[1] <= 120
-    assert "terminate" in notice[0]
+    assert 119 - (time.time() - began) <= notice.seconds_left <= 120
+    assert "terminate" in notice.reason
     assert cloud.asked == ["PUT /latest/api/token", INSTANCE_ACTION] * 2
 
 
@@ -40,7 +40,9 @@ def test_google_gives_notice_of_a_preemption(cloud: Cloud) -> None:
     cloud.pages[PREEMPTED] = "FALSE"
     assert gcp_notice(cloud.url) is None
     cloud.pages[PREEMPTED] = "TRUE\n"
-    assert gcp_notice(cloud.url) == ("Google will take this machine away", 30)
+    notice = gcp_notice(cloud.url)
+    assert notice is not None
+    assert notice.seconds_left == 30
 
 
 def test_no_proxy_is_asked(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -84,8 +85,12 @@ def _parser() -> argparse.ArgumentParser:
 # --- the watcher of spot notices ------------------------------------------------------------------------------------
 
 
-Notice = tuple[str, float]
-"""An announcement of the cloud that it will take this machine away: its words, and the seconds left."""
+@dataclass(frozen=True)
+class Notice:
+    """An announcement of the cloud that it will take this machine away."""
+
+    reason: str
+    seconds_left: float
 
 
 def aws_notice(url: str) -> Notice | None:
@@ -98,7 +103,7 @@ def aws_notice(url: str) -> Notice | None:
         return None
     action = json.loads(answer)
     at = datetime.fromisoformat(action["time"])
-    return f"AWS will {action['action']} this machine at {at:%H:%M:%S %Z}", at.timestamp() - time.time()
+    return Notice(f"AWS will {action['action']} this machine at {at:%H:%M:%S %Z}", at.timestamp() - time.time())
 
 
 def gcp_notice(url: str) -> Notice | None:
@@ -106,7 +111,7 @@ def gcp_notice(url: str) -> Notice | None:
     answer = _ask(f"{url}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
     if answer is None:
         raise ValueError("it has no page instance/preempted")
-    return ("Google will take this machine away", GCP_SECONDS) if answer.strip() == "TRUE" else None
+    return Notice("Google will take this machine away", GCP_SECONDS) if answer.strip() == "TRUE" else None
 
 
 def _ask(url: str, headers: dict[str, str], *, method: str = "GET") -> str | None:
@@ -132,11 +137,10 @@ def watch(look: Callable[[], Notice | None], drain: Callable[[Notice], str], *, 
         except (OSError, ValueError, LookupError, TypeError) as error:  # it is away, or its answer makes no sense
             notice, problem = None, f"The metadata service does not answer: {error}. Trying again."
         if notice:
-            announcement, _ = notice
             if not (reason := drain(notice)):
-                _log.warning("%s. Its node of Ray is drained: it gets no new trials.", announcement)
+                _log.warning("%s. Its node of Ray is drained: it gets no new trials.", notice.reason)
                 return
-            problem = f"{announcement}, but its node of Ray cannot be drained: {reason}. Trying again."
+            problem = f"{notice.reason}, but its node of Ray cannot be drained: {reason}. Trying again."
         if problem != last_problem:
             _log.warning("%s", problem or "The metadata service answers: there is no notice.")
             last_problem = problem
@@ -149,10 +153,9 @@ def drain(notice: Notice, *, address: str, node_id: str | None) -> str:
     The command is hidden in `ray --help`, but the only way to this that is no private Python code of Ray. It finds the
     node that it runs on, and the cluster's token where Ray does.
     """
-    announcement, seconds_left = notice
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", announcement]
-    command += ["--deadline-remaining-seconds", str(max(1, int(seconds_left * EARLY)))]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", notice.reason]
+    command += ["--deadline-remaining-seconds", str(max(1, int(notice.seconds_left * EARLY)))]
     command += ["--node-id", node_id] if node_id else []
     variables = {"RAY_ADDRESS": address} | os.environ  # set, it keeps the command from starting a Ray of its own
     try:

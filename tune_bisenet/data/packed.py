@@ -105,32 +105,35 @@ def arrow_schema(header: Header) -> Any:
     return pa.schema({"name": pa.string(), "image": image, "label": label}, metadata=metadata)
 
 
+class _SplitFile(NamedTuple):
+    header: Header
+    rows: PackedSplit
+    class_counts: ClassCounts  # before resizing
+    batch_sha256: Sequence[str]
+
+
 def open_packed(path: Path) -> Packed:
     """Open a pack without reading its pixels. Raises InputError if it is missing or not complete."""
-    files = [_read_split(path, split) for split in SPLITS]
+    train, val = (_read_split(path, split) for split in SPLITS)
     content = [
         [header.format_version, header.split, header.image_size, header.label_size, batch_sha256]
-        for header, _rows, _class_counts, batch_sha256 in files
+        for header, _rows, _class_counts, batch_sha256 in (train, val)
     ]
-    (header, train, class_counts, _), (val_header, val, _, _) = files
     return Packed(
         path=path,
-        source_name=header.source_name,
-        fingerprint=header.fingerprint,
-        image_size=header.image_size,
-        label_size=val_header.label_size,
-        class_counts=class_counts,
+        source_name=train.header.source_name,
+        fingerprint=train.header.fingerprint,
+        image_size=train.header.image_size,
+        label_size=val.header.label_size,
+        class_counts=train.class_counts,
         digest=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-        train=train,
-        val=val,
+        train=train.rows,
+        val=val.rows,
     )
 
 
-def _read_split(folder: Path, split: Split) -> tuple[Header, PackedSplit, ClassCounts, list[str]]:
-    """Map one file and check everything but its pixels. A truncated file is noticed: it has lost its footer.
-
-    Return its header, its rows, the class counts before resizing, and the sha256 of each record batch.
-    """
+def _read_split(folder: Path, split: Split) -> _SplitFile:
+    """Map one file and check everything but its pixels. A truncated file is noticed: it has lost its footer."""
     path = folder / f"{split}.arrow"
     if not path.is_file():
         raise InputError(f"there is no pack at {path}; a search makes it when it starts.")
@@ -143,17 +146,17 @@ def _read_split(folder: Path, split: Split) -> tuple[Header, PackedSplit, ClassC
             raise ValueError(f"it has format {header.format_version}, this program reads {FORMAT_VERSION}")
         if not reader.schema.equals(arrow_schema(header), check_metadata=True):
             raise ValueError("its columns differ from those in its metadata")
-        rows, class_counts, batch_sha256 = _read_batches(reader, header)
-        if header.split != split or header.num_rows != len(rows):
-            raise ValueError(f"it holds {len(rows)} rows of {header.split}, not {header.num_rows} of {split}")
-        return header, rows, class_counts, batch_sha256
+        file = _read_batches(reader, header)
+        if header.split != split or header.num_rows != len(file.rows):
+            raise ValueError(f"it holds {len(file.rows)} rows of {header.split}, not {header.num_rows} of {split}")
+        return file
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         reason = str(error).strip() or type(error).__name__
         problem = f"the pack {path} is not complete ({reason}); a search makes it again when it starts."
         raise InputError(problem) from error
 
 
-def _read_batches(reader: Any, header: Header) -> tuple[PackedSplit, ClassCounts, list[str]]:
+def _read_batches(reader: Any, header: Header) -> _SplitFile:
     """Collect views into the map; `np.frombuffer` raises ValueError where a buffer is too short for its rows."""
     names: list[str] = []
     images: list[ByteArray] = []
@@ -169,4 +172,5 @@ def _read_batches(reader: Any, header: Header) -> tuple[PackedSplit, ClassCounts
             rows.extend(buffer.reshape(batch.num_rows, *shape))
         class_counts += np.array(json.loads(metadata[b"class_counts"]), np.int64)
         batch_sha256.append(metadata[b"sha256"].decode())
-    return PackedSplit(tuple(names), tuple(images), tuple(labels)), class_counts, batch_sha256
+    split = PackedSplit(names=tuple(names), images=tuple(images), labels=tuple(labels))
+    return _SplitFile(header, split, class_counts, batch_sha256)

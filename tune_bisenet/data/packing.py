@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -213,8 +213,13 @@ def _build(source: Source, image_size: FrameSize, folder: Path, progress: PackPr
             raise InputError(*problems)
 
 
-_PackedRow = tuple[str, ByteArray, ByteArray, ClassCounts]
-"""A frame's name, image (3 x H x W) and label (h x w), and the class counts of its label before resizing."""
+class _PackedRow(NamedTuple):
+    """One frame as it is packed."""
+
+    name: str
+    image: ByteArray  # 3 x H x W
+    label: ByteArray  # h x w
+    class_counts: ClassCounts  # before resizing
 
 
 def _pack_rows(
@@ -232,7 +237,7 @@ def _pack_rows(
         height, width = header.label_size
         if label.shape != header.label_size:  # by the nearest pixel: the mean of two ids is a third class
             label = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
-        return names[index], _resize_image(image, header.image_size), label, class_counts
+        return _PackedRow(names[index], _resize_image(image, header.image_size), label, class_counts)
 
     waiting: deque[Future[_PackedRow]] = deque()
     indices = iter(range(len(names)))
@@ -273,9 +278,9 @@ def _write_split(path: Path, header: Header, rows: Iterator[_PackedRow]) -> None
     rows_per_batch = min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // header.row_bytes))
     with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
         while chunk := list(islice(rows, rows_per_batch)):
-            names, images, labels, row_counts = zip(*chunk, strict=True)
-            pixels = {"image": np.stack(images), "label": np.stack(labels)}
-            class_counts = np.sum(row_counts, axis=0).tolist()
+            names = [row.name for row in chunk]
+            pixels = {"image": np.stack([row.image for row in chunk]), "label": np.stack([row.label for row in chunk])}
+            class_counts = np.sum([row.class_counts for row in chunk], axis=0).tolist()
             digest = hashlib.sha256(json.dumps([names, class_counts]).encode())
             columns = [pa.array(names, pa.string())]
             for name, array in pixels.items():

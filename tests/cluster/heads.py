@@ -57,15 +57,10 @@ class Head(LoggedProcess):
     @contextmanager
     def trials_paused(self) -> Iterator[None]:
         """Halt the processes that train, so that no search ends meanwhile, however slow this machine is."""
-        alive = processes()
-        raylets = {
-            process.pid
-            for process in alive
-            if "/raylet/raylet " in process.title and str(self.token.parent) in process.title
-        }
-        workers = [
-            process for process in alive if process.parent in raylets and process.title.startswith("ray::ImplicitFunc")
-        ]
+        alive, folder = processes(), str(self.token.parent)
+        raylets = {process.pid for process in alive if process.is_raylet and folder in process.title}
+        workers = [process for process in alive if process.trains and process.parent in raylets]
+        assert workers, "a trial runs"
         for worker in workers:
             os.kill(worker.pid, signal.SIGSTOP)
         try:

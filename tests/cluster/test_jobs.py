@@ -104,7 +104,7 @@ def follow_over_a_cut(head: Head) -> str:
         Follower(head, tunnel, "logs", "long", command=SUBMIT) as follower,
         Follower(head, tunnel, "logs", "long", command=submit_with_patience(1)) as gives_up,
     ):
-        follower.until(lambda: "epoch" in follower.log and "epoch" in gives_up.log)
+        follower.until(lambda: "epoch 1/" in follower.log and "epoch 1/" in gives_up.log)
         with head.trials_paused():
             tunnel.cut()
             assert gives_up.end() == 75

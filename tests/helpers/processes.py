@@ -45,6 +45,16 @@ class Process:
     session: int
     title: str
 
+    @property
+    def trains(self) -> bool:
+        """Return whether it is a worker of Ray that trains."""
+        return self.title.startswith("ray::ImplicitFunc")
+
+    @property
+    def is_raylet(self) -> bool:
+        """Return whether it is the daemon of a node of Ray, the parent of its workers."""
+        return "/raylet/raylet " in self.title
+
 
 def processes() -> list[Process]:
     """Return the processes of this machine, or of this namespace, without zombies."""
@@ -120,9 +130,9 @@ class LoggedProcess:
         """Wait for the process's own end and return its exit code."""
         return self.process.wait(timeout=seconds)
 
-    def processes(self) -> dict[int, str]:
-        """Return the title of every process of the session, by id."""
-        return {process.pid: process.title for process in processes() if process.session == self.process.pid}
+    def processes(self) -> list[Process]:
+        """Return the processes of the session."""
+        return [process for process in processes() if process.session == self.process.pid]
 
     def assert_nothing_lives_on(self) -> None:
         """Check that the session ends; what it has ended may take a moment to be gone."""
@@ -134,8 +144,8 @@ class LoggedProcess:
     def kill(self) -> int:
         """Kill what is left of the session and return how many processes that were."""
         left = self.processes()
-        for pid in left:
-            end_process(pid, signal.SIGKILL)
+        for process in left:
+            end_process(process.pid, signal.SIGKILL)
         return len(left)
 
 
@@ -152,7 +162,7 @@ class Driver(LoggedProcess):
 
     def trainers(self) -> list[int]:
         """Return the processes that train."""
-        return [pid for pid, title in self.processes().items() if title.startswith("ray::ImplicitFunc")]
+        return [process.pid for process in self.processes() if process.trains]
 
     def raylet(self) -> int:
-        return next(pid for pid, title in self.processes().items() if "/raylet/raylet " in title)
+        return next(process.pid for process in self.processes() if process.is_raylet)

@@ -124,7 +124,7 @@ class Augment(Frozen):
 
 
 class Expect(Frozen):
-    """What a row promises, in percentage points of mIoU on the validation split.
+    """States what a row promises, in percentage points of mIoU on the validation split.
 
     Either an absolute range `miou=(low, high)` or a `gain=(low, high)` over the row named `over`.
     `sooner_than` names a row whose final mIoU this one is expected to pass in fewer epochs.
@@ -212,7 +212,7 @@ class Run(Frozen):
 
 
 class TrialContext(Frozen):
-    """Where and with what runs are trained: everything a trial needs that is not part of its row."""
+    """Says where and with what runs are trained: everything a trial needs that is not part of its row."""
 
     data: str
     """`streets`, or the absolute path or the URI of a folder in Cityscapes layout."""
@@ -247,7 +247,7 @@ def trial_name(run: Run, *, default_seed: int | None) -> str:
 
 
 class Resources(Frozen):
-    """What Ray gives each trial, and how many it runs at once."""
+    """Says what Ray gives each trial, and how many it runs at once."""
 
     cpus_per_trial: PositiveInt
     gpus_per_trial: NonNegativeFloat

@@ -46,10 +46,15 @@ class InputError(ValueError):
         super().__init__(*problems)  # not joined, so that it can be pickled on its way out of a worker
         self.problems = problems
 
-    def __str__(self) -> str:
+    @property
+    def listed(self) -> list[str]:
+        """Return the first problems, and how many more there are: a broken download has thousands."""
         num_more = len(self.problems) - MAX_LISTED_PROBLEMS
-        more = [f"and {num_more:,} more"] if num_more > 0 else []  # a broken download has thousands
-        return "\n".join([*self.problems[:MAX_LISTED_PROBLEMS], *more])
+        more = [f"and {num_more:,} more"] if num_more > 0 else []
+        return [*self.problems[:MAX_LISTED_PROBLEMS], *more]
+
+    def __str__(self) -> str:
+        return "\n".join(self.listed)
 
 
 _UNIT_SECONDS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}

@@ -107,7 +107,7 @@ Origin = Literal["row", "sampled", "confirm"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
-    """What a trial trains: a run and, in a sampled search, the point of the space that it stands for."""
+    """Says what a trial trains: a run and, in a sampled search, the point of the space that it stands for."""
 
     trial: str
     """The trial's name: unique in its search, and the name of its folder."""
@@ -214,7 +214,7 @@ class TrialRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedState:
-    """What `trials.json` holds."""
+    """Holds what is in `trials.json`."""
 
     states: tuple[TrialState, ...] = ()
     scheduler: dict[str, Any] | None = None
@@ -371,7 +371,7 @@ def write_trial(search: Storage, record: TrialRecord) -> None:
 
 @dataclass(frozen=True, eq=False)
 class BestPredictions:
-    """What a trial's best epoch predicted, for people and statistics: numpy arrays, and no code in the file.
+    """Keeps what a trial's best epoch predicted, for people and statistics: numpy arrays, and no code in the file.
 
     N validation images, S of them kept for a person to look at; C classes, H x W images, h x w labels.
     """

@@ -244,7 +244,7 @@ class Stopper:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What stopping early may save, and what it may cost, under a simple assumption about mIoU."""
+    """Says what stopping early may save, and what it may cost, under a simple assumption about mIoU."""
 
     epochs_share_saved: float
     """Share of the epochs of all trials, 0 to 1; the mean over simulated searches."""

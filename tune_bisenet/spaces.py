@@ -67,7 +67,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyRanges:
-    """What decides how long a prediction takes: varied where latency is a goal of the search, and only there."""
+    """Lists what decides how long a prediction takes: varied where latency is a goal of the search, and only there."""
 
     head_widths: tuple[int, ...] = (64, 128, 256)
     """Channels of the hidden layer of the head that predicts."""
@@ -156,7 +156,7 @@ def _load_module(name: str) -> ModuleType:
 
 @dataclass(frozen=True, kw_only=True)
 class RowOverrides:
-    """What the command line says about the rows as a whole; None keeps what a row says."""
+    """Holds what the command line says about the rows as a whole; None keeps what a row says."""
 
     seeds: tuple[int, ...] = (0,)
     num_epochs: int | None = None
@@ -168,7 +168,7 @@ class RowOverrides:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the runs of a search depend on in its data."""
+    """Holds what the runs of a search depend on in its data."""
 
     num_train: int
     num_val: int

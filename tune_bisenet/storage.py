@@ -200,12 +200,12 @@ class Storage:
 
     @property
     def local_path(self) -> Path | None:
-        """The folder's path on this machine's disk; None in object storage."""
+        """Return the folder's path on this machine's disk; None in object storage."""
         return Path(self.path) if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem) else None
 
     @property
     def retrying_filesystem(self) -> pyarrow.fs.FileSystem:
-        """A file system that retries as this folder does, for libraries such as Tune; on a local disk the plain one."""
+        """Return a file system for libraries such as Tune; in object storage it retries as this folder does."""
         if self.local_path is not None:
             return self.filesystem
         return pyarrow.fs.PyFileSystem(RetryingFileSystem(self.filesystem, self.retry))
@@ -389,7 +389,7 @@ class RetryingFileSystem(pyarrow.fs.FileSystemHandler):  # type: ignore[misc]
         return pa.PythonFile(_Upload(upload), mode="w")
 
     def _refuse(self, *_: Any) -> Any:
-        raise NotImplementedError("Tune neither moves nor deletes: see Storage for that")
+        raise pa.ArrowNotImplementedError("Tune neither moves nor deletes: see Storage for that")
 
     copy_file = move = open_append_stream = _refuse
     delete_dir = delete_dir_contents = delete_file = delete_root_dir_contents = _refuse

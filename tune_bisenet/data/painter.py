@@ -59,7 +59,7 @@ def _noise_tile() -> FloatArray:
 
 
 class Look(NamedTuple):
-    """What a face is, and how it looks before any light falls on it."""
+    """Says what a face is, and how it looks before any light falls on it."""
 
     label: int
     colour: Colour

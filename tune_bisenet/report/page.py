@@ -61,7 +61,7 @@ class Report:
 
     @property
     def next_command(self) -> str | None:
-        """What would run the seeds that undecided claims need; None if no number up to 100 would decide any.
+        """Return what would run the seeds that undecided claims need; None if no number up to 100 would decide any.
 
         A study has one seed, but for its choice: its rows are decided by a grid.
         """

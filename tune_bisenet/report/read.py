@@ -61,12 +61,12 @@ class ReportedTrial:
 
     @property
     def reached(self) -> int:
-        """The last epoch it came to."""
+        """Return the last epoch it came to."""
         return self.epochs[-1].epoch if self.epochs else 0
 
     @property
     def ended_at(self) -> int | None:
-        """The epoch it came to, if that is not its last."""
+        """Return the epoch it came to, if that is not its last."""
         return self.reached if self.reached < self.run.num_epochs else None
 
     def best(self, until: int) -> Epoch:
@@ -92,7 +92,7 @@ class SearchRecord:
 
     @cached_property
     def sampled_rows(self) -> frozenset[str]:
-        """The names of runs that the sampler made up, in this or an earlier search."""
+        """Return the names of runs that the sampler made up, in this or an earlier search."""
         specs = [*(trial.spec for trial in self.trials.values()), *(record.spec for record in self.known)]
         return frozenset(spec.run.name for spec in specs if spec.origin == "sampled")
 
@@ -124,7 +124,7 @@ class SearchRecord:
 
     @property
     def all_notes(self) -> list[str]:
-        """What could not be read, of the search and of its trials."""
+        """Return what could not be read, of the search and of its trials."""
         return [*self.notes, *(f"{name}: {note}" for name, record in self.trials.items() for note in record.notes)]
 
     @property

@@ -39,7 +39,7 @@ class Sample:
 
     @property
     def is_declared(self) -> bool:
-        """Whether it is a row of the space, not a point that the sampler chose."""
+        """Return whether it is a row of the space, not a point that the sampler chose."""
         return self.spec.origin == "row"
 
     @property
@@ -48,7 +48,7 @@ class Sample:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it was trained to its last epoch: the only value that says what the point is worth."""
+        """Return whether it was trained to its last epoch: the only value that says what the point is worth."""
         return self.state.status == "finished" and self.miou is not None
 
 

@@ -190,7 +190,7 @@ class Estimate:
 
     @cached_property
     def stopping(self) -> rungs.Forecast | None:
-        """What ASHA is expected to save and to risk; None for other schedulers."""
+        """Return what ASHA is expected to save and to risk; None for other schedulers."""
         if self.search.config.scheduler != "asha":
             return None
         runs = self.workload.runs[:MAX_SIMULATED]
@@ -214,14 +214,14 @@ class Estimate:
 
     @property
     def storage_bytes(self) -> int:
-        """The most that the trials left keep in storage: best weights, and the checkpoints of those that train."""
+        """Return the most that the trials left keep in storage: best weights, and the checkpoints of those running."""
         sizes = [checkpoint_bytes(run) for run, _epochs in self.workload.remaining]
         checkpoints = sorted((2 * last for _best, last in sizes), reverse=True)
         return sum(best for best, _last in sizes) + sum(checkpoints[: self.resources.concurrency])
 
     @property
     def powers(self) -> list[Power]:
-        """The power of every claim that a grid can judge; none of a study, whose trials have one seed."""
+        """Return the power of every claim that a grid can judge; none of a study, whose trials have one seed."""
         if self.search.study:
             return []
         seeds: dict[str, set[int]] = {}

@@ -165,7 +165,7 @@ def _attempt(problems: list[str], function: Callable[[], _Value]) -> _Value | No
 
 
 def _problems_of(error: ValueError) -> Sequence[str]:
-    return str(error).splitlines() if isinstance(error, InputError) else [str(error)]
+    return error.listed if isinstance(error, InputError) else [str(error)]
 
 
 def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> PreparedSearch:

@@ -3,6 +3,7 @@
 A searcher hands out trials until there are none left, and is told what becomes of each. It knows nothing of Ray.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
@@ -27,19 +28,19 @@ from tune_bisenet.study.warm_start import fresh_runs
 _Value = TypeVar("_Value")
 
 
-class Searcher:
+class Searcher(ABC):
     """Hands out trials, each once between two calls of `begin`."""
 
     exhausted: bool = False
     """Whether `next` will return no more trials."""
 
+    @abstractmethod
     def begin(self) -> bool:
         """Start over with all trials that have not ended. Return whether there are any."""
-        raise NotImplementedError
 
+    @abstractmethod
     def next(self) -> TrialSpec | None:
         """Return a trial to start now; None if there is none now, or none any more."""
-        raise NotImplementedError
 
     def on_result(self, trial: str, *, epoch: int, miou: float) -> None:
         """Take in the mIoU (percent) of one epoch."""

@@ -42,7 +42,7 @@ MAX_SHARE_OF_WRITING: Final = 0.05
 
 @dataclass
 class SessionOutcome:
-    """How a session of a search ended: by itself, by a signal, or by a limit, in words."""
+    """Says how a session of a search ended: by itself, by a signal, or by a limit, in words."""
 
     signal_number: int | None = None
     limit: str = ""

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StudyDatabase:
-    """Where a study is stored: any database that Optuna can use, or an SQLite file in the search's own folder.
+    """Says where a study is stored: any database that Optuna can use, or an SQLite file in the search's own folder.
 
     SQLite needs a disk: for a search in object storage, this machine has the file and the folder a copy of it.
     """
@@ -66,7 +66,7 @@ class StudyDatabase:
 
     @property
     def shown(self) -> str:
-        """The address without its password."""
+        """Return the address without its password."""
         return _without_password(self.url).render_as_string()
 
     def check(self, name: str, *, is_new: bool) -> None:
@@ -180,7 +180,7 @@ def _without_password(url: URL) -> URL:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySetup:
-    """What a sampled search samples from and begins with."""
+    """Says what a sampled search samples from and begins with."""
 
     space: SearchSpace
     rows: Mapping[str, SampledRun]

@@ -55,7 +55,7 @@ class Training:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """What an epoch leaves: its measurements, and what they were made from."""
+    """Holds what an epoch leaves: its measurements, and what they were made from."""
 
     epoch: Epoch
     confusion: Tensor  # images x C x C, int64, on the CPU: labels by rows, predictions by columns

@@ -89,6 +89,7 @@ def test_the_first_search_of_a_newcomer_ends_well_as_a_proxy(place: Path) -> Non
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_more_than_the_machine_has_is_refused_before_anything_is_trained(place: Path) -> None:
     write_space(place / "space.py", {"a": 0.01}, num_epochs=1)

@@ -199,13 +199,13 @@ def test_a_hopeless_trial_is_stopped_at_the_first_judged_epoch_and_not_at_its_la
     assert train(median_stopper([50.0] * 5), [1.0] * 5, short(lovasz_after=3)) == 4
 
 
-def test_the_best_until_an_epoch_is_compared_with_the_median_of_averages_until_it() -> None:
-    # averages until epoch 2: 15, 25, 35; until epoch 3: 20, 30, 40
+def test_the_best_until_an_epoch_is_compared_with_the_median_of_averages_since_the_first_judged() -> None:
+    # averages since epoch 2, the first judged: until epoch 2: 20, 30, 40; until epoch 3: 25, 35, 45
     others = [10.0, 20.0, 30.0], [20.0, 30.0, 40.0], [30.0, 40.0, 50.0]
-    assert train(median_stopper(*others), [26.0, 1.0, 1.0]) == 3  # its best, 26, is above 25 but below 30
+    assert train(median_stopper(*others), [31.0, 1.0, 1.0]) == 3  # its best, 31, is above 30 but below 35
     stopper = median_stopper(*others)
-    assert train(stopper, [24.9, 1.0, 1.0]) == 2
-    assert "best mIoU 24.90 until epoch 2, below 25.00, the median of 3 others" in stopper.stops["new"]
+    assert train(stopper, [29.9, 1.0, 1.0]) == 2
+    assert "best mIoU 29.90 until epoch 2, below 30.00, the median of 3 others" in stopper.stops["new"]
 
 
 def test_flat_curves_that_are_alike_continue_whatever_rounding_does() -> None:
@@ -229,7 +229,7 @@ def test_decisions_equal_those_of_the_rule_as_it_is_written_down() -> None:
 
 def as_written(own: list[float], others: list[list[float]]) -> int:
     for epoch in range(4, 10):
-        averages = [statistics.mean(curve[:epoch]) for curve in others if len(curve) >= epoch]
+        averages = [statistics.mean(curve[3:epoch]) for curve in others if len(curve) >= epoch]
         if len(averages) >= 3 and max(own[:epoch]) < statistics.median(averages):
             return epoch
     return 10

@@ -127,13 +127,15 @@ class Expect(Frozen):
     """States what a row promises, in percentage points of mIoU on the validation split.
 
     Either an absolute range `miou=(low, high)` or a `gain=(low, high)` over the row named `over`.
-    `sooner_than` names a row whose final mIoU this one is expected to pass in fewer epochs.
+    `sooner_than` names a row that takes more epochs to reach the low end of `miou`, or where there is none its own end.
     """
 
     miou: tuple[float, float] | None = None
     gain: tuple[float, float] | None = None
     over: str | None = None
     sooner_than: str | None = None
+    margin: NonNegativeFloat = 0.2
+    """The smallest difference that matters: +0.45 does not break +0.5."""
     note: str = ""
     """What a reader should know beside the verdict."""
 

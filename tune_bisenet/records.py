@@ -246,6 +246,8 @@ class SpaceInfo(Frozen):
     title: str
     baseline: str | None
     """The row that others are measured against."""
+    measured_share: float
+    """The share of the epochs, the last ones, whose mean mIoU expectations are judged by."""
 
 
 class DataInfo(Frozen):

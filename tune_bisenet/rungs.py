@@ -47,8 +47,11 @@ class StoppingRule(ABC):
         """Return the epochs after which `run` may be stopped, never the last: stopping there saves nothing."""
 
     @abstractmethod
-    def objection(self, curves: Curves, trial: str, epoch: int) -> str:
-        """Return why `trial` should stop after `epoch`, for a table's cell; empty if it should continue."""
+    def objection(self, curves: Curves, trial: str, epoch: int, *, first: int) -> str:
+        """Return why `trial` should stop after `epoch`, for a table's cell; empty if it should continue.
+
+        `first` is the first of its judged epochs.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ class AshaRule(StoppingRule):
             rung *= self.reduction_factor
         return tuple(rungs)
 
-    def objection(self, curves: Curves, trial: str, epoch: int) -> str:
+    def objection(self, curves: Curves, trial: str, epoch: int, *, first: int) -> str:
         """Compare mIoU at the rung; ties and the first few to arrive continue."""
         miou = curves[trial][epoch]
         peers = [curve[epoch] for other, curve in curves.items() if other != trial and epoch in curve]
@@ -99,9 +102,10 @@ class AshaRule(StoppingRule):
 class MedianRule(StoppingRule):
     """Stop a trial whose best mIoU so far is below the median of its peers' running averages, after every epoch.
 
-    The median stopping rule (Golovin et al., 2017, "Google Vizier", section 3.2.2). mIoU grows, so the averages lag
-    behind: only a trial that is far behind stops. Vizier compares with completed trials; here all that have come as far
-    count, since trials that run side by side would otherwise all complete.
+    The median stopping rule (Golovin et al., 2017, "Google Vizier", section 3.2.2), averages taken from the first epoch
+    after which the trial may be stopped. mIoU grows, so they lag behind, and a trial must be behind to stop. Vizier
+    compares with completed trials; here all that have come as far count, since trials that run side by side would
+    otherwise all complete.
     """
 
     def __str__(self) -> str:
@@ -115,23 +119,24 @@ class MedianRule(StoppingRule):
         first = max(epochs_of(self.first_share, run.num_epochs), earliest_fair_epoch(run, iterations_per_epoch))
         return range(first, run.num_epochs)
 
-    def objection(self, curves: Curves, trial: str, epoch: int) -> str:
-        """Compare with peers whose curve until `epoch` has no gap: an average of later epochs would be too high."""
-        until = range(1, epoch + 1)
-        peers = [
-            curve for other, curve in curves.items() if other != trial and all(number in curve for number in until)
-        ]
+    def objection(self, curves: Curves, trial: str, epoch: int, *, first: int) -> str:
+        """Compare with peers whose curve has no gap from `first` to `epoch`: averages of other epochs do not compare.
+
+        Earlier epochs do not count: with the steep start of every curve in them, the averages would stop nothing.
+        """
+        span = range(first, epoch + 1)
+        peers = [curve for other, curve in curves.items() if other != trial and all(number in curve for number in span)]
         if len(peers) < self.min_peers:
             return ""
         best = max(miou for number, miou in curves[trial].items() if number <= epoch)
-        median_sum = quantile([math.fsum(curve[number] for number in until) for curve in peers], 0.5)
+        median_sum = quantile([math.fsum(curve[number] for number in span) for curve in peers], 0.5)
         # Not divided: rounding could put a flat curve below the average of an equal one.
-        if best * epoch >= median_sum:
+        if best * len(span) >= median_sum:
             return ""
         others = "other's running average" if len(peers) == 1 else "others' running averages"
         return (
-            f"best mIoU {best:.2f} until epoch {epoch}, below {median_sum / epoch:.2f}, "
-            f"the median of {len(peers)} {others}"
+            f"best mIoU {best:.2f} until epoch {epoch}, below {median_sum / len(span):.2f}, "
+            f"the median of {len(peers)} {others} since epoch {first}"
         )
 
 
@@ -205,9 +210,10 @@ class Stopper:
         if epoch in own:
             return ""
         own[epoch] = miou
-        if run.name in self.protected or epoch not in self.rule.judged_epochs(run, self.iterations_per_epoch(run)):
+        judged = self.rule.judged_epochs(run, self.iterations_per_epoch(run))
+        if run.name in self.protected or epoch not in judged:
             return ""
-        if reason := self.rule.objection(curves, trial, epoch):
+        if reason := self.rule.objection(curves, trial, epoch, first=min(judged)):
             self.stops[trial] = reason
         return reason
 

@@ -26,6 +26,9 @@ from tune_bisenet.text import counted, markdown_table
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
+MEASURED_SHARE: Final = 0.1
+"""A tenth of the epochs."""
+
 REFERENCE_ITERATIONS_PER_EPOCH: Final = 500
 """The table's own scale, "2500 iterations ≈ 5 epochs": what a proxy keeps the proportions of."""
 
@@ -36,10 +39,14 @@ class Grid:
 
     title: str
     runs: tuple[Run, ...]
+    measured_share: float = MEASURED_SHARE
+    """The share of the epochs, the last ones, whose mean mIoU expectations are judged by; of 50 epochs five."""
 
     def __post_init__(self) -> None:
         counts = Counter(run.name for run in self.runs)
         problems = [] if self.runs else ["the space has no rows."]
+        if not 0 < self.measured_share <= 1:
+            problems.append(f"measured_share {self.measured_share:g} is no share of the epochs: 0.1 is a tenth.")
         problems += [
             f"the row {name} is declared {count} times: give each row its own name."
             for name, count in counts.items()
@@ -104,6 +111,10 @@ class Sampled:
     def baseline(self) -> str | None:
         """Return the row others are measured against; None if there is none."""
         return self.around.baseline if self.around else None
+
+    @property
+    def measured_share(self) -> float:
+        return self.around.measured_share if self.around else MEASURED_SHARE
 
 
 Space = Grid | Sampled

@@ -131,7 +131,7 @@ def manifest(**changes: Any) -> Manifest:
     plain: dict[str, Any] = {
         "name": "small search",
         "config": CONFIG,
-        "space": {"title": "Two rows", "baseline": "r01"},
+        "space": {"title": "Two rows", "baseline": "r01", "measured_share": 0.1},
         "trials": RUNS,
         "data": {"digests": {"32x64": "feedbeef"}, "train_images": 40, "val_images": 2},
         "backbone_digest": "none",
@@ -273,7 +273,7 @@ def write_study(
     fields = {
         "name": "sampled search",
         "config": CONFIG | {"space": "around", "limits": {"trials": trials or None}},
-        "space": {"title": "Around two rows", "baseline": "r01"},
+        "space": {"title": "Around two rows", "baseline": "r01", "measured_share": 0.1},
         "study": STUDY | {"objectives": ["miou", "latency"] if latency else ["miou"]},
         "trials": {},
     }

@@ -102,7 +102,8 @@ def test_intervals_stand_over_what_was_expected(search: SearchRecord) -> None:
     expected, estimate = gain.data
     assert expected["x"] == [1, 3]
     assert (estimate["y"], estimate["x"]) == (["r02"], [pytest.approx(2.25)])
-    assert estimate["error_x"]["array"] == [pytest.approx(0.25 * 12.7062, abs=1e-3)]  # sd sqrt(1/8), t(0.975, 1 df)
+    # sd sqrt(1/8), t(1 - 0.001 / 4, 1 df)
+    assert estimate["error_x"]["array"] == [pytest.approx(0.25 * 1273.24, rel=1e-4)]
     low, high = gain.layout["xaxis"]["range"]
     assert low < 0 < 3 < high
     assert high - low < 12, "a huge interval does not press the rest flat"

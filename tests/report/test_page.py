@@ -137,7 +137,7 @@ def test_a_proxy_is_labelled_everywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("expect", [None, Expect(miou=(40, 60))])
 def test_a_space_without_expectations_or_without_a_baseline_has_a_page(tmp_path: Path, expect: Expect | None) -> None:
     trials = {name: run.model_copy(update={"expect": expect}) for name, run in RUNS.items()}
-    space = {"title": "Two rows", "baseline": None}
+    space = {"title": "Two rows", "baseline": None, "measured_share": 0.1}
     assert Elements(page_of(write_search(tmp_path, trials=trials, space=space))).sections == SECTIONS
 
 
@@ -173,7 +173,7 @@ def test_a_run_that_diverged_has_its_curves_up_to_there(tmp_path: Path) -> None:
     write_trial(folder, "r02-s0", history)
     page = page_of(folder)
     assert "NaN" not in re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)[0]
-    assert "diverged: r02-s0" in page
+    assert "blew up: r02-s0" in page
 
 
 def test_no_words_of_a_search_can_become_code(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_no_words_of_a_search_can_become_code(tmp_path: Path) -> None:
         name=HOSTILE,
         proxy=HOSTILE,
         config=CONFIG | {"space": HOSTILE, "data": HOSTILE, "backbone": HOSTILE},
-        space={"title": HOSTILE, "baseline": "r01"},
+        space={"title": HOSTILE, "baseline": "r01", "measured_share": 0.1},
         data={"digests": {HOSTILE: HOSTILE}, "train_images": 1, "val_images": 1},
         sessions=[SESSION | {"command": [HOSTILE], "commit": HOSTILE, "limit": HOSTILE}],
         states={"r02-s0": failed},

@@ -6,78 +6,126 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from tune_bisenet.report.statistics import holm, image_interval, mean_test, seeds_for_power
+from tune_bisenet.report.statistics import (
+    compare_rows,
+    dunnett,
+    fit_noise,
+    image_interval,
+    seeds_for_power,
+    strictness,
+    student_interval,
+)
 
 
-def test_a_mean_of_three_by_hand() -> None:
-    # 1, 2, 3: mean 2, sd 1, error 1 / sqrt(3) = 0.57735; t(0.975, 2 df) = 4.30265, so 2 -+ 2.48414.
-    # Against 0: t = 2 / 0.57735 = 3.46410; for 2 df p = 1 - t / sqrt(t^2 + 2) = 1 - 3.46410 / 3.74166 = 0.07418.
-    test = mean_test([1.0, 2.0, 3.0], null=0.0)
-    assert (test.n, test.mean, test.sd) == (3, 2.0, 1.0)
-    assert test.interval == pytest.approx((-0.48414, 4.48414), abs=1e-5)
-    assert test.p == pytest.approx(0.07418, abs=1e-5)
-
-
-@pytest.mark.parametrize("n", [2, 3, 5, 30])
-@pytest.mark.parametrize("null", [0.0, 55.0])
-def test_means_agree_with_scipys_t_tests(n: int, null: float) -> None:
-    values = np.random.default_rng(n).normal(null + 0.4, 0.5, n)
-    test, truth = mean_test(values.tolist(), null=null), stats.ttest_1samp(values, null)
-    interval = truth.confidence_interval(0.95)
-    assert test.p == pytest.approx(truth.pvalue)
-    assert test.interval == pytest.approx((interval.low, interval.high))
-
-
-def test_differences_agree_with_scipys_paired_t_test() -> None:
-    rng = np.random.default_rng(0)
-    row, reference = rng.normal(56.5, 1, 6), rng.normal(56, 1, 6)
-    assert mean_test((row - reference).tolist(), null=0).p == pytest.approx(stats.ttest_rel(row, reference).pvalue)
-
-
-def test_without_spread_nothing_is_tested_and_nothing_divides_by_zero() -> None:
-    # 56.1 - 56 and 57.1 - 57 differ in their last bits only.
-    test = mean_test([56.1 - 56, 57.1 - 57], null=0.0)
-    assert (test.sd, test.p) == (0.0, None)
-    assert test.interval == (test.mean, test.mean)
+def test_students_interval_by_hand() -> None:
+    # 1, 2, 3: mean 2, error 1 / sqrt(3) = 0.57735; t(0.975, 2 df) = 4.30265, so 2 -+ 2.48414.
+    assert student_interval([1.0, 2.0, 3.0], error=0.05, family=1, least_sd=0) == pytest.approx(
+        (-0.48414, 4.48414), abs=1e-5
+    )
+    # Of two claims each has half the error: t(0.9875, 2 df) = 6.20535.
+    assert student_interval([1.0, 2.0, 3.0], error=0.05, family=2, least_sd=0) == pytest.approx(
+        (-1.58266, 5.58266), abs=1e-4
+    )
+    assert student_interval([1.0], error=0.05, family=1, least_sd=0) is None
 
 
 def test_equal_whole_numbers_keep_the_spread_of_rounding() -> None:
     # 5, 5, 5 with a least sd of 0.6: error 0.6 / sqrt(3) = 0.34641, times 4.30265 = 1.49048.
-    assert mean_test([5, 5, 5], null=0, least_sd=0.6).interval == pytest.approx((3.50952, 6.49048), abs=1e-5)
+    assert student_interval([5, 5, 5], error=0.05, family=1, least_sd=0.6) == pytest.approx((3.50952, 6.49048))
 
 
-def test_holm_by_hand() -> None:
-    # Sorted: 0.01 x 3 = 0.03, 0.02 x 2 = 0.04, 0.03 x 1 = 0.03, raised to 0.04.
-    assert holm([0.03, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
+@pytest.mark.parametrize(
+    ("family", "freedom", "error", "critical"),
+    # Dunnett's (1955, 1964) tables, two-sided, equal sizes.
+    [(1, 10, 0.05, 2.23), (2, 10, 0.05, 2.57), (9, 20, 0.05, 2.95)],
+)
+def test_dunnetts_quantile_agrees_with_his_tables(family: int, freedom: int, error: float, critical: float) -> None:
+    assert dunnett(family, freedom, error, 0.5) == pytest.approx(critical, abs=0.012)
 
 
-def test_holm_agrees_with_statsmodels() -> None:
-    p_values = (np.random.default_rng(0).random(13) ** 3).tolist()
-    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize(("family", "freedom", "error"), [(6, 18, 0.025), (6, 9, 0.001), (3, 4, 0.05)])
+def test_dunnetts_quantile_agrees_with_scipys_multivariate_t(
+    family: int, freedom: int, error: float, correlation: float
+) -> None:
+    shape = np.full((family, family), correlation) + (1 - correlation) * np.eye(family)
+    critical = dunnett(family, freedom, error, correlation)
+    found = stats.multivariate_t(shape=shape, df=freedom, seed=1).cdf(
+        np.full(family, critical), lower_limit=np.full(family, -critical), maxpts=200_000
+    )
+    assert 1 - found == pytest.approx(error, rel=0.02)
 
 
-def test_a_claim_not_tested_yet_counts_in_holms_family() -> None:
-    # 0.01 of three claims, whatever the others will say: 0.03.
-    assert holm([None, 0.01, None]) == [None, pytest.approx(0.03), None]
+def test_a_table_of_two_rows_is_the_paired_t_test() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(56, 1, (1, 2, 6)) + rng.normal(0, 3, (1, 1, 6))
+    noise = fit_noise(values)
+    truth = stats.ttest_rel(values[0, 1], values[0, 0])
+    level = 1 - strictness(6).gain_error
+    means = compare_rows(values, [(1, 0)], noise, family=1)
+    interval = truth.confidence_interval(level)
+    assert (noise.freedom[0], noise.is_noisy.any()) == (5, False)
+    assert means.mean[0, 0] - means.half_width[0, 0] == pytest.approx(interval.low)
+    assert means.mean[0, 0] + means.half_width[0, 0] == pytest.approx(interval.high)
 
 
-@pytest.mark.parametrize("effect", [0.3, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("alpha", [0.05, 0.05 / 13])
-def test_seeds_for_power_agree_with_statsmodels(effect: float, alpha: float) -> None:
-    truth = TTestPower().solve_power(effect_size=effect / 0.5, alpha=alpha, power=0.8)
-    assert seeds_for_power(effect=effect, sd=0.5, alpha=alpha, most=200) == math.ceil(truth)
+def test_the_noise_of_a_whole_table_agrees_with_a_two_way_analysis_of_variance() -> None:
+    import pandas as pd
+    import statsmodels.formula.api as smf
+
+    values = np.random.default_rng(1).normal(56, 1, (1, 4, 5))
+    values[0, 1, 4] = values[0, 3, 0] = values[0, 3, 2] = np.nan
+    cells = [
+        {"row": f"r{row}", "seed": f"s{seed}", "miou": values[0, row, seed]}
+        for row, seed in np.ndindex(4, 5)
+        if not np.isnan(values[0, row, seed])
+    ]
+    fit = smf.ols("miou ~ row + seed", pd.DataFrame(cells)).fit()
+    noise = fit_noise(values)
+    assert noise.variance[0] == pytest.approx(fit.mse_resid)
+    assert noise.freedom[0] == pytest.approx(fit.df_resid)
 
 
-def test_seeds_for_power_of_an_effect_as_large_as_the_spread() -> None:
-    # A textbook's number: d = 1, alpha 0.05 two-sided, power 0.8 needs 10 pairs.
-    assert seeds_for_power(effect=0.5, sd=0.5, alpha=0.05, most=100) == 10
-    assert seeds_for_power(effect=0.5, sd=0.5, alpha=0.05, most=9) is None
-    assert seeds_for_power(effect=0.0, sd=0.5, alpha=0.05, most=100) is None
+def test_what_seeds_share_widens_levels_and_not_gains() -> None:
+    rng = np.random.default_rng(2)
+    values = 56 + rng.normal(0, 0.1, (1, 10, 5))
+    shared = values + rng.normal(0, 3, (1, 1, 5))
+    alone, together = fit_noise(values), fit_noise(shared)
+    assert together.variance == pytest.approx(alone.variance)
+    assert together.within[0] > 100 * alone.within[0]
+    # Ten rows repeat one draw of the seeds: hardly more than four degrees of freedom, not forty.
+    assert together.within_freedom[0] == pytest.approx(4, abs=0.1)
+
+
+def test_a_far_noisier_row_leaves_the_pool_and_is_judged_by_itself() -> None:
+    rng = np.random.default_rng(3)
+    values = 56 + rng.normal(0, 0.3, (1, 10, 5))
+    values[0, 7] += np.array([4, -4, 4, -4, 0])
+    noise = fit_noise(values)
+    assert np.flatnonzero(noise.is_noisy[0]).tolist() == [7]
+    assert math.sqrt(noise.variance[0]) == pytest.approx(0.3, abs=0.1)
+    means = compare_rows(values, [(4, 0), (7, 0)], noise, family=6)
+    alone = stats.ttest_rel(values[0, 7], values[0, 0]).confidence_interval(1 - strictness(5).gain_error / 6)
+    assert means.half_width[0, 1] == pytest.approx((alone.high - alone.low) / 2)
+    assert means.half_width[0, 0] < 1.2
+
+
+@pytest.mark.parametrize("sd", [0.3, 0.5, 1.0])
+def test_seeds_for_power_agree_with_statsmodels(sd: float) -> None:
+    truth = math.ceil(TTestPower().solve_power(effect_size=1.0 / sd, alpha=0.05, power=0.8))
+    found = seeds_for_power(
+        1.0,
+        standard_error=lambda number: sd / math.sqrt(number),
+        critical=lambda number: (float(stats.t.ppf(0.975, number - 1)), number - 1),
+        most=100,
+    )
+    assert found == truth
+
+
+def test_more_seeds_than_asked_for_are_not_named() -> None:
+    assert seeds_for_power(0.0, standard_error=lambda _: 1.0, critical=lambda _: (2.0, 10.0), most=100) is None
 
 
 def _counts(num_images: int, *, seed: int, skill: int, num_classes: int = 19) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Verdicts of a whole table: what it costs to know, what sets rows apart, how likely expectations are confirmed."""
+"""Verdicts of a whole table: what it costs to know, what sets rows apart, how likely expectations are shown."""
 
 import math
 import shlex
@@ -9,18 +9,13 @@ from expecting import R01, ROWS, claim, gain_claim, gaining, row, trial, trials
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from benchmarks.false_positives import judge_searches, num_false
+from benchmarks.verdicts import GAINS, LEVELS, draw, false_statements, truths
 from search_spaces.runs10 import SPACE
 from tune_bisenet.config import SGD, AdamW, Augment, Expect, Run
-from tune_bisenet.report.claims import ASSUMED_SD, Claim, SampleSize, confounded_rows, differences
+from tune_bisenet.report.claims import Claim, SampleSize, confounded_rows, differences
 from tune_bisenet.report.read import ReportedTrial
-from tune_bisenet.report.statistics import ALPHA, holm, seeds_for_power
-from tune_bisenet.report.verdicts import (
-    Power,
-    holm_in_bulk,
-    judge,
-    powers,
-)
+from tune_bisenet.report.statistics import strictness
+from tune_bisenet.report.verdicts import ASSUMED_SD, Power, judge, powers
 from tune_bisenet.spaces import DataFacts, RowOverrides, resolve_runs
 
 DATA = DataFacts(num_train=2975, num_val=500, suggested_image_size=(512, 1024))
@@ -31,24 +26,21 @@ def seeds_needed(found: Claim) -> SampleSize:
     return found.sample_size
 
 
-@pytest.mark.parametrize(
-    ("gains", "effect_size"),
-    [
-        ([0.0, 0.5, 1.0], 0.75 / 0.5),  # the middle of what is expected, at the sd measured
-        ([1.0, 2.0, 6.0], 3 / math.sqrt(7)),  # the mean measured, which is more
-    ],
-)
-def test_seeds_needed_agree_with_statsmodels(gains: list[float], effect_size: float) -> None:
-    total = math.ceil(TTestPower().solve_power(effect_size=effect_size, alpha=0.05, power=0.8))
-    needed = seeds_needed(gain_claim(0.5, 1, gains))
+def test_seeds_needed_would_show_the_gain_against_the_promise_less_the_margin() -> None:
+    # Two rows: a paired t test. The middle, 0.75, is 0.45 above 0.3, and further than the mean measured.
+    needed = seeds_needed(gain_claim(0.5, 1, [0.0, 0.5, 1.0]))
+    spread = 0.5 / math.sqrt(2)
+    assert needed.spread == pytest.approx(spread)
+    alpha = strictness(20).gain_error
+    total = math.ceil(TTestPower().solve_power(effect_size=0.45 / 0.5, alpha=alpha, power=0.8))
     assert (needed.seeds, needed.is_assumed, needed.is_capped) == (total - 3, False, False)
 
 
-def test_seeds_needed_count_holms_correction() -> None:
+def test_a_larger_table_needs_more_seeds_for_the_same_claim() -> None:
     others = [row(f"y{number}", Expect(gain=(0.5, 1), over="r01")) for number in range(9)]
     measured = trials("r01", [55, 56, 57]) + trials("x", [55.0, 56.5, 58.0])
-    total = math.ceil(TTestPower().solve_power(effect_size=0.75 / 0.5, alpha=0.05 / 10, power=0.8))
-    assert seeds_needed(claim(judge([*gaining(0.5, 1), *others], measured))).seeds == total - 3
+    few, many = (seeds_needed(claim(judge([*gaining(0.5, 1), *more], measured))).seeds for more in ([], others))
+    assert few < many
 
 
 def test_seeds_of_the_row_and_of_its_reference_are_paid() -> None:
@@ -61,9 +53,9 @@ def test_seeds_of_the_row_and_of_its_reference_are_paid() -> None:
 
 
 def test_one_seed_plans_with_an_assumed_spread() -> None:
-    # 0.5 / 0.5 at alpha 0.05 needs 10 pairs; one is there.
-    needed = seeds_needed(gain_claim(0.5, 0.5, [3.0]))
-    assert (needed.seeds, needed.spread, needed.is_assumed) == (9, 0.5, True)
+    needed = seeds_needed(gain_claim(3, 3, [5.0]))
+    assert (needed.spread, needed.is_assumed) == (ASSUMED_SD, True)
+    assert 1 < needed.seeds < 20
 
 
 def test_more_than_a_hundred_seeds_are_not_counted() -> None:
@@ -71,21 +63,21 @@ def test_more_than_a_hundred_seeds_are_not_counted() -> None:
     assert (needed.seeds, needed.is_capped) == (100, True)
 
 
-def test_the_next_command_runs_undecided_rows_and_their_references_at_new_seeds() -> None:
+def test_the_next_command_runs_open_rows_and_their_references_at_new_seeds() -> None:
     rows = [
         *gaining(0.5, 1),
         row("sure", Expect(gain=(0.5, 1), over="r01")),
-        row("hopeless", Expect(gain=(0.01, 0.01), over="r01")),
+        row("hopeless", Expect(gain=(0.01, 0.01), over="r01", margin=0.0)),
     ]
     measured = [
         *trials("r01", [55, 56, 57]),
         *trials("x", [55.3, 56.75, 58.2]),
-        *trials("sure", [55.79, 56.8, 57.81]),
-        *trials("hopeless", [52, 56, 60]),
+        *trials("sure", [65, 66.01, 67]),
+        *trials("hopeless", [55.1, 56.02, 56.97]),
     ]
     judgement = judge(rows, measured)
     more = judgement.more_seeds
-    assert claim(judgement, "sure").verdict == "confirmed"
+    assert claim(judgement, "sure").verdict == "exceeded"
     assert more
     assert more.runs == ("r01", "x")
     assert more.seeds == tuple(range(3, 3 + seeds_needed(claim(judgement)).seeds))
@@ -122,23 +114,32 @@ def test_a_setting_that_comes_with_its_kind_does_not_confound() -> None:
     assert confounded_rows({"r01": R01, "x": adamw})["x"] == ""
 
 
-def test_the_ten_rows_make_thirteen_claims_nine_on_a_proxy() -> None:
+def test_the_ten_rows_make_twelve_claims() -> None:
     kinds = [(claim.run, claim.kind) for claim in judge(SPACE.runs, []).claims]
     assert kinds[:3] == [("r01", "miou"), ("r02", "miou"), ("r02", "sooner")]
-    assert judge(SPACE.runs, []).family == len(kinds) == 13
-    assert judge(SPACE.runs, [], proxy=True).family == 9
+    assert [run for run, kind in kinds if kind == "sooner"] == ["r02", "r09"]
+    assert len(kinds) == 12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_seeds", [3, 5])
-def test_ten_equal_rows_are_falsely_confirmed_in_no_more_than_a_twentieth_of_searches(num_seeds: int) -> None:
-    judgements = judge_searches(2000, num_seeds, proxy=False, gains={})
-    # At a true rate of 5 % the upper end of a 95 % interval would lie above 5 % almost always.
-    assert stats.binomtest(num_false(judgements), 2000).proportion_ci(0.95).high < 0.05
+@pytest.mark.parametrize("where", ["low", "middle", "top", "equal"])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize(("noisy", "skewed"), [(None, False), (0, False), (5, False), (None, True)])
+def test_no_more_than_a_twentieth_of_searches_say_anything_false(
+    where: str, num_seeds: int, noisy: int | None, skewed: bool
+) -> None:
+    rng = np.random.default_rng(num_seeds)
+    values = draw(rng, 1000, num_seeds, sd=1.0, shared=0.5, noisy=noisy, skewed=skewed)
+    gains, levels = truths(where)
+    values[:, GAINS] += (levels[0] + gains)[None, :, None]
+    values[:, LEVELS] += levels[None, :, None]
+    is_false = np.logical_or(*false_statements(values, gains, levels))
+    # Fails where a rate of 5 % is itself improbable; the seed is fixed, so never by chance.
+    assert stats.binomtest(int(is_false.sum()), 1000).proportion_ci(0.99).low < 0.05
 
 
 EXPECTING = [run for run in SPACE.runs if run.expect and not run.expect.sooner_than]
-"""Seven rows of the table: r01, which expects a level, and six that expect a gain over it."""
+"""Eight rows of the table: two that expect a level, and six that expect a gain over r01."""
 
 
 def powers_of(rows: list[Run], num_seeds: int, *, proxy: bool = False) -> dict[str, Power]:
@@ -148,10 +149,8 @@ def powers_of(rows: list[Run], num_seeds: int, *, proxy: bool = False) -> dict[s
 
 def searched(rng: np.random.Generator, num_seeds: int) -> list[ReportedTrial]:
     """Trials of a search in which every expectation holds at its middle."""
-    sd = ASSUMED_SD / math.sqrt(2)
-    shared = rng.normal(0, sd, num_seeds)
     return [
-        trial(run.name, seed, [56.0 + sum(run.expect.gain or (0, 0)) / 2 + shared[seed] + rng.normal(0, sd)])
+        trial(run.name, seed, [sum(run.expect.miou or (112 + sum(run.expect.gain or ()), 0)) / 2 + rng.normal()])
         for run in EXPECTING
         if run.expect
         for seed in range(num_seeds)
@@ -159,54 +158,37 @@ def searched(rng: np.random.Generator, num_seeds: int) -> list[ReportedTrial]:
 
 
 @pytest.mark.parametrize("num_seeds", [3, 8])
-def test_powers_are_how_often_the_verdicts_confirm(num_seeds: int) -> None:
+def test_powers_are_how_often_the_verdicts_show_what_is_true(num_seeds: int) -> None:
     rng = np.random.default_rng(num_seeds)
     number = 400
     judgements = [judge(EXPECTING, searched(rng, num_seeds)) for _ in range(number)]
     for name, power in powers_of(EXPECTING, num_seeds).items():
-        confirmed = [claim.verdict == "confirmed" for j in judgements for claim in j.claims if claim.run == name]
+        shown = [c.verdict in ("kept", "exceeded", "gained") for j in judgements for c in j.claims if c.run == name]
         assert power.share is not None
         error = math.sqrt(power.share * (1 - power.share) / number) + 0.01
-        assert sum(confirmed) / number == pytest.approx(power.share, abs=4 * error), name
+        assert sum(shown) / number == pytest.approx(power.share, abs=4 * error), name
 
 
-def test_a_single_claim_has_the_power_of_the_t_test() -> None:
-    """From the noncentral t distribution; the interval reaches what is expected all but always."""
-    for gain, num_seeds in ((0.5, 5), (1.0, 3), (0.4, 20)):
-        freedom, shift = num_seeds - 1, gain / ASSUMED_SD * math.sqrt(num_seeds)
-        exact = 1 - stats.nct.cdf(stats.t.ppf(1 - ALPHA / 2, freedom), freedom, shift)
-        found = powers_of(gaining(gain, gain), num_seeds)["x"]
-        # A gain that is found too small for its expectation is refuted: at most 2.5 % of the searches.
-        assert found.share == pytest.approx(exact, abs=0.025 + 3 * math.sqrt(0.25 / 2000))
-        assert found.share <= exact + 3 * math.sqrt(0.25 / 2000)
-
-
-def test_the_seeds_for_a_power_are_those_of_the_report() -> None:
-    found = powers_of(gaining(0.5, 0.5), 1)["x"]
-    exact = seeds_for_power(effect=0.5, sd=ASSUMED_SD, alpha=ALPHA, most=100)
-    assert found.seeds_for_80 is not None
-    assert exact is not None
-    assert abs(found.seeds_for_80 - exact) <= 1
-    hopeless = powers_of(gaining(0.01, 0.01), 3)["x"]
-    assert hopeless.seeds_for_80 is None
-    assert hopeless.share == pytest.approx(0, abs=0.05)
-
-
-def test_one_seed_confirms_nothing_and_more_confirm_more() -> None:
+def test_one_seed_shows_nothing_and_more_show_more() -> None:
     shares = [powers_of(EXPECTING, number)["r06"].share for number in (1, 2, 4, 8, 16)]
     assert shares[0] == 0
     assert shares == sorted(shares, key=lambda share: share or 0)
-    assert shares[-1] == pytest.approx(1, abs=0.01)
+    assert shares[-1] == pytest.approx(0.9, abs=0.1)
 
 
-def test_an_expectation_without_a_number_has_no_power_but_counts_in_the_family() -> None:
+def test_the_seeds_for_a_power_reach_it() -> None:
+    needed = powers_of(EXPECTING, 1)["r06"].seeds_for_80
+    assert needed is not None
+    below, at = (powers_of(EXPECTING, number)["r06"].share or 0 for number in (needed - 1, needed))
+    assert below < 0.8 <= at
+    assert powers_of(EXPECTING, 1)["r07"].seeds_for_80 is None, "+0.4 at a spread of 1 takes over a hundred seeds"
+
+
+def test_an_expectation_without_a_number_has_no_power() -> None:
     found = powers(SPACE.runs, {run.name: (0, 1, 2) for run in SPACE.runs}, proxy=False)
     sooner = [power for power in found if power.claim.kind == "sooner"]
-    assert [power.claim.run for power in sooner] == ["r02", "r03", "r09"]
+    assert [power.claim.run for power in sooner] == ["r02", "r09"]
     assert all(power.share is None and power.seeds_for_80 is None for power in sooner)
-    alone = powers_of(EXPECTING, 3)
-    gains = {power.claim.run: power.share or 0 for power in found if power.claim.kind == "gain"}
-    assert all(gains[name] <= (power.share or 0) for name, power in alone.items() if power.claim.kind == "gain")
 
 
 def test_on_a_proxy_a_level_has_no_power() -> None:
@@ -227,12 +209,5 @@ def test_a_table_of_a_thousand_rows_is_judged_in_seconds() -> None:
     rows = [R01, *(row(f"x{number}", Expect(gain=(0.5, 1), over="r01")) for number in range(1000))]
     found = powers(rows, {row.name: (0, 1, 2) for row in rows}, proxy=True)
     assert len(found) == 1000
-    assert found[0].share == 0, "nothing survives Holm's correction over so many claims and so few seeds"
+    assert found[0].share == pytest.approx(0, abs=0.02), "hardly anything is shown among so many claims"
     assert found[-1].share is None
-
-
-def test_holm_in_bulk_is_holm_one_by_one() -> None:
-    p = np.random.default_rng(0).uniform(size=(50, 6))
-    for line, adjusted in zip(p, holm_in_bulk(p, family=8), strict=True):
-        expected = holm([*line.tolist(), None, None])[:6]
-        assert np.minimum(adjusted, 1).tolist() == pytest.approx(expected)

@@ -40,6 +40,7 @@ def refusal_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_plan_times_a_trial_and_leaves_nothing_behind(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(place.rglob("*"))
     page = page_of(capsys, *on_frames(place), "--gpus-per-trial", "0", "--name", "mine", "--scheduler", "fifo")
@@ -99,7 +100,7 @@ def begun(place: Path) -> None:
     manifest = Manifest(
         name="x",
         config=search.config,
-        space=SpaceInfo(title="", baseline="r01"),
+        space=SpaceInfo(title="", baseline="r01", measured_share=0.1),
         data=DataInfo(digests={}, train_images=8, val_images=3),
         backbone_digest="",
         proxy=None,

@@ -141,6 +141,7 @@ def test_a_trial_whose_last_report_was_lost_only_reports_again(
     assert (folder / "last.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["a flipped byte", "a kill between two files", "both states lost"])
 def test_a_damaged_state_costs_epochs_and_changes_nothing(
     run: Run, context: TrialContext, folder: Path, expected: list[Report], damage: str
@@ -274,6 +275,7 @@ def filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FailingForEve
     return filesystem
 
 
+@pytest.mark.slow
 def test_event_files_that_cannot_be_copied_do_not_end_a_trial_and_follow_later(
     run: Run, context: TrialContext, tmp_path: Path, filesystem: FailingForEvents, caplog: pytest.LogCaptureFixture
 ) -> None:

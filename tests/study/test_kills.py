@@ -127,6 +127,7 @@ def test_a_driver_killed_before_any_change_on_disk_changes_no_result(
         shutil.rmtree(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_drivers_killed_at_any_moment_again_and_again_change_no_result(place: Path, sampler: Sampler) -> None:
     undisturbed = Search(

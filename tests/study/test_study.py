@@ -123,6 +123,7 @@ def test_a_space_that_makes_no_run_any_more_ends_the_search(url: str) -> None:
         study.ask()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", get_args(Sampler))
 def test_a_search_draws_the_same_however_often_it_is_resumed(
     place: Path, sampler: Sampler, caplog: pytest.LogCaptureFixture
@@ -149,6 +150,7 @@ def test_a_search_draws_the_same_however_often_it_is_resumed(
     assert len({str(spec.params) for spec in specs}) >= 8, "a sampler may come back to its best"
 
 
+@pytest.mark.slow
 def test_a_sampler_learns_what_pays(place: Path) -> None:
     gains = []
     for seed in range(3):

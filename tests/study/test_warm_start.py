@@ -65,7 +65,7 @@ MANIFEST = Manifest.model_validate(
     {
         "name": "earlier",
         "config": resolve_options(Options(space="rows"), default_data="streets"),
-        "space": {"title": "Rows", "baseline": "a"},
+        "space": {"title": "Rows", "baseline": "a", "measured_share": 0.1},
         "data": {"digests": {"32x64": "feedbeef"}, "train_images": 8, "val_images": 3},
         "backbone_digest": "none",
         "proxy": None,

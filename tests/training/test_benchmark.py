@@ -79,6 +79,7 @@ def benchmark_of(run: Run, *, gpus_per_trial: float = 0, concurrency: int = 1) -
     )
 
 
+@pytest.mark.slow
 def test_trials_are_timed_side_by_side_and_their_memory_is_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "BENCHMARK_SECONDS", 2.0)
     result = benchmark_of(run, concurrency=2)
@@ -89,6 +90,7 @@ def test_trials_are_timed_side_by_side_and_their_memory_is_measured(run: Run, mo
     assert result.available_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // result.num_processes
 
 
+@pytest.mark.slow
 def test_a_trial_that_cannot_be_trained_is_refused_with_the_reason(run: Run) -> None:
     with pytest.raises(benchmark.BenchmarkError, match="negative"):
         benchmark_of(run.model_copy(update={"head_width": -1}))

@@ -65,6 +65,7 @@ def learning_curve(run: Run, cache_dir: Path, spoil: str) -> list[Epoch]:
     return [end.epoch for end in trained(run, data)]
 
 
+@pytest.mark.slow
 def test_a_network_that_sees_four_images_again_and_again_learns_them(run: Run, tmp_path: Path) -> None:
     curve = learning_curve(run, tmp_path, "nothing")
     assert curve[-1].loss < 0.5 * curve[0].loss

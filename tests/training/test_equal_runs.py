@@ -107,6 +107,7 @@ checkpoint.save(training, history, folder, identity="one")
 """
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_another_process_equals_one_never_stopped(
     run: Run, small_data: Packed, folder: Storage
 ) -> None:

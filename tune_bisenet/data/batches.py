@@ -86,7 +86,7 @@ def epoch_order(num_images: int, *, seed: int, epoch: int) -> Tensor:
 def epoch_draw(augment: Augment, num_images: int, *, seed: int, epoch: int) -> AugmentDraw:
     """Draw the random choices for the N images of `epoch`, in the order in which they are visited."""
     uniform = torch.rand((7, num_images), generator=_generator(seed, epoch, stream=1), dtype=torch.float64)
-    scale = augment.min_scale * (augment.max_scale / augment.min_scale) ** uniform[0]
+    scale = augment.min_scale + (augment.max_scale - augment.min_scale) * uniform[0]
     window = torch.zeros(num_images, 2, 3, dtype=torch.float64)
     # A crop at scale s shows 1/s of the image; below 1 the whole image lies inside it, framed by void.
     shown, room = 1.0 / scale, (1.0 - 1.0 / scale).abs()

@@ -25,8 +25,8 @@ from tune_bisenet.storage import Storage
 
 OK, NO_SEARCH = 0, 2
 
-STYLES: Final = {"confirmed": "green", "refuted": "red", "undecided": "yellow", "judged": "dim"}
-"""By the last word of a badge."""
+STYLES: Final = {"good": "green", "bad": "red", "open": "yellow", "off": "yellow", "none": "dim"}
+"""By a badge's style."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if report.next_command:
                 sys.stdout.write(f"{report.next_command}\n")  # alone, so that a shell can run it
             else:
-                sys.stderr.write("No command: up to 100 more seeds would decide nothing that is still undecided.\n")
+                sys.stderr.write("No command: up to 100 more seeds would decide nothing that is still open.\n")
             return OK
         page = report.write(Storage.at(arguments.out) if arguments.out else folder)
     except (ValueError, OSError) as error:
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdicts = verdict_table(report.search, report.judgement, report.price)
     lines = [*best_lines(report.search), f"report: {page}"]
     if report.next_command:
-        lines.insert(-1, "what the undecided rows need: add --next to this command")
-    return _print_table(report.search, verdicts, lines, left_out=("evidence", "remarks"))
+        lines.insert(-1, "what the open rows need: add --next to this command")
+    return _print_table(report.search, verdicts, lines, left_out=("seeds", "best epochs", "remarks"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +101,7 @@ def _print_table(search: SearchRecord, table: Table, lines: Sequence[str] = (), 
 def _text(cell: str) -> Text:
     """As Text: a cell may hold brackets, which strings would turn into markup."""
     if isinstance(cell, Badge):
-        return Text(cell, style=STYLES[cell.split()[-1]])
+        return Text(cell, style=STYLES[cell.style])
     return Text(f"{cell}*" if isinstance(cell, Marked) else cell)
 
 

@@ -1,8 +1,7 @@
 """From what a row is expected to reach and what its trials measured to a `Claim` with a verdict.
 
-A claim is made in three steps, each a function of claims: `claims_of` pairs trials by seed and tests the pairs,
-`decided` gives the verdict once Holm's correction over the table is known, `verdicts` adds the seeds still needed.
-The rules are in `verdicts`. mIoU is in percent, gains are in percentage points.
+`claims_of` pairs trials by seed; `decided` gives the verdict once the interval is known, which takes all rows of the
+table (`verdicts`). A trial's measure is its mean mIoU over the last epochs. mIoU is in percent, gains are in points.
 """
 
 import math
@@ -12,25 +11,21 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, assert_never
 
 from tune_bisenet.config import Run, format_size
-from tune_bisenet.records import Status
+from tune_bisenet.records import Epoch, Status
 from tune_bisenet.report.read import ReportedTrial
-from tune_bisenet.report.statistics import ALPHA, NO_SPREAD, MeanTest, image_interval, mean_test
-from tune_bisenet.text import counted
+from tune_bisenet.report.statistics import NO_SPREAD, image_interval
 
 Kind = Literal["gain", "miou", "sooner"]
-Verdict = Literal["confirmed", "refuted", "undecided", "not judged"]
+Verdict = Literal["kept", "exceeded", "gained", "above", "below", "broken", "blew up", "open", "not judged"]
 Range = tuple[float, float]
 
-EPOCHS_SD: Final = (2 / 12) ** 0.5
-"""The least spread of a difference of two whole epochs: each is rounded, with a variance of 1/12."""
-
-ASSUMED_SD: Final = 0.5
-"""Points of mIoU, the spread assumed where one seed has measured none: repeats of a run differ by 0.5 to 2."""
+UNDECIDED: Final[tuple[Verdict, ...]] = ("open", "gained")
+"""Verdicts that more seeds may change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One seed's part of a claim: mIoU in percent, or for "sooner" the epochs at which the final mIoU was reached."""
+    """One seed's part of a claim: mIoU in percent, or for "sooner" the epochs until the level was reached."""
 
     seed: int
     own: float
@@ -40,9 +35,6 @@ class Pair:
     """Points gained, epochs saved, or the row's own mIoU."""
     compared_at_epoch: int | None = None
     """Set where a trial ended early."""
-    never_reached: bool = False
-    """For "sooner": `own` is the epoch after the last, so `effect` is an upper bound."""
-    diverged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +45,7 @@ class SampleSize:
     is_capped: bool
     """More than `seeds`."""
     spread: float
-    """The standard deviation over seeds that this is computed from."""
+    """The standard deviation of a trial over seeds that this is computed from; of epochs saved for "sooner"."""
     is_assumed: bool
     hours: float | None
     """Device hours of `seeds` seeds, those of the reference included; None while a row's speed is unknown."""
@@ -68,21 +60,31 @@ class Claim:
     reference: str | None
     expected: Range | None
     """Points, or percent for a level of mIoU; None for "sooner"."""
+    margin: float
+    """The smallest difference that matters, in points."""
+    level: float | None = None
+    """For "sooner": the mIoU in percent that is to be reached; None for each trial's own last."""
     note: str = ""
     on_proxy: bool = False
     pairs: tuple[Pair, ...] = ()
-    test: MeanTest | None = None
-    """Student's t over the pairs; None with fewer than two."""
+    best_estimate: float | None = None
+    """As `estimate`, but of each trial's best epoch; None for "sooner"."""
     image_interval: Range | None = None
-    """At 95 %, over validation images, of one seed's gain: the noise of the data, not that of seeds."""
+    """At 95 %, over validation images, of one seed's gain at the best epochs: the noise of the data, not of seeds."""
     pending: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
-    diverged: tuple[str, ...] = ()
-    """Names of trials, those of the reference among them."""
+    stopped: tuple[str, ...] = ()
+    blown_up: tuple[str, ...] = ()
+    """Names of trials, those of the reference among them; the last of those whose loss diverged."""
+    blew_up_everywhere: bool = False
+    """Whether the row itself diverged at every seed, two or more."""
     confounded: str = ""
     """The settings in which the row differs from its reference, if they are several."""
-    p_holm: float | None = None
-    verdict: Verdict = "undecided"
+    is_noisy: bool = False
+    """Whether the row or its reference is far noisier than the others, and judged by its own noise."""
+    interval: Range | None = None
+    """Over seeds; it holds together with those of all claims of its kind. None where nothing can be judged yet."""
+    verdict: Verdict = "open"
     reason: str = ""
     sample_size: SampleSize | None = None
     """None where the claim is decided, or where seeds alone would not decide it."""
@@ -92,24 +94,9 @@ class Claim:
         return not (self.on_proxy and self.kind == "miou")
 
     @property
-    def must_exceed(self) -> float:
-        """What is tested against: no gain, no epoch saved, or the low end of a level."""
-        return self.expected[0] if self.kind == "miou" and self.expected else 0.0
-
-    @property
     def estimate(self) -> float | None:
         """The mean over the pairs: points, percent, or epochs saved."""
         return math.fsum(pair.effect for pair in self.pairs) / len(self.pairs) if self.pairs else None
-
-    @property
-    def interval(self) -> Range | None:
-        """At 95 %, over seeds."""
-        return self.test.interval if self.test else None
-
-    @property
-    def p(self) -> float | None:
-        """None also while trials are pending: what changes with every look is no test."""
-        return None if self.test is None or self.pending else self.test.p
 
     @property
     def compared_at_epoch(self) -> int | None:
@@ -117,74 +104,77 @@ class Claim:
         return min((pair.compared_at_epoch for pair in self.pairs if pair.compared_at_epoch), default=None)
 
     @property
-    def never_reached(self) -> str:
-        """At how many seeds the row never reached the reference's final mIoU; empty if at none."""
-        number = sum(pair.never_reached for pair in self.pairs)
-        return f"never passed at {number} of {counted(len(self.pairs), 'seed')}" if number else ""
-
-    @property
     def obstacle(self) -> str:
-        """Why no number of seeds could confirm it; empty if some could."""
-        return f"{', '.join(self.diverged)} diverged" if self.diverged else self.never_reached
+        """Why the claim cannot be judged, whatever was measured; empty if it can."""
+        if self.pending:
+            return f"not ended: {', '.join(self.pending)}"
+        if self.blown_up:
+            return f"blew up: {', '.join(self.blown_up)}"
+        if self.stopped:
+            return f"stopped early, so described but not judged: {', '.join(self.stopped)}"
+        if not self.pairs:
+            return f"no {self.reference} to compare with at a same seed" if self.reference else "no trial"
+        return "one seed has no spread to judge by" if len(self.pairs) == 1 else ""
 
     @property
     def remarks(self) -> list[str]:
         """What to know before believing it."""
         size = self.sample_size
         remarks = {
-            "proxy": self.on_proxy,
             f"compared at epoch {self.compared_at_epoch}": self.compared_at_epoch,
-            f"not ended: {', '.join(self.pending)}": self.pending,
-            f"diverged: {', '.join(self.diverged)}": self.diverged,
             f"failed, left out: {', '.join(self.failed)}": self.failed,
-            f"{self.never_reached}, so an upper bound": self.never_reached,
-            f"spread of {ASSUMED_SD:g} points assumed": size and size.is_assumed,
+            "far noisier than the other rows, so judged by its own noise": self.is_noisy,
+            f"spread of {size.spread if size else 0:g} points assumed": size and size.is_assumed,
             f"differs from its reference in more than one setting: {self.confounded}": self.confounded,
             self.note: self.note,
         }
         return [remark for remark, holds in remarks.items() if holds]
 
 
-def claims_of(row: Run, trials: Sequence[ReportedTrial], *, proxy: bool) -> list[Claim]:
-    """Return a claim for each expectation of the row, measured but undecided: first its mIoU or gain, then how soon."""
+def claims_of(row: Run, trials: Sequence[ReportedTrial], *, measured_share: float, proxy: bool) -> list[Claim]:
+    """Return a claim for each expectation of the row, measured but undecided: first its mIoU or gain, then how soon.
+
+    `measured_share` is the share of the epochs, the last ones, over which mIoU is averaged.
+    """
     expect = row.expect
     if expect is None:
         return []
-    claims = [
-        Claim(
-            run=row.name,
-            kind="gain" if expect.miou is None else "miou",
-            reference=expect.over,
-            expected=expect.miou or expect.gain,
-            note=expect.note,
-            on_proxy=proxy,
-        )
-    ]
+    first = Claim(
+        run=row.name,
+        kind="gain" if expect.miou is None else "miou",
+        reference=expect.over,
+        expected=expect.miou or expect.gain,
+        margin=expect.margin,
+        note=expect.note,
+        on_proxy=proxy,
+    )
+    claims = [first]
     if expect.sooner_than is not None:
-        claims.append(replace(claims[0], kind="sooner", reference=expect.sooner_than, expected=None))
-    return [_measured(claim, trials) for claim in claims]
+        level = expect.miou and expect.miou[0]
+        claims.append(replace(first, kind="sooner", reference=expect.sooner_than, expected=None, level=level))
+    return [_measured(claim, trials, measured_share) for claim in claims]
 
 
-def _measured(claim: Claim, trials: Sequence[ReportedTrial]) -> Claim:
+def _measured(claim: Claim, trials: Sequence[ReportedTrial], share: float) -> Claim:
     own = {trial.run.seed: trial for trial in trials if trial.run.name == claim.run}
     # A level of mIoU is compared with nothing: its trials are paired with themselves.
     reference = claim.reference or claim.run
     bars = {trial.run.seed: trial for trial in trials if trial.run.name == reference}
     matched = [(own[seed], bars[seed]) for seed in sorted(own.keys() & bars.keys())]
     usable = [pair for pair in matched if all(trial.state.status != "failed" for trial in pair)]
-    pairs = [pair for trial, bar in usable if (pair := _pair(claim.kind, trial, bar)) is not None]
-    test = None
-    if len(pairs) > 1:
-        least_sd = EPOCHS_SD if claim.kind == "sooner" else 0.0
-        test = mean_test([pair.effect for pair in pairs], null=claim.must_exceed, least_sd=least_sd)
+    pairs = [pair for trial, bar in usable if (pair := _pair(claim, trial, bar, share)) is not None]
+    diverged = [trial.state.status == "diverged" for trial, _bar in usable]
+    is_single = claim.kind == "gain" and len(pairs) == len(usable) == 1
     return replace(
         claim,
         pairs=tuple(pairs),
-        test=test,
-        image_interval=_over_images(*usable[0]) if claim.kind == "gain" and len(pairs) == len(usable) == 1 else None,
+        best_estimate=_best_estimate(claim.kind, usable),
+        image_interval=_over_images(*usable[0]) if is_single else None,
         pending=_names(usable, ("waiting", "running")),
         failed=_names(matched, ("failed",)),
-        diverged=_names(usable, ("diverged",)),
+        stopped=_names(usable, ("stopped",)),
+        blown_up=_names(usable, ("diverged",)),
+        blew_up_everywhere=len(diverged) > 1 and all(diverged),
     )
 
 
@@ -193,108 +183,127 @@ def _names(matched: Sequence[tuple[ReportedTrial, ReportedTrial]], statuses: Seq
     return tuple(dict.fromkeys(trial.trial for trial in trials if trial.status in statuses))
 
 
-def _pair(kind: Kind, own: ReportedTrial, bar: ReportedTrial) -> Pair | None:
+def measure_window(num_epochs: int, share: float) -> int:
+    """Return how many epochs a run's measure is the mean of: `share` of them, at least one."""
+    return max(1, round(num_epochs * share))
+
+
+def final_miou(trial: ReportedTrial, share: float, *, until: int | None = None) -> float:
+    """Return the mean mIoU (percent) of a trial's last epochs, or of those up to `until`; NaN if it has none.
+
+    Epochs that diverged do not count.
+    """
+    window = measure_window(trial.run.num_epochs, share)
+    sound = [epoch for epoch in trial.epochs if not epoch.diverged and epoch.epoch <= (until or epoch.epoch)]
+    return _mean_miou(sound[-window:])
+
+
+def _mean_miou(epochs: Sequence[Epoch]) -> float:
+    return math.fsum(epoch.miou for epoch in epochs) / len(epochs) if epochs else math.nan
+
+
+def _pair(claim: Claim, own: ReportedTrial, bar: ReportedTrial, share: float) -> Pair | None:
     """Return None where there is nothing to compare (yet)."""
     if not (own.epochs and bar.epochs):
         return None
-    pair: Pair | None
-    match kind:
+    until = min(own.reached, bar.reached) if own.ended_at or bar.ended_at else None
+    reference: float | None = None
+    match claim.kind:
         case "gain":
-            until = _compared_at(own, bar)
-            value, reference = (trial.best(until or trial.reached).miou for trial in (own, bar))
-            effect = value - reference
-            pair = Pair(seed=own.run.seed, own=value, reference=reference, effect=effect, compared_at_epoch=until)
+            value, bar_value = (final_miou(trial, share, until=until) for trial in (own, bar))
+            reference, effect = bar_value, value - bar_value
         case "miou":
-            miou = own.best(own.reached).miou
-            pair = Pair(seed=own.run.seed, own=miou, reference=None, effect=miou, compared_at_epoch=own.ended_at)
+            value = effect = final_miou(own, share)
         case "sooner":
-            pair = _epochs_saved(own, bar)
+            if until is not None:
+                return None  # it takes the level at which both end
+            value, bar_value = _epochs_until_level(claim, own, bar, share)
+            reference, effect = bar_value, bar_value - value
         case _:
-            assert_never(kind)
-    if pair is None or not math.isfinite(pair.effect):
+            assert_never(claim.kind)
+    if not math.isfinite(effect):
         return None
-    return replace(pair, diverged=own.state.status == "diverged")
+    return Pair(seed=own.run.seed, own=value, reference=reference, effect=effect, compared_at_epoch=until)
 
 
-def _compared_at(own: ReportedTrial, bar: ReportedTrial) -> int | None:
-    """Return the last epoch both reached, if either ended early."""
-    return min(own.reached, bar.reached) if own.ended_at or bar.ended_at else None
+def _epochs_until_level(claim: Claim, own: ReportedTrial, bar: ReportedTrial, share: float) -> tuple[float, float]:
+    """Return the epoch at which each trial's running mean first came as near to its end as the level asks.
+
+    The lower of the two ends some points above the level (or less than `margin`, where it does not reach it): both are
+    to come so many points near their own end. So what counts is speed; a trial that ends higher has further to go.
+    """
+    own_end, bar_end = final_miou(own, share), final_miou(bar, share)
+    level = math.inf if claim.level is None else claim.level
+    distance = max(claim.margin, min(own_end, bar_end) - level)
+    return _first_epoch_at(own, own_end - distance, share), _first_epoch_at(bar, bar_end - distance, share)
 
 
-def _epochs_saved(own: ReportedTrial, bar: ReportedTrial) -> Pair | None:
-    """Return None if the reference was stopped: it has no final value then."""
-    if bar.ended_at and bar.state.status != "diverged":
+def _first_epoch_at(trial: ReportedTrial, level: float, share: float) -> float:
+    """Return the first epoch at which the mean of the last epochs is at `level`; one after the last if none is."""
+    window = measure_window(trial.run.num_epochs, share)
+    for end in range(window, len(trial.epochs) + 1):
+        if _mean_miou(trial.epochs[end - window : end]) >= level:
+            return float(trial.epochs[end - 1].epoch)
+    return float(trial.run.num_epochs + 1)
+
+
+def _best_estimate(kind: Kind, usable: Sequence[tuple[ReportedTrial, ReportedTrial]]) -> float | None:
+    if kind == "sooner" or not all(trial.epochs for pair in usable for trial in pair) or not usable:
         return None
-    final = bar.best(bar.reached)
-    reached = next((epoch.epoch for epoch in own.epochs if not epoch.diverged and epoch.miou >= final.miou), None)
-    epoch = own.reached + 1 if reached is None else reached
-    return Pair(
-        seed=own.run.seed,
-        own=epoch,
-        reference=final.epoch,
-        effect=final.epoch - epoch,
-        compared_at_epoch=own.ended_at if reached is None else None,
-        never_reached=reached is None,
-    )
+    ends = [min(own.reached, bar.reached) for own, bar in usable]
+    best = [(own.best(end).miou, bar.best(end).miou) for (own, bar), end in zip(usable, ends, strict=True)]
+    return math.fsum(own - bar if kind == "gain" else own for own, bar in best) / len(best)
 
 
 def _over_images(own: ReportedTrial, bar: ReportedTrial) -> Range | None:
-    """Return None unless both have the counts of the very epochs that are compared, over two images or more."""
-    until = _compared_at(own, bar)
-    at_their_best = all(trial.best(until or trial.reached) == trial.best(trial.reached) for trial in (own, bar))
-    if own.confusions is None or bar.confusions is None or len(own.confusions) < 2 or not at_their_best:
+    """Return None unless both completed and have the counts of their best epochs, over two images or more."""
+    if own.ended_at or bar.ended_at or own.confusions is None or bar.confusions is None or len(own.confusions) < 2:
         return None
     return image_interval(own.confusions, bar.confusions)
 
 
-def decided(claim: Claim, p_holm: float | None) -> Claim:
+def decided(claim: Claim) -> Claim:
     """Return the claim with its verdict, and the reason in a few words."""
-    verdict, reason = _before_any_test(claim) or _by_interval(claim, p_holm)
-    return replace(claim, p_holm=p_holm, verdict=verdict, reason=reason)
-
-
-def _before_any_test(claim: Claim) -> tuple[Verdict, str] | None:
-    """Return what can be said without a t test, or why there is none."""
     if not claim.is_judged:
-        return "not judged", "a proxy's mIoU is not that of the full runs"
-    if claim.pending:
-        return "undecided", f"not ended: {', '.join(claim.pending)}"
-    if not claim.pairs:
-        return "undecided", f"no {claim.reference} to compare with at a same seed" if claim.reference else "no trial"
-    if claim.test is None:
-        return "undecided", "one seed has no spread to judge by"
-    if all(pair.diverged for pair in claim.pairs):
-        return "refuted", "diverged at every seed"
-    if all(pair.never_reached and (pair.diverged or not pair.compared_at_epoch) for pair in claim.pairs):
-        return "refuted", "never passed at any seed"
-    if claim.test.p is None:
-        same = claim.kind == "gain" and abs(claim.test.mean) < NO_SPREAD
-        return ("refuted", "the same to the last bit") if same else ("undecided", "equal seeds count as one")
-    return None
-
-
-def _by_interval(claim: Claim, p_holm: float | None) -> tuple[Verdict, str]:
-    assert claim.test is not None
-    assert p_holm is not None
-    low, high = claim.test.interval
-    least, most = claim.expected or (0.0, math.inf)
-    if high <= claim.must_exceed or high < least:
-        if claim.kind == "sooner":
-            return "refuted", "not sooner"
-        if claim.kind == "gain" and high <= 0:
-            return "refuted", "no gain"
-        if claim.kind == "gain" and low > 0:
-            return "refuted", "a gain, but less than expected"
-        if claim.kind == "miou" and any(pair.compared_at_epoch and not pair.diverged for pair in claim.pairs):
-            return "undecided", "stopped early, it could have risen"
-        return "refuted", "less than expected"
-    if low <= claim.must_exceed:
-        return "undecided", "the interval is too wide"
-    if p_holm >= ALPHA:
-        return "undecided", f"not after Holm's correction over the table (p {p_holm:.2f})"
+        return replace(claim, verdict="not judged", reason="a proxy's mIoU is not that of the full runs")
+    if claim.blew_up_everywhere and not claim.pending:
+        return replace(claim, verdict="blew up", reason="its loss diverged at every seed")
     if claim.obstacle:
-        return "undecided", claim.obstacle
-    return "confirmed", "more than expected" if low > most else ""
+        return replace(claim, reason=claim.obstacle)
+    if claim.interval is None:
+        if claim.kind == "gain" and all(abs(pair.effect) < NO_SPREAD for pair in claim.pairs):
+            return replace(claim, verdict="broken", reason="the same to the last bit")
+        return replace(claim, reason="equal seeds count as one")
+    verdict, reason = _by_interval(claim, *claim.interval)
+    return replace(claim, verdict=verdict, reason=reason)
+
+
+def _by_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]:
+    """Apply the rules of `verdicts` to the ends of an interval."""
+    least, most = claim.expected or (0.0, 0.0)
+    match claim.kind:
+        case "gain":
+            if least > 0 and high <= 0:
+                return "broken", "no gain"
+            if high < least - claim.margin:
+                return "broken", "a gain, but less than expected" if low > 0 else "less than expected"
+            if low > most:
+                return "exceeded", "more than expected"
+            if low >= least - claim.margin and (low > 0 or least <= 0):
+                return "kept", ""
+            return ("gained", "a gain; its size is open") if low > 0 else ("open", "the interval is too wide")
+        case "miou":
+            if low >= least - claim.margin and high <= most + claim.margin:
+                return "kept", ""
+            if low > most:
+                return "above", "more than expected"
+            return ("below", "less than expected") if high < least else ("open", "the interval is too wide")
+        case "sooner":
+            if low > 0:
+                return "kept", ""
+            return ("broken", "later") if high < 0 else ("open", "the interval is too wide")
+        case _:
+            assert_never(claim.kind)
 
 
 def settings(run: Run) -> dict[str, Any]:

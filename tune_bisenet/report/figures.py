@@ -240,7 +240,7 @@ AXIS_TITLES: Final[dict[Kind, str]] = {
 
 
 def intervals(judgement: Judgement) -> list[Figure]:
-    """Return a plot for each kind of claim: estimate with its 95 % interval, over the expected range."""
+    """Return a plot for each kind of claim: estimate with its interval, over the expected range."""
     figures = []
     for kind, title in AXIS_TITLES.items():
         claims = [claim for claim in judgement.claims if claim.kind == kind and claim.estimate is not None][::-1]

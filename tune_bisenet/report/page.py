@@ -61,7 +61,7 @@ class Report:
 
     @property
     def next_command(self) -> str | None:
-        """Return what would run the seeds that undecided claims need; None if no number up to 100 would decide any.
+        """Return what would run the seeds that open claims need; None if no number up to 100 would decide any.
 
         A study has one seed, but for its choice: its rows are decided by a grid.
         """
@@ -141,8 +141,7 @@ class Report:
         blocks: list[Block] = [
             ", ".join(f"{counts[verdict]} {verdict}" for verdict in tables.VERDICT_SYMBOLS if counts[verdict]) + ".",
             tables.verdict_table(self.search, self.judgement, self.price),
-            "Gains are in percentage points of mIoU, paired by seed. Confirmed also means p under 0.05 after Holm’s "
-            f"correction over {counted(self.judgement.family, 'claim')}.",
+            self._verdict_text(),
         ]
         if self.next_command and more:
             hours = "" if more.hours is None else f": {more.hours:.3g} {self.judgement.unit}"
@@ -154,9 +153,25 @@ class Report:
             ]
         drawn = figures.intervals(self.judgement)
         if drawn:
-            text = "Dots are means over seeds, lines their 95 % intervals, bands what was expected."
+            text = "Dots are means over seeds, lines their intervals, bands what was expected."
             blocks.append(plots(*drawn, text=text))
         return Section(name, title, blocks)
+
+    def _verdict_text(self) -> str:
+        """Say what is measured, how noisy it was, and what the verdicts are worth."""
+        share, noise = self.search.manifest.space.measured_share, self.judgement.noise
+        sentences = [
+            f"A trial is measured by the mean mIoU of its last epochs ({share:.0%} of them, at least one); gains are "
+            "points, paired by seed. Intervals hold together: in 95 % of searches no verdict of the table is false.",
+            "That is of one look; seeds were added after another, so these verdicts are no longer guarded by it."
+            if len(self.search.manifest.config.groups) > 1
+            else "",
+            f"Repeats of {counted(noise.num_rows, 'row')} differ by {noise.within_sd:.2f} points (sd), "
+            f"{noise.sd:.2f} without what equal seeds share."
+            if noise
+            else "",
+        ]
+        return " ".join(filter(None, sentences))
 
     def _study_sections(self) -> list[Section]:
         from tune_bisenet.report import study_plots  # late: Optuna takes half a second

@@ -12,11 +12,10 @@ from typing import Final
 
 from tune_bisenet.config import Expect, Frozen, Run
 from tune_bisenet.records import ENDED_WELL, TrialSpec, TrialState
-from tune_bisenet.report.claims import claims_of
 from tune_bisenet.report.leaderboard import format_gain
 from tune_bisenet.report.read import SearchRecord
 from tune_bisenet.report.tables import Table
-from tune_bisenet.report.verdicts import format_interval, format_measured
+from tune_bisenet.report.verdicts import format_interval, format_measured, judge
 
 CHOICE_CAUTION: Final = (
     "The best of many looks better than it is, for it was chosen by its luck, too: --confirm K trains it, the best "
@@ -116,20 +115,20 @@ def _fresh_seed_table(search: SearchRecord, run: Run) -> Table:
     lines = []
     for bar in [name for name in names if name not in search.sampled_rows]:
         gaining = run.model_copy(update={"expect": Expect(gain=(0, 0), over=bar)})
-        (claim,) = claims_of(gaining, records, proxy=False)
+        (claim,) = judge([gaining], records, measured_share=search.manifest.space.measured_share).claims
         low, high = claim.interval or (-math.inf, math.inf)
-        decision = "undecided" if claim.pending else "better" if low > 0 else "worse" if high < 0 else "undecided"
+        decision = "better" if low > 0 else "worse" if high < 0 else "open"
         lines.append(
             {
                 "over": bar,
                 "gain": format_measured(claim),
-                "95 % interval": format_interval(claim),
+                "interval": format_interval(claim),
                 "at each seed": ", ".join(f"{pair.effect:+z.2f}" for pair in claim.pairs),
                 "so it is": decision,
-                "remarks": "; ".join(claim.remarks),
+                "remarks": "; ".join(filter(None, [claim.obstacle, *claim.remarks])),
             }
         )
-    return Table(text=_shrinkage(search, run.name), lines=lines, numbers=("gain", "95 % interval"))
+    return Table(text=_shrinkage(search, run.name), lines=lines, numbers=("gain", "interval"))
 
 
 def _shrinkage(search: SearchRecord, name: str) -> str:

@@ -31,16 +31,25 @@ from tune_bisenet.report.leaderboard import (
 from tune_bisenet.report.read import ReportedTrial, SearchRecord
 from tune_bisenet.report.verdicts import (
     Judgement,
-    format_evidence,
+    format_best,
     format_expected,
     format_interval,
     format_measured,
     format_sample_size,
+    format_verdict,
 )
 from tune_bisenet.text import counted, format_duration
 
-VERDICT_SYMBOLS: Final[dict[Verdict, str]] = {"confirmed": "✓", "refuted": "✗", "undecided": "?", "not judged": "–"}
+VERDICT_SYMBOLS: Final[dict[Verdict, str]] = {
+    "kept": "✓", "exceeded": "✓", "gained": "+", "above": "↑", "below": "↓", "broken": "✗", "blew up": "✗", "open": "?",
+    "not judged": "–",
+}  # fmt: skip
 """To tell a verdict without its colour."""
+
+VERDICT_STYLES: Final[dict[Verdict, str]] = {
+    "kept": "good", "exceeded": "good", "gained": "good", "above": "off", "below": "bad", "broken": "bad",
+    "blew up": "bad", "open": "open", "not judged": "none",
+}  # fmt: skip
 
 NUM_BEST: Final = 5
 """Trials that stand out in plots of many."""
@@ -55,7 +64,15 @@ class Marked(str):
 
 
 class Badge(str):
-    """A verdict with its symbol, in its colour where there is one."""
+    """A verdict with its symbol, in the colour of its `style`: good, bad, open or none."""
+
+    style: str
+
+    @classmethod
+    def of(cls, claim: Claim) -> "Badge":
+        badge = cls(f"{VERDICT_SYMBOLS[claim.verdict]} {format_verdict(claim)}")
+        badge.style = VERDICT_STYLES[claim.verdict]
+        return badge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +116,16 @@ def verdict_table(search: SearchRecord, judgement: Judgement, price: float | Non
                 "row": claim.run,
                 "expected": format_expected(claim),
                 "measured": format_measured(claim),
-                "95 % interval": format_interval(claim),
-                "verdict": Badge(f"{VERDICT_SYMBOLS[claim.verdict]} {claim.verdict}"),
+                "interval": format_interval(claim),
+                "verdict": Badge.of(claim),
                 "why": claim.reason,
                 "to decide it": format_sample_size(claim, judgement.unit, price),
-                "evidence": format_evidence(claim),
+                "seeds": str(len(claim.pairs)),
+                "best epochs": format_best(claim),
                 "remarks": "; ".join([*claim.remarks, *changed]),
             }
         )
-    return Table(lines=lines, numbers=("measured", "95 % interval"), style="verdicts")
+    return Table(lines=lines, numbers=("measured", "interval", "seeds", "best epochs"), style="verdicts")
 
 
 def settings_table(search: SearchRecord) -> Table:
@@ -355,7 +373,7 @@ def _verdict_line(claim: Claim, judgement: Judgement) -> FileRow:
     high = {f"{name}_high": ends and ends[1] for name, ends in bounds.items()}
     size = claim.sample_size
     return {
-        **{name: getattr(claim, name) for name in ("run", "kind", "reference", "estimate", "p", "p_holm")},
+        **{name: getattr(claim, name) for name in ("run", "kind", "reference", "estimate", "best_estimate", "margin")},
         **low,
         **high,
         "num_seeds": len(claim.pairs),

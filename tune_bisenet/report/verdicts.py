@@ -1,33 +1,34 @@
-"""Judge a table of claims: confirmed, refuted or undecided, how sure that is, and what it would cost to know.
+"""Judge a table of claims: what was shown of each, how sure that is, and what it would cost to know more.
 
-Pure functions over rows and what their trials measured; neither Ray nor torch. A trial's measure is its best mIoU.
-The rules, of which `claims` applies those of one claim:
+Pure functions over rows and what their trials measured; neither Ray nor torch. A trial's measure is its mean mIoU over
+the last tenth of its epochs, or what share the space declares. The rules, of which `claims` applies those of a claim:
 
-- **Pairs.** A row and its reference are compared seed by seed. If either ended before its last epoch, both count up to
-  the last epoch that both reached, and the claim says so. A trial that failed is left out; while one is pending or
-  running, its claims are undecided, so that looking often finds nothing that is not there.
-- **A gain** is confirmed when its 95 % interval (paired t) is above 0 and meets the expected range or is above it,
-  and p after Holm's correction is under 0.05. It is refuted when the interval is at or under 0, or below the range.
-- **A level of mIoU** is confirmed when its interval (one-sample t) is within or above the range, tested against the
-  range's low end with the same correction; refuted when it is below. A trial stopped early could still have risen:
-  it can confirm, not refute. On a proxy a level is not judged.
-- **Sooner** counts epochs saved: when the reference reached its own final (best) mIoU, less when the row first did. A
-  row that never did counts as if in the epoch after its last, which is an upper bound: such a pair can refute, not
-  confirm; none at any seed of runs that completed refutes. Whole epochs are a spread of their own.
-- **Holm's family** is every claim of the table that this search can judge, whether or not it is measured yet. It guards
-  what is confirmed; a refutation depends on its own interval alone.
-- **Diverged** runs ended there. A claim with one, of the row or of its reference, is never confirmed; a row that
-  diverged at every seed (two or more) is refuted.
-- **One seed** has no verdict; neither have seeds that changed nothing. Only no gain at all, to the last bit at every
-  seed, is refuted.
-- **Seeds needed** find what is measured so far, but no less than the middle of the expectation (for "sooner", the
-  epochs measured), at a power of 80 %, at the spread measured and at the level of Holm's next step.
+- **One model of the noise.** measure[row, seed] = row + seed + residual, over all trials that completed. All rows share
+  the residual's variance, so three seeds of ten rows say as much of it as many seeds of two. A row far noisier than the
+  others is judged by its own noise, and with five seeds or more leaves the pool.
+- **Intervals hold together.** Gains have Dunnett's two-sided intervals against their reference, never narrower than
+  the row's own differences say; levels and epochs saved have Student's, with Bonferroni's correction. Of all
+  statements in a table, of either sign, one or more is false in at most 5 % of searches (`statistics.STRICTNESS`,
+  benchmarks/verdicts.py). That holds for one look at the seeds; looking again as seeds are added costs more.
+- **A gain** of "low to high" is *kept* if its interval lies above low less the margin (and above 0), *exceeded* if
+  above high, *gained* if above 0 with its size open, *broken* if below low less the margin, or at or under 0.
+- **A level** is *kept* if its interval lies within the range, give or take the margin; *above* or *below* if beyond it.
+  On a proxy a level is not judged.
+- **Sooner** counts epochs saved: when each trial's running mean came near its own end, as near as the lower of the two
+  is above the level that the row names. *Kept* above 0, *broken* below.
+- **Open** is everything else. A trial that the scheduler stopped is described, never judged: it was stopped for being
+  low. A trial that failed is left out; while one is pending, its claims are open. One seed has no verdict.
+- **Blew up**: the row's loss diverged at every seed. Diverged trials have no part in the noise.
+- **Seeds needed** decide a claim at 80 % power, if what is measured, or the middle of the expectation, is true.
 """
 
+import bisect
 import math
 import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -35,21 +36,49 @@ from numpy.typing import NDArray
 from scipy import special  # type: ignore[import-untyped]
 
 from tune_bisenet.config import Run
-from tune_bisenet.report.claims import ASSUMED_SD, Claim, Range, SampleSize, claims_of, confounded_rows, decided
+from tune_bisenet.report.claims import (
+    UNDECIDED,
+    Claim,
+    Range,
+    SampleSize,
+    claims_of,
+    confounded_rows,
+    decided,
+    final_miou,
+)
 from tune_bisenet.report.read import ReportedTrial, SearchRecord, Unit
-from tune_bisenet.report.statistics import ALPHA, CONFIDENCE, POWER, holm, seeds_for_power
+from tune_bisenet.report.statistics import (
+    NO_SPREAD,
+    POWER,
+    Floats,
+    compare_rows,
+    dunnett,
+    estimate_levels,
+    fit_noise,
+    seeds_for_power,
+    strictness,
+    student_interval,
+)
+from tune_bisenet.spaces import MEASURED_SHARE
 from tune_bisenet.text import counted
 
 MOST_SEEDS: Final = 100
 """More seeds than this are shown as "more than 100"."""
 
-SIMULATED_CLAIMS: Final = 20_000
-"""Claims of all simulated searches: 2,000 searches of a table of ten, so known to 1.1 percentage points (one sd)."""
+EPOCHS_SD: Final = (2 / 12) ** 0.5
+"""The least spread of a difference of two whole epochs: each is rounded, with a variance of 1/12."""
+
+ASSUMED_SD: Final = 1.0
+"""Points of mIoU between repeats, assumed where none is measured, and none of it shared by equal seeds.
+
+Published repeats of small real-time nets on Cityscapes differ by 0.1 to 1.2 (RegSeg's training logs), also at one seed.
+"""
+
+SIMULATED_SEARCHES: Final = 2000
+"""So that a share is known to 1.1 percentage points (one sd)."""
 
 MOST_CLAIMS: Final = 50
 """Only the first claims of a longer table are simulated, to bound memory."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +91,26 @@ class MoreSeeds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoiseSummary:
+    """The noise that all rows share, as far as it was measured."""
+
+    sd: float
+    """Of residuals, in points."""
+    within_sd: float
+    """Of a row's trials over its seeds, in points; what seeds share included."""
+    freedom: float
+    """Degrees of freedom of `sd`."""
+    num_rows: int
+    """Rows with two seeds or more."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Judgement:
     """Every claim of a table, in declared order."""
 
     claims: tuple[Claim, ...]
-    family: int
-    """How many claims Holm's correction is over."""
+    noise: NoiseSummary | None
+    """None before rows have repeats."""
     seeds: tuple[int, ...]
     hours_per_seed: Mapping[str, float]
     """What one more seed of a row costs at the speed measured; empty before anything was."""
@@ -75,7 +118,7 @@ class Judgement:
 
     @property
     def more_seeds(self) -> MoreSeeds | None:
-        """The undecided rows with their references; None if no number of seeds up to 100 decides any.
+        """The open rows with their references; None if no number of seeds up to 100 decides any.
 
         One command runs them: every row gets as many seeds as the one that needs most.
         """
@@ -107,14 +150,21 @@ def judge_search(search: SearchRecord) -> Judgement:
     fresh = search.fresh_trials
     chosen = {record.run.name for record in fresh.values()} - {search.baseline}
     trials = [record for name, record in search.trials.items() if name in fresh or record.run.name not in chosen]
-    proxy = search.manifest.proxy is not None
-    return judge(search.declared_rows, trials, proxy=proxy, devices_per_trial=devices, unit=unit)
+    return judge(
+        search.declared_rows,
+        trials,
+        measured_share=search.manifest.space.measured_share,
+        proxy=search.manifest.proxy is not None,
+        devices_per_trial=devices,
+        unit=unit,
+    )
 
 
 def judge(
     rows: Sequence[Run],
     trials: Sequence[ReportedTrial],
     *,
+    measured_share: float = MEASURED_SHARE,
     proxy: bool = False,
     devices_per_trial: float = 1.0,
     unit: Unit = "GPU-hours",
@@ -124,50 +174,169 @@ def judge(
     `devices_per_trial` is the share of a GPU, or of the machine, that a trial has to itself.
     """
     declared = {row.name: row for row in rows}
-    measured = [claim for row in declared.values() for claim in claims_of(row, trials, proxy=proxy)]
-    family = sum(claim.is_judged for claim in measured)
-    p_holm = iter(holm([claim.p for claim in measured if claim.is_judged]))
-    claims = [decided(claim, next(p_holm) if claim.is_judged else None) for claim in measured]
-    num_open = family - sum(claim.verdict == "confirmed" for claim in claims)
+    measured = [
+        claim
+        for row in declared.values()
+        for claim in claims_of(row, trials, measured_share=measured_share, proxy=proxy)
+    ]
+    claims, noise = _with_intervals(measured, trials, measured_share)
     hours = _hours_per_seed(declared.values(), trials, devices_per_trial=devices_per_trial)
+    sizing = _Sizing(claims, noise, num_rows=noise.num_rows if noise else len(declared))
     confounded = confounded_rows(declared)
     return Judgement(
         claims=tuple(
-            replace(
-                claim,
-                sample_size=_sample_size(claim, alpha=ALPHA / max(num_open, 1), hours_per_seed=hours),
-                confounded=confounded[claim.run],
-            )
-            for claim in claims
+            replace(claim, sample_size=sizing.of(claim, hours), confounded=confounded[claim.run])
+            for claim in map(decided, claims)
         ),
-        family=family,
+        noise=noise,
         seeds=tuple(sorted({trial.run.seed for trial in trials})),
         hours_per_seed=hours,
         unit=unit,
     )
 
 
-def _sample_size(claim: Claim, *, alpha: float, hours_per_seed: Mapping[str, float]) -> SampleSize | None:
-    """Return None where seeds are not what is missing."""
-    test = claim.test
-    if claim.verdict != "undecided" or claim.pending or claim.obstacle or (test and test.p is None):
-        return None
-    # A row that so far falls short gets the seeds that would confirm its expectation if it were true.
-    effects = [test.mean] if test else []
-    effects += [sum(claim.expected) / 2] if claim.expected else []
-    if not effects or max(effects) < claim.must_exceed:
-        return None
-    spread = ASSUMED_SD if test is None else test.sd
-    effect, most = max(effects) - claim.must_exceed, MOST_SEEDS + len(claim.pairs)
-    total = seeds_for_power(effect=effect, sd=spread, alpha=alpha, most=most)
-    more = MOST_SEEDS if total is None else max(total - len(claim.pairs), 1)
-    return SampleSize(
-        seeds=more,
-        is_capped=total is None,
-        spread=spread,
-        is_assumed=test is None,
-        hours=_hours(more, _trained(claim), hours_per_seed),
+def _with_intervals(
+    claims: Sequence[Claim], trials: Sequence[ReportedTrial], measured_share: float
+) -> tuple[list[Claim], NoiseSummary | None]:
+    """Return the claims with their intervals where nothing stands against judging them, and the noise."""
+    values, names = _measures(trials, measured_share)
+    if not names:
+        return list(claims), None
+    noise = fit_noise(values)
+    families = {kind: sum(claim.is_judged and claim.kind == kind for claim in claims) for kind in ("gain", "miou")}
+    index = {name: number for number, name in enumerate(names)}
+    gains = [claim for claim in claims if claim.kind == "gain" and {claim.run, claim.reference} <= index.keys()]
+    pairs = [(index[claim.run], index[claim.reference or ""]) for claim in gains]
+    levels = [claim for claim in claims if claim.kind == "miou" and claim.run in index and claim.is_judged]
+    level_rows = [index[claim.run] for claim in levels]
+    compared = compare_rows(values, pairs, noise, family=families["gain"])
+    estimated = estimate_levels(values, level_rows, noise, family=families["miou"])
+    intervals = {
+        (claim.run, claim.kind): (means.mean[0, number], means.half_width[0, number])
+        for of_kind, means in ((gains, compared), (levels, estimated))
+        for number, claim in enumerate(of_kind)
+    }
+    noisy = {name for name, is_noisy in zip(names, noise.is_noisy[0], strict=True) if is_noisy}
+    num_sooner = sum(claim.kind == "sooner" for claim in claims)
+
+    def interval(claim: Claim) -> Range | None:
+        if claim.obstacle:
+            return None
+        if claim.kind == "sooner":
+            effects = [pair.effect for pair in claim.pairs]
+            error = strictness(len(effects)).sooner_error
+            return student_interval(effects, error=error, family=num_sooner, least_sd=EPOCHS_SD)
+        mean, half_width = intervals.get((claim.run, claim.kind), (math.nan, math.nan))
+        is_known = half_width > NO_SPREAD  # False for NaN
+        return (float(mean - half_width), float(mean + half_width)) if is_known else None
+
+    judged = [
+        replace(
+            claim,
+            interval=interval(claim),
+            is_noisy=claim.kind != "sooner" and bool(noisy & {claim.run, claim.reference}),
+        )
+        for claim in claims
+    ]
+    if not noise.variance[0] > NO_SPREAD**2:
+        return judged, None
+    summary = NoiseSummary(
+        sd=math.sqrt(noise.variance[0]),
+        within_sd=math.sqrt(noise.within[0]),
+        freedom=float(noise.freedom[0]),
+        num_rows=len(names),
     )
+    return judged, summary
+
+
+def _measures(trials: Sequence[ReportedTrial], measured_share: float) -> tuple[Floats, list[str]]:
+    """Return 1 x R x N measures of the trials that completed, and the names of the R rows: those with two or more."""
+    measured: dict[str, dict[int, float]] = {}
+    for trial in trials:
+        if trial.state.status == "finished":
+            measured.setdefault(trial.run.name, {})[trial.run.seed] = final_miou(trial, measured_share)
+    repeated = {name: by_seed for name, by_seed in measured.items() if len(by_seed) > 1}
+    seeds = sorted({seed for by_seed in repeated.values() for seed in by_seed})
+    values = np.full((1, len(repeated), len(seeds)), np.nan)
+    for row, by_seed in enumerate(repeated.values()):
+        for seed, miou in by_seed.items():
+            values[0, row, seeds.index(seed)] = miou
+    return values, list(repeated)
+
+
+class _Sizing:
+    """Finds the seeds that would decide a claim, given the noise and the size of the table."""
+
+    def __init__(self, claims: Sequence[Claim], noise: NoiseSummary | None, *, num_rows: int) -> None:
+        self._families = {kind: sum(claim.kind == kind for claim in claims) for kind in ("gain", "miou", "sooner")}
+        self._noise = noise
+        self._num_rows = num_rows
+
+    def of(self, claim: Claim, hours_per_seed: Mapping[str, float]) -> SampleSize | None:
+        """Return None where seeds are not what is missing."""
+        number = len(claim.pairs)
+        if claim.verdict not in UNDECIDED or not number or (claim.obstacle and number > 1) or claim.pending:
+            return None
+        if number > 1 and claim.interval is None:
+            return None
+        spread = self._spread(claim)
+        if spread is None:
+            return None
+        total = self._seeds(claim, spread, most=MOST_SEEDS + number)
+        more = MOST_SEEDS if total is None else max(total - number, 1)
+        return SampleSize(
+            seeds=more,
+            is_capped=total is None,
+            spread=spread,
+            is_assumed=self._noise is None and claim.kind != "sooner",
+            hours=_hours(more, _trained(claim), hours_per_seed),
+        )
+
+    def _spread(self, claim: Claim) -> float | None:
+        effects = [pair.effect for pair in claim.pairs]
+        if claim.kind == "sooner":
+            return max(statistics.stdev(effects), EPOCHS_SD) if len(effects) > 1 else None
+        if self._noise is None:
+            return ASSUMED_SD
+        if claim.is_noisy:
+            return statistics.stdev(effects) / (2**0.5 if claim.kind == "gain" else 1)
+        return self._noise.sd if claim.kind == "gain" else self._noise.within_sd
+
+    def _seeds(self, claim: Claim, spread: float, *, most: int) -> int | None:
+        family = max(self._families[claim.kind], 1)
+        num_means = 2 if claim.kind == "gain" else 1
+
+        def critical(number: int) -> tuple[float, float]:
+            rule = strictness(number)
+            if claim.kind == "gain":
+                freedom = float(max(self._num_rows - 1, 1) * (number - 1))
+                return dunnett(family, freedom, rule.gain_error, 0.5), freedom
+            rows = self._num_rows if claim.kind == "miou" else 1
+            error = rule.level_error if claim.kind == "miou" else rule.sooner_error
+            freedom = float(rows * (number - 1))
+            return float(special.stdtrit(freedom, 1 - error / (2 * family))), freedom
+
+        return seeds_for_power(
+            _distance(claim),
+            standard_error=lambda number: spread * math.sqrt(num_means / number),
+            critical=critical,
+            most=most,
+        )
+
+
+def _distance(claim: Claim) -> float:
+    """Return how far the estimate is from where the verdict turns; no less than where the expectation's middle is."""
+    estimate, (low, high) = claim.estimate or 0.0, claim.expected or (0.0, 0.0)
+    match claim.kind:
+        case "gain":
+            bar = low - claim.margin
+            return max(abs(estimate - bar), (low + high) / 2 - bar)
+        case "miou":
+            inside = min(estimate - low, high - estimate) + claim.margin
+            outside = max(low - estimate, estimate - high)
+            return max(inside, outside, claim.margin)
+        case _:
+            return max(abs(estimate), 1.0)
 
 
 def _trained(claim: Claim) -> list[str]:
@@ -223,21 +392,28 @@ def format_measured(claim: Claim) -> str:
 
 
 def format_interval(claim: Claim) -> str:
-    """Format the 95 % interval over seeds, or over validation images where one seed has no other."""
+    """Format the interval over seeds, or over validation images where one seed has no other."""
     digits = "z.1f" if claim.kind == "sooner" else "z.2f"
     form = digits if claim.kind == "miou" else f"+{digits}"
     if claim.interval:
         return format_range(claim.interval, form)
-    return f"{format_range(claim.image_interval, form)} over images, no seed noise" if claim.image_interval else ""
+    return (
+        f"{format_range(claim.image_interval, form)} over images at the best epochs, no seed noise"
+        if claim.image_interval
+        else ""
+    )
 
 
-def format_evidence(claim: Claim) -> str:
-    """Format as `3 seeds, p 0.012 after Holm`."""
-    seeds = counted(len(claim.pairs), "seed")
-    if claim.p_holm is None:
-        return seeds
-    p = "p < 0.001" if claim.p_holm < 0.001 else f"p {claim.p_holm:.3f}"
-    return f"{seeds}, {p} after Holm"
+def format_verdict(claim: Claim) -> str:
+    """Format as `kept`, or `kept on this proxy`."""
+    return f"{claim.verdict} on this proxy" if claim.on_proxy and claim.is_judged else claim.verdict
+
+
+def format_best(claim: Claim) -> str:
+    """Format what the trials' best epochs say: it flatters restless runs, and judges nothing."""
+    if claim.best_estimate is None:
+        return ""
+    return f"{claim.best_estimate:+z.2f}" if claim.kind == "gain" else f"{claim.best_estimate:.2f} %"
 
 
 def format_sample_size(claim: Claim, unit: Unit, price: float | None) -> str:
@@ -254,90 +430,92 @@ def format_sample_size(claim: Claim, unit: Unit, price: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Power:
-    """How likely a search is to confirm one claim, were it true."""
+    """How likely a search is to show one claim, were it true: a gain, whatever its size, or a level kept."""
 
     claim: Claim
     seeds: int
     """Seeds of this search at which both the row and its reference are trained."""
     share: float | None
-    """Share of simulated searches that confirm it, 0 to 1; None for a claim without a number, or beyond MOST_CLAIMS."""
+    """Share of simulated searches that show it, 0 to 1; None for a claim without a number, or beyond MOST_CLAIMS."""
     seeds_for_80: int | None
-    """The fewest seeds of all rows that confirm it in 80 % of searches; None above MOST_SEEDS, or without a number."""
+    """The fewest seeds of all rows that show it in 80 % of searches; None above MOST_SEEDS, or without a number."""
 
 
 def powers(rows: Sequence[Run], seeds: Mapping[str, Collection[int]], *, proxy: bool) -> list[Power]:
     """Return the power of every claim that this search can judge, in declared order. `seeds` are those of each row.
 
-    By simulation, since Holm's correction ties all claims of a table together: searches are drawn in which every
-    expectation holds at its middle, and judged by the rules above. Trials differ over seeds by ASSUMED_SD, half of that
-    variance shared by all rows of a seed, so that differences of two rows have ASSUMED_SD as well. How soon a row
-    passes another is expected without a number: such claims count in Holm's family and are taken as never confirmed,
-    as are those beyond MOST_CLAIMS. Nothing is stopped early.
+    Searches are drawn in which every expectation holds at its middle, and judged by the rules above. Trials differ by
+    ASSUMED_SD, none of it shared by equal seeds. How soon a row reaches a level is expected without a number. Nothing
+    is stopped early.
     """
-    claims = [claim for row in rows for claim in claims_of(row, (), proxy=proxy) if claim.is_judged]
+    claims = [
+        claim
+        for row in rows
+        for claim in claims_of(row, (), measured_share=MEASURED_SHARE, proxy=proxy)
+        if claim.is_judged
+    ]
     paired = [set.intersection(*(set(seeds.get(name, ())) for name in _trained(claim))) for claim in claims]
-    numbered = [index for index, claim in enumerate(claims) if claim.expected is not None][:MOST_CLAIMS]
-    shares: dict[int, float] = {}
-    needed: dict[int, int] = {}
-    if numbered:
-        confirmed = _simulated([claims[index] for index in numbered], family=len(claims))
-        now = confirmed([len(paired[index]) for index in numbered])
-        by_seeds = np.stack([confirmed([number] * len(numbered)) for number in range(2, MOST_SEEDS + 1)])
-        shares = dict(zip(numbered, now.tolist(), strict=True))
-        enough = by_seeds >= POWER
-        needed = {
-            index: int(column.argmax()) + 2 for index, column in zip(numbered, enough.T, strict=True) if column.any()
-        }
-    return [
-        Power(claim=claim, seeds=len(paired[index]), share=shares.get(index), seeds_for_80=needed.get(index))
-        for index, claim in enumerate(claims)
-    ]
+    numbered = [claim for claim in claims if claim.expected is not None]
+    table = _SimulatedTable(numbered[:MOST_CLAIMS], families=numbered)
+    now = table.shares(seeds)
+    found = []
+    for claim, common in zip(claims, paired, strict=True):
+        key = claim.run, claim.kind
+        needed = table.seeds_for_power(key) if key in now else None
+        found.append(Power(claim=claim, seeds=len(common), share=now.get(key), seeds_for_80=needed))
+    return found
 
 
-def _simulated(claims: Sequence[Claim], *, family: int) -> Callable[[Sequence[int]], Floats]:
-    """Draw searches of MOST_SEEDS seeds; return a function from each claim's seeds to the share that confirm it."""
-    effects = _effects(claims)
-    n = np.arange(1, MOST_SEEDS + 1, dtype=float)[:, None]
-    mean = effects.cumsum(axis=1) / n
-    variance = ((effects**2).cumsum(axis=1) - n * mean**2)[:, 1:] / (n[1:] - 1)
-    error, mean, freedom = np.sqrt(variance / n[1:]), mean[:, 1:], n[1:] - 1
-    half = error * special.stdtrit(freedom, (1 + CONFIDENCE) / 2)
-    p, low, high = 2 * special.stdtr(freedom, -np.abs(mean / error)), mean - half, mean + half  # each S x N x claims
-    least = np.array([claim.expected[0] - claim.must_exceed for claim in claims if claim.expected])
+class _SimulatedTable:
+    """Searches of the rows that some claims need, each claim true at its middle."""
 
-    def confirmed(seeds: Sequence[int]) -> Floats:
-        """Return 0 for claims with one seed."""
-        tested = np.array([number >= 2 for number in seeds])
-        at = (np.arange(len(p))[:, None], np.clip(seeds, 2, MOST_SEEDS) - 2, np.arange(len(seeds)))
-        p_holm = holm_in_bulk(np.where(tested, p[at], np.inf), family=family)
-        share: Floats = (tested & (low[at] > 0) & (high[at] >= least) & (p_holm < ALPHA)).mean(axis=0)
-        return share
+    def __init__(self, claims: Sequence[Claim], *, families: Sequence[Claim]) -> None:
+        self._claims = claims
+        self._families = {kind: sum(claim.kind == kind for claim in families) for kind in ("gain", "miou")}
+        self._names = sorted({name for claim in claims for name in _trained(claim)})
+        levels = {claim.run: sum(claim.expected) / 2 for claim in claims if claim.kind == "miou" and claim.expected}
+        gains = {claim.run: sum(claim.expected) / 2 for claim in claims if claim.kind == "gain" and claim.expected}
+        self._truth = np.array([levels.get(name, gains.get(name, 0.0)) for name in self._names])
+        self._offset = {claim.run: levels.get(claim.reference or "", 0.0) for claim in claims if claim.kind == "gain"}
+        self._truth += np.array([self._offset.get(name, 0.0) for name in self._names])
+        self.balanced_shares = lru_cache(self._balanced_shares)
 
-    return confirmed
+    def shares(self, seeds: Mapping[str, Collection[int]]) -> dict[tuple[str, str], float]:
+        """Return, by row and kind of claim, the share of searches with these seeds by row that show it."""
+        numbers = sorted({seed for name in self._names for seed in seeds.get(name, ())})
+        present = np.array([[seed in seeds.get(name, ()) for seed in numbers] for name in self._names], dtype=bool)
+        return self._shares(present) if self._claims and numbers else {(c.run, c.kind): 0.0 for c in self._claims}
 
+    def _balanced_shares(self, number: int) -> dict[tuple[str, str], float]:
+        return self._shares(np.ones((len(self._names), number), dtype=bool))
 
-def _effects(claims: Sequence[Claim]) -> Floats:
-    """Return S x seeds x claims: what each seed measures above what must be exceeded."""
-    searches = min(2000, max(200, SIMULATED_CLAIMS // len(claims)))
-    names = sorted({name for claim in claims for name in _trained(claim)})
-    rng = np.random.default_rng(0)
-    sd = ASSUMED_SD / 2**0.5
-    shared = rng.normal(0, sd, (searches, MOST_SEEDS, 1))
-    trials = shared + rng.normal(0, sd, (searches, MOST_SEEDS, len(names)))
-    own = trials[:, :, [names.index(claim.run) for claim in claims]]
-    bars = [
-        np.zeros_like(shared[:, :, 0]) if claim.reference is None else trials[:, :, names.index(claim.reference)]
-        for claim in claims
-    ]
-    middles = [sum(claim.expected) / 2 - claim.must_exceed for claim in claims if claim.expected]
-    effects: Floats = own - np.stack(bars, axis=2) + np.array(middles)
-    return effects
+    def seeds_for_power(self, key: tuple[str, str]) -> int | None:
+        """Return the fewest seeds of all rows that show a claim in 80 % of searches; None above MOST_SEEDS."""
+        numbers = range(2, MOST_SEEDS + 1)
+        first = bisect.bisect_left(numbers, POWER, key=lambda number: self.balanced_shares(number)[key])
+        return numbers[first] if first < len(numbers) else None
 
-
-def holm_in_bulk(p: Floats, *, family: int) -> Floats:
-    """Return Holm's adjusted p-values, S x claims; the rest of the family is taken as never confirmed."""
-    order = np.argsort(p, axis=1)
-    steps = np.take_along_axis(p, order, axis=1) * (family - np.arange(p.shape[1]))
-    adjusted = np.empty_like(p)
-    np.put_along_axis(adjusted, order, np.maximum.accumulate(steps, axis=1), axis=1)
-    return adjusted
+    def _shares(self, present: NDArray[np.bool_]) -> dict[tuple[str, str], float]:
+        rng = np.random.default_rng(0)
+        searches = max(SIMULATED_SEARCHES // (1 + present.size // 1000), 200)
+        values = self._truth[:, None] + rng.normal(0, ASSUMED_SD, (searches, *present.shape))
+        values[:, ~present] = np.nan
+        noise = fit_noise(values)
+        shown: dict[tuple[str, str], float] = {}
+        for kind in ("gain", "miou"):
+            claims = [claim for claim in self._claims if claim.kind == kind]
+            rows = [self._names.index(claim.run) for claim in claims]
+            if kind == "gain":
+                bars = [self._names.index(claim.reference or "") for claim in claims]
+                means = compare_rows(values, list(zip(rows, bars, strict=True)), noise, family=self._families[kind])
+            else:
+                means = estimate_levels(values, rows, noise, family=self._families[kind])
+            low, high = means.mean - means.half_width, means.mean + means.half_width
+            for number, claim in enumerate(claims):
+                least, most = claim.expected or (0.0, 0.0)
+                if kind == "gain":
+                    is_shown = (low[:, number] > 0) & (high[:, number] >= least - claim.margin)
+                else:
+                    is_shown = (low[:, number] >= least - claim.margin) & (high[:, number] <= most + claim.margin)
+                shown[claim.run, kind] = float(is_shown.mean())
+        return shown

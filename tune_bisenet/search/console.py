@@ -23,8 +23,7 @@ from tune_bisenet.config import Resources, format_size, trial_name
 from tune_bisenet.options import NO_BACKBONE
 from tune_bisenet.records import Epoch, TrialState
 from tune_bisenet.report import leaderboard
-from tune_bisenet.report.claims import ASSUMED_SD
-from tune_bisenet.report.verdicts import MOST_SEEDS, Power, format_expected
+from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, Power, format_expected
 from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, checkpoint_bytes, estimate_search
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.search.state import SessionOutcome
@@ -148,20 +147,20 @@ def _print_page(console: Console, lines: Iterable[tuple[str, str]], estimate: Es
     for title, text in lines:
         _print(console, Text.assemble((f"{title:<{TITLE_WIDTH}}", "bold"), text))
     if estimate.search.study and not estimate.search.config.limits.confirm:
-        _print(console, "One seed confirms nothing: --confirm K trains the best with K fresh seeds.")
+        _print(console, "One seed shows nothing: --confirm K trains the best with K fresh seeds.")
     elif powers := estimate.powers:
         console.print(_power_table(powers))
         _print(
             console,
-            f"Confirmed: how likely, if the claim is true at its middle, repeats differ by {ASSUMED_SD:g} points "
-            "(assumed) and none is stopped early. One seed confirms nothing.",
+            f"Shown: how likely a gain is shown, or a level kept, if the claim is true at its middle, repeats differ "
+            f"by {ASSUMED_SD:g} point (assumed) and none is stopped early. One seed shows nothing.",
         )
     console.print()
 
 
 def _power_table(powers: Sequence[Power]) -> Table:
     table = Table("run", "claim", box=SIMPLE_HEAD)
-    for title in ("seeds", "confirmed", "80 % with"):
+    for title in ("seeds", "shown", "80 % with"):
         table.add_column(title, justify="right")
     for power in powers:
         share = "no number" if power.share is None else f"{100 * power.share:.0f} %"

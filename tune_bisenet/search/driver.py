@@ -179,7 +179,9 @@ def _make_manifest(search: PreparedSearch, resources: Resources, command: Sequen
     return Manifest(
         name=search.name,
         config=config,
-        space=SpaceInfo(title=search.space.title, baseline=search.space.baseline),
+        space=SpaceInfo(
+            title=search.space.title, baseline=search.space.baseline, measured_share=search.space.measured_share
+        ),
         data=DataInfo(digests=pack_digests(search.packs), train_images=facts.num_train, val_images=facts.num_val),
         backbone_digest=search.backbone_digest,
         proxy=search.captions[0] if config.proxy else None,

@@ -311,6 +311,12 @@ def _check_resumable(search: PreparedSearch, earlier: Manifest) -> None:
     A changed row would continue with the old one's results. What is expected of it may change.
     """
     options, runs = search.options, {(run.name, run.seed): run for run in search.runs}
+    now, then = search.space.measured_share, earlier.space.measured_share
+    if now != then:
+        raise ValueError(
+            f"measured_share of the space is {now:g}, but was {then:g} when this search was started. A measure is "
+            "declared before results are seen: restore it, or start another search under another --name."
+        )
     before = {(run.name, run.seed): run.fingerprint() for run in earlier.trials.values()}
     if options.add and runs.keys() <= before.keys():
         raise ValueError("--add: this search has all these rows and seeds already. Name seeds or rows that are new.")

@@ -4,6 +4,7 @@ Only what was trained as it would be trained in this search is taken over: the s
 and size. A curve of another scale would mislead the sampler and early stopping.
 """
 
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -61,16 +62,23 @@ def fresh_runs(
     earlier searches too. Empty if no sampled trial was trained to its end.
     """
     candidates = [(spec, state) for spec, state in trials if spec.origin != "confirm"]
-    best: dict[str, tuple[float, Run]] = {}
+    mious: dict[str, list[float]] = {}
+    runs: dict[str, dict[str, Run]] = {"row": {}, "sampled": {}}
     for spec, state in candidates:
-        miou = state.best_miou
-        if state.status == "finished" and miou is not None and miou > best.get(spec.origin, (-1.0,))[0]:
-            best[spec.origin] = miou, spec.run
+        if state.status == "finished" and state.best_miou is not None:
+            mious.setdefault(spec.run.name, []).append(state.best_miou)
+            runs[spec.origin][spec.run.name] = spec.run
+    # By the mean over seeds: of a row with several, the luckiest trial would flatter it.
+    best = {
+        origin: max(by_name.values(), key=lambda run: statistics.fmean(mious[run.name]))
+        for origin, by_name in runs.items()
+        if by_name
+    }
     if "sampled" not in best:
         return []
-    compared = [best["sampled"][1]]
+    compared = [best["sampled"]]
     compared += [rows[baseline]] if baseline is not None and baseline in rows else []
-    compared += [best["row"][1]] if "row" in best else []
+    compared += [best["row"]] if "row" in best else []
     different = {run.name: run for run in compared}.values()
     first_seed = 1 + max(spec.run.seed for spec, _state in candidates)
     return [run.model_copy(update={"seed": first_seed + index}) for index in range(count) for run in different]

@@ -1,8 +1,7 @@
 """Simulate how often a table of verdicts says something false, and how often it shows what is true.
 
-Searches of the ten rows of runs10 are drawn from known truths and judged by the report's own statistics. A statement is
-false if a gain is called kept or exceeded though it is below its promise less the margin (or its range), gained though
-it is none, or broken though it is as large as promised; and likewise for levels. "Speed" draws learning curves and
+Searches of the ten rows of runs10 are drawn from known truths and judged by the report's own statistics and rules; see
+`is_false` for what counts against them. "Speed" draws learning curves and
 judges how soon they rise.
 
     python benchmarks/verdicts.py errors [--searches 3000]
@@ -16,25 +15,30 @@ from itertools import product
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from search_spaces.runs10 import SPACE
 from tune_bisenet.config import Expect, Run
 from tune_bisenet.records import Epoch, TrialSpec, TrialState
-from tune_bisenet.report.claims import measure_window
+from tune_bisenet.report.claims import Claim, Verdict, claims_of, judge_interval, measure_window
 from tune_bisenet.report.read import ReportedTrial
-from tune_bisenet.report.statistics import Means, compare_rows, estimate_levels, fit_noise
+from tune_bisenet.report.statistics import Flags, Floats, compare_rows, estimate_levels, fit_noise
 from tune_bisenet.report.verdicts import judge
 from tune_bisenet.spaces import MEASURED_SHARE
 
-Floats = NDArray[np.float64]
-
-MARGIN: Final = 0.2
 EXPECTED: Final = [run.expect for run in SPACE.runs if run.expect]
 GAINS: Final = [index for index, expect in enumerate(EXPECTED) if expect.gain]
 LEVELS: Final = [index for index, expect in enumerate(EXPECTED) if expect.miou]
 GAIN_RANGES: Final = np.array([EXPECTED[index].gain for index in GAINS], dtype=float)
 LEVEL_RANGES: Final = np.array([EXPECTED[index].miou for index in LEVELS], dtype=float)
+GAIN_CLAIMS, LEVEL_CLAIMS = (
+    [
+        claim
+        for row in SPACE.runs
+        for claim in claims_of(row, (), measured_share=MEASURED_SHARE, proxy=False)
+        if claim.kind == kind
+    ]
+    for kind in ("gain", "miou")
+)
 NUM_EPOCHS: Final = 50
 
 
@@ -62,32 +66,46 @@ def draw(
     return sd * noise
 
 
-def judged(values: Floats) -> tuple[Means, Means]:
-    """Return gains and levels with their intervals, by the report's own statistics."""
+def judged(values: Floats) -> list[tuple[Claim, Floats, Floats]]:
+    """Return each claim on a gain or a level with the ends of its interval by search, from the report's statistics."""
     noise = fit_noise(values)
-    baseline = LEVELS[0]
-    gains = compare_rows(values, [(row, baseline) for row in GAINS], noise, family=len(GAINS))
-    return gains, estimate_levels(values, LEVELS, noise, family=len(LEVELS))
+    pairs = [(row, LEVELS[0]) for row in GAINS]
+    found = []
+    for claims, (mean, half_width) in (
+        (GAIN_CLAIMS, compare_rows(values, pairs, noise, family=len(GAINS))),
+        (LEVEL_CLAIMS, estimate_levels(values, LEVELS, noise, family=len(LEVELS))),
+    ):
+        low, high = mean - half_width, mean + half_width
+        found += [(claim, low[:, index], high[:, index]) for index, claim in enumerate(claims)]
+    return found
 
 
-def false_statements(values: Floats, gains: Floats, levels: Floats) -> tuple[Floats, Floats]:
+def is_false(claim: Claim, verdict: Verdict, truth: float) -> bool:
+    """Return whether a verdict says of a true gain (points) or level (percent) what is not so."""
+    least, most = claim.expected or (0.0, 0.0)
+    is_gain = claim.kind == "gain"
+    match verdict:
+        case "kept":
+            return truth < least - claim.margin or (not is_gain and truth > most + claim.margin)
+        case "exceeded" | "above":
+            return truth <= most
+        case "gained":
+            return truth <= 0
+        case "broken":
+            return truth >= least - claim.margin and truth > 0
+        case "below":
+            return truth >= least
+        case _:
+            return False
+
+
+def false_statements(values: Floats, gains: Floats, levels: Floats) -> tuple[Flags, Flags]:
     """Return, by search, whether any statement on a gain and on a level is false."""
-    (gain, level) = judged(values)
-    low, high = gain.mean - gain.half_width, gain.mean + gain.half_width
-    least, most = GAIN_RANGES.T
-    broken = (high < least - MARGIN) | (high <= 0)
-    kept = (low >= least - MARGIN) & (low > 0) & ~broken
-    is_false = broken & (gains >= least - MARGIN) & (gains > 0)
-    is_false |= kept & (gains < least - MARGIN)
-    is_false |= (low > most) & (gains <= most)
-    is_false |= (low > 0) & (gains <= 0)
-    low, high = level.mean - level.half_width, level.mean + level.half_width
-    least, most = LEVEL_RANGES.T
-    kept = (low >= least - MARGIN) & (high <= most + MARGIN)
-    level_false = kept & ((levels < least - MARGIN) | (levels > most + MARGIN))
-    level_false |= ~kept & (low > most) & (levels <= most)
-    level_false |= ~kept & (high < least) & (levels >= least)
-    return is_false.any(1), level_false.any(1)
+    found = {"gain": np.zeros(len(values), dtype=bool), "miou": np.zeros(len(values), dtype=bool)}
+    for (claim, low, high), truth in zip(judged(values), [*gains.tolist(), *levels.tolist()], strict=True):
+        ends = zip(low.tolist(), high.tolist(), strict=True)
+        found[claim.kind] |= np.array([is_false(claim, judge_interval(claim, *pair)[0], truth) for pair in ends])
+    return found["gain"], found["miou"]
 
 
 def errors(searches: int, seeds: Sequence[int]) -> None:
@@ -115,8 +133,8 @@ def power(searches: int, seeds: Sequence[int]) -> None:
         rng = np.random.default_rng(number)
         values = draw(rng, searches, number, sd=0.3, shared=0.0, noisy=None, skewed=False)
         values[:, GAINS] += 1.0
-        gain, _level = judged(values)
-        print(f"  {number:2} seeds: {float((gain.mean - gain.half_width > 0).mean()):.3f}")
+        shown = [float((low > 0).mean()) for claim, low, _high in judged(values) if claim.kind == "gain"]
+        print(f"  {number:2} seeds: {np.mean(shown):.3f}")
 
 
 def curve(rng: np.random.Generator, *, end: float, delay: float) -> list[float]:

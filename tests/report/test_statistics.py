@@ -1,6 +1,7 @@
 """Statistics against scipy's and statsmodels' own, against brute force, and by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,11 +65,11 @@ def test_a_table_of_two_rows_is_the_paired_t_test() -> None:
     noise = fit_noise(values)
     truth = stats.ttest_rel(values[0, 1], values[0, 0])
     level = 1 - strictness(6).gain_error
-    means = compare_rows(values, [(1, 0)], noise, family=1)
+    (mean,), (half_width,) = compare_rows(values, [(1, 0)], noise, family=1)
     interval = truth.confidence_interval(level)
     assert (noise.freedom[0], noise.is_noisy.any()) == (5, False)
-    assert means.mean[0, 0] - means.half_width[0, 0] == pytest.approx(interval.low)
-    assert means.mean[0, 0] + means.half_width[0, 0] == pytest.approx(interval.high)
+    assert mean[0] - half_width[0] == pytest.approx(interval.low)
+    assert mean[0] + half_width[0] == pytest.approx(interval.high)
 
 
 def test_the_noise_of_a_whole_table_agrees_with_a_two_way_analysis_of_variance() -> None:
@@ -106,10 +107,25 @@ def test_a_far_noisier_row_leaves_the_pool_and_is_judged_by_itself() -> None:
     noise = fit_noise(values)
     assert np.flatnonzero(noise.is_noisy[0]).tolist() == [7]
     assert math.sqrt(noise.variance[0]) == pytest.approx(0.3, abs=0.1)
-    means = compare_rows(values, [(4, 0), (7, 0)], noise, family=6)
+    _, half_width = compare_rows(values, [(4, 0), (7, 0)], noise, family=6)
     alone = stats.ttest_rel(values[0, 7], values[0, 0]).confidence_interval(1 - strictness(5).gain_error / 6)
-    assert means.half_width[0, 1] == pytest.approx((alone.high - alone.low) / 2)
-    assert means.half_width[0, 0] < 1.2
+    assert half_width[0, 1] == pytest.approx((alone.high - alone.low) / 2)
+    assert half_width[0, 0] < 1.2
+
+
+def test_rows_left_without_a_shared_seed_have_no_residual_and_a_noisy_one_its_own_interval() -> None:
+    rng = np.random.default_rng(4)
+    values = 56 + rng.normal(0, 0.1, (1, 3, 12))
+    values[0, 0] += 5 * rng.normal(size=12)  # leaves the pool: the others share no seed
+    values[0, 1, 6:] = values[0, 2, :6] = np.nan
+    noise = fit_noise(values)
+    noise = replace(noise, is_noisy=np.array([[True, False, False]]), variance=np.array([np.nan]))
+    noise = replace(noise, freedom=np.array([np.nan]))
+    (_mean,), (half_width,) = compare_rows(values, [(1, 0), (2, 0)], noise, family=2)
+    assert np.isfinite(half_width).all()
+    alone = fit_noise(values[:, 1:])
+    assert np.isnan([*alone.variance, *alone.freedom]).all()
+    assert np.isfinite(alone.within).all()
 
 
 @pytest.mark.parametrize("sd", [0.3, 0.5, 1.0])

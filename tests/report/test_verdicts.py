@@ -13,9 +13,10 @@ from benchmarks.verdicts import GAINS, LEVELS, draw, false_statements, truths
 from search_spaces.runs10 import SPACE
 from tune_bisenet.config import SGD, AdamW, Augment, Expect, Run
 from tune_bisenet.report.claims import Claim, SampleSize, confounded_rows, differences
+from tune_bisenet.report.power import Power, powers
 from tune_bisenet.report.read import ReportedTrial
 from tune_bisenet.report.statistics import strictness
-from tune_bisenet.report.verdicts import ASSUMED_SD, Power, judge, powers
+from tune_bisenet.report.verdicts import ASSUMED_SD, judge
 from tune_bisenet.spaces import DataFacts, RowOverrides, resolve_runs
 
 DATA = DataFacts(num_train=2975, num_val=500, suggested_image_size=(512, 1024))

@@ -39,7 +39,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSize:
-    """How many more seeds would decide a claim."""
+    """Says how many more seeds would decide a claim."""
 
     seeds: int
     is_capped: bool
@@ -95,17 +95,17 @@ class Claim:
 
     @property
     def estimate(self) -> float | None:
-        """The mean over the pairs: points, percent, or epochs saved."""
+        """Return the mean over the pairs: points, percent, or epochs saved."""
         return math.fsum(pair.effect for pair in self.pairs) / len(self.pairs) if self.pairs else None
 
     @property
     def compared_at_epoch(self) -> int | None:
-        """The earliest epoch at which a pair was compared; None if all trials completed."""
+        """Return the earliest epoch at which a pair was compared; None if all trials completed."""
         return min((pair.compared_at_epoch for pair in self.pairs if pair.compared_at_epoch), default=None)
 
     @property
     def obstacle(self) -> str:
-        """Why the claim cannot be judged, whatever was measured; empty if it can."""
+        """Return why the claim cannot be judged, whatever was measured; empty if it can."""
         if self.pending:
             return f"not ended: {', '.join(self.pending)}"
         if self.blown_up:
@@ -118,7 +118,7 @@ class Claim:
 
     @property
     def remarks(self) -> list[str]:
-        """What to know before believing it."""
+        """Return what to know before believing the verdict."""
         size = self.sample_size
         remarks = {
             f"compared at epoch {self.compared_at_epoch}": self.compared_at_epoch,
@@ -274,12 +274,12 @@ def decided(claim: Claim) -> Claim:
         if claim.kind == "gain" and all(abs(pair.effect) < NO_SPREAD for pair in claim.pairs):
             return replace(claim, verdict="broken", reason="the same to the last bit")
         return replace(claim, reason="equal seeds count as one")
-    verdict, reason = _by_interval(claim, *claim.interval)
+    verdict, reason = judge_interval(claim, *claim.interval)
     return replace(claim, verdict=verdict, reason=reason)
 
 
-def _by_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]:
-    """Apply the rules of `verdicts` to the ends of an interval."""
+def judge_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]:
+    """Return the verdict, and its reason, on a claim whose interval has these ends; the rules are in `verdicts`."""
     least, most = claim.expected or (0.0, 0.0)
     match claim.kind:
         case "gain":

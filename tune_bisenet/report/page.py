@@ -163,7 +163,7 @@ class Report:
         sentences = [
             f"A trial is measured by the mean mIoU of its last epochs ({share:.0%} of them, at least one); gains are "
             "points, paired by seed. Intervals hold together: in 95 % of searches no verdict of the table is false.",
-            "That is of one look; seeds were added after another, so these verdicts are no longer guarded by it."
+            "That holds for one look; trials were added after it, so these verdicts are no longer guarded."
             if len(self.search.manifest.config.groups) > 1
             else "",
             f"Repeats of {counted(noise.num_rows, 'row')} differ by {noise.within_sd:.2f} points (sd), "

@@ -56,8 +56,8 @@ class Strictness:
 
 STRICTNESS: Final = (
     Strictness(seeds=2, gain_error=0.0005, level_error=0.0001, sooner_error=0.001, noisy_ratio=2.5, leaves_pool=False),
-    Strictness(seeds=3, gain_error=0.02, level_error=0.003, sooner_error=0.002, noisy_ratio=1.7, leaves_pool=False),
-    Strictness(seeds=5, gain_error=0.03, level_error=0.005, sooner_error=0.005, noisy_ratio=2.2, leaves_pool=True),
+    Strictness(seeds=3, gain_error=0.018, level_error=0.003, sooner_error=0.001, noisy_ratio=1.7, leaves_pool=False),
+    Strictness(seeds=5, gain_error=0.03, level_error=0.005, sooner_error=0.003, noisy_ratio=2.2, leaves_pool=True),
     Strictness(seeds=8, gain_error=0.03, level_error=0.005, sooner_error=0.015, noisy_ratio=2.2, leaves_pool=True),
 )
 
@@ -79,8 +79,6 @@ class Noise:
     """S: the variance of one row over its seeds, residuals and what seeds share together."""
     within_freedom: Floats
     """S: its degrees of freedom, by Satterthwaite."""
-    row_sds: Floats
-    """S x R: each row's own residual standard deviation."""
     is_noisy: Flags
     """S x R."""
 
@@ -114,7 +112,6 @@ def fit_noise(values: Floats) -> Noise:
         freedom=freedom,
         within=within,
         within_freedom=within_freedom,
-        row_sds=sds,
         is_noisy=is_noisy,
     )
 
@@ -147,38 +144,34 @@ def _residual_squares(values: Floats, present: Flags) -> tuple[Floats, Floats]:
 def _pooled(values: Floats, present: Flags) -> tuple[Floats, Floats, Floats, Floats]:
     """Return residual variance and freedom, then the variance within a row and its freedom, each S."""
     squares, leverage = _residual_squares(values, present)
-    freedom = leverage.sum()
-    nothing = np.full(len(values), np.nan)
-    variance = squares.sum(1) / freedom if freedom > 1e-6 else nothing
+    # Rows that share no seeds leave nothing to estimate residuals from.
+    freedom = leverage.sum() if leverage.sum() > 1e-6 else math.nan
+    variance, residual_freedom = squares.sum(1) / freedom, np.full(len(values), freedom)
     repeats = present.sum(1) - 1
     num_rows, num_repeats = int((repeats > 0).sum()), int(repeats[repeats > 0].sum())
     if not num_repeats:
-        return variance, nothing if freedom < 1e-6 else np.full(len(values), freedom), nothing, nothing
+        unknown = np.full(len(values), math.nan)
+        return variance, residual_freedom, unknown, unknown
     repeated = values[:, repeats > 0]
     deviations = repeated - np.nanmean(repeated, axis=2, keepdims=True)
     within = np.nansum(deviations**2, axis=(1, 2)) / num_repeats
-    if num_rows == 1 or freedom < 1e-6:
-        return variance, np.full(len(values), freedom), within, np.full(len(values), float(num_repeats))
+    if num_rows == 1 or math.isnan(freedom):
+        return variance, residual_freedom, within, np.full(len(values), float(num_repeats))
     # Satterthwaite: within = (between seeds + (k - 1) residual) / k, of which the first has far fewer degrees.
     per_row = num_repeats / num_rows
     between = np.maximum(num_rows * within - (num_rows - 1) * variance, 0.0)
     shares = (between / num_rows) ** 2 / per_row + ((num_rows - 1) / num_rows * variance) ** 2 / freedom
     within_freedom = np.divide(within**2, shares, out=np.full(len(values), per_row), where=shares > 0)
-    return variance, np.full(len(values), freedom), within, np.maximum(within_freedom, per_row)
+    return variance, residual_freedom, within, np.maximum(within_freedom, per_row)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Means:
-    """Means and the half-widths of their simultaneous intervals, S x claims; NaN where there is no interval."""
+def compare_rows(
+    values: Floats, pairs: Sequence[tuple[int, int]], noise: Noise, *, family: int
+) -> tuple[Floats, Floats]:
+    """Return each row's mean difference to its reference over the seeds both have, and half of Dunnett's interval.
 
-    mean: Floats
-    half_width: Floats
-
-
-def compare_rows(values: Floats, pairs: Sequence[tuple[int, int]], noise: Noise, *, family: int) -> Means:
-    """Return each row's mean difference to its reference over the seeds both have, with Dunnett's intervals.
-
-    `pairs` are indices of rows; `family` is the number of claims that are guarded together, measured or not.
+    `pairs` are indices of rows; `family` is the number of claims that are guarded together, measured or not. Both
+    results are S x claims; the second is NaN where there is no interval.
     """
     present = ~np.isnan(values[0])
     correlation = _least_correlation(present, pairs)
@@ -197,12 +190,15 @@ def compare_rows(values: Floats, pairs: Sequence[tuple[int, int]], noise: Noise,
         half = critical * np.sqrt(np.maximum(2 * noise.variance, own) / number)
         alone = float(special.stdtrit(number - 1, 1 - error / (2 * family))) * np.sqrt(own / number)
         is_noisy = noise.is_noisy[:, row] | noise.is_noisy[:, reference]
-        half_widths.append(np.where(is_noisy, np.maximum(half, alone), half))
-    return _means(means, half_widths, len(values))
+        half_widths.append(np.where(is_noisy, np.fmax(half, alone), half))
+    return _columns(means, len(values)), _columns(half_widths, len(values))
 
 
-def estimate_levels(values: Floats, rows: Sequence[int], noise: Noise, *, family: int) -> Means:
-    """Return the mean of each of `rows` over its seeds, with intervals that hold together (Bonferroni)."""
+def estimate_levels(values: Floats, rows: Sequence[int], noise: Noise, *, family: int) -> tuple[Floats, Floats]:
+    """Return the mean of each of `rows` over its seeds, and half of intervals that hold together (Bonferroni).
+
+    Both are S x claims; the second is NaN where there is no interval.
+    """
     means, half_widths = [], []
     for row in rows:
         own_values = values[:, row, ~np.isnan(values[0, row])]
@@ -215,14 +211,12 @@ def estimate_levels(values: Floats, rows: Sequence[int], noise: Noise, *, family
         own = own_values.var(1, ddof=1)
         half = special.stdtrit(noise.within_freedom, tail) * np.sqrt(np.maximum(noise.within, own) / number)
         alone = float(special.stdtrit(number - 1, tail)) * np.sqrt(own / number)
-        half_widths.append(np.where(noise.is_noisy[:, row], np.maximum(half, alone), half))
-    return _means(means, half_widths, len(values))
+        half_widths.append(np.where(noise.is_noisy[:, row], np.fmax(half, alone), half))
+    return _columns(means, len(values)), _columns(half_widths, len(values))
 
 
-def _means(means: Sequence[Floats], half_widths: Sequence[Floats], num_searches: int) -> Means:
-    if not means:
-        return Means(mean=np.empty((num_searches, 0)), half_width=np.empty((num_searches, 0)))
-    return Means(mean=np.stack(means, axis=1), half_width=np.stack(half_widths, axis=1))
+def _columns(columns: Sequence[Floats], num_searches: int) -> Floats:
+    return np.stack(columns, axis=1) if columns else np.empty((num_searches, 0))
 
 
 def student_interval(
@@ -279,7 +273,7 @@ def dunnett(family: int, freedom: float, error: float, correlation: float) -> fl
     """
     if family == 1:
         return float(special.stdtrit(freedom, 1 - error / 2))
-    # Half of the quadrature lies in the lowest and highest two per cent, where small errors are decided.
+    # Two thirds of the quadrature lie in the lowest and highest two per cent, where small errors are decided.
     tails = np.concatenate([_PROBABILITIES * 0.02, 0.02 + _PROBABILITIES * 0.96, 0.98 + _PROBABILITIES * 0.02])
     weights = np.repeat([0.02, 0.96, 0.02], len(_PROBABILITIES)) / len(_PROBABILITIES)
     scales = np.sqrt(special.chdtri(freedom, 1 - tails) / freedom)[:, None]

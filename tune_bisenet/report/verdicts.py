@@ -22,23 +22,23 @@ the last tenth of its epochs, or what share the space declares. The rules, of wh
 - **Seeds needed** decide a claim at 80 % power, if what is measured, or the middle of the expectation, is true.
 """
 
-import bisect
 import math
 import shlex
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special  # type: ignore[import-untyped]
 
 from tune_bisenet.config import Run
 from tune_bisenet.report.claims import (
     UNDECIDED,
     Claim,
+    Kind,
     Range,
     SampleSize,
     claims_of,
@@ -49,7 +49,6 @@ from tune_bisenet.report.claims import (
 from tune_bisenet.report.read import ReportedTrial, SearchRecord, Unit
 from tune_bisenet.report.statistics import (
     NO_SPREAD,
-    POWER,
     Floats,
     compare_rows,
     dunnett,
@@ -74,12 +73,6 @@ ASSUMED_SD: Final = 1.0
 Published repeats of small real-time nets on Cityscapes differ by 0.1 to 1.2 (RegSeg's training logs), also at one seed.
 """
 
-SIMULATED_SEARCHES: Final = 2000
-"""So that a share is known to 1.1 percentage points (one sd)."""
-
-MOST_CLAIMS: Final = 50
-"""Only the first claims of a longer table are simulated, to bound memory."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MoreSeeds:
@@ -98,8 +91,6 @@ class NoiseSummary:
     """Of residuals, in points."""
     within_sd: float
     """Of a row's trials over its seeds, in points; what seeds share included."""
-    freedom: float
-    """Degrees of freedom of `sd`."""
     num_rows: int
     """Rows with two seeds or more."""
 
@@ -127,7 +118,7 @@ class Judgement:
             return None
         most = max(seeds for _, seeds in wanted)
         first = max(self.seeds, default=-1) + 1
-        names = sorted({name for claim, _ in wanted for name in _trained(claim)})
+        names = sorted({name for claim, _ in wanted for name in trained_rows(claim)})
         hours = _hours(most, names, self.hours_per_seed)
         return MoreSeeds(runs=tuple(names), seeds=tuple(range(first, first + most)), hours=hours)
 
@@ -181,11 +172,12 @@ def judge(
     ]
     claims, noise = _with_intervals(measured, trials, measured_share)
     hours = _hours_per_seed(declared.values(), trials, devices_per_trial=devices_per_trial)
-    sizing = _Sizing(claims, noise, num_rows=noise.num_rows if noise else len(declared))
+    num_rows = noise.num_rows if noise else len(declared)
+    size = partial(_sample_size, families=Counter(c.kind for c in claims), noise=noise, num_rows=num_rows)
     confounded = confounded_rows(declared)
     return Judgement(
         claims=tuple(
-            replace(claim, sample_size=sizing.of(claim, hours), confounded=confounded[claim.run])
+            replace(claim, sample_size=size(claim, hours_per_seed=hours), confounded=confounded[claim.run])
             for claim in map(decided, claims)
         ),
         noise=noise,
@@ -212,8 +204,8 @@ def _with_intervals(
     compared = compare_rows(values, pairs, noise, family=families["gain"])
     estimated = estimate_levels(values, level_rows, noise, family=families["miou"])
     intervals = {
-        (claim.run, claim.kind): (means.mean[0, number], means.half_width[0, number])
-        for of_kind, means in ((gains, compared), (levels, estimated))
+        (claim.run, claim.kind): (mean[0, number], half_width[0, number])
+        for of_kind, (mean, half_width) in ((gains, compared), (levels, estimated))
         for number, claim in enumerate(of_kind)
     }
     noisy = {name for name, is_noisy in zip(names, noise.is_noisy[0], strict=True) if is_noisy}
@@ -243,7 +235,6 @@ def _with_intervals(
     summary = NoiseSummary(
         sd=math.sqrt(noise.variance[0]),
         within_sd=math.sqrt(noise.within[0]),
-        freedom=float(noise.freedom[0]),
         num_rows=len(names),
     )
     return judged, summary
@@ -264,64 +255,65 @@ def _measures(trials: Sequence[ReportedTrial], measured_share: float) -> tuple[F
     return values, list(repeated)
 
 
-class _Sizing:
-    """Finds the seeds that would decide a claim, given the noise and the size of the table."""
+def _sample_size(
+    claim: Claim,
+    families: Mapping[Kind, int],
+    noise: NoiseSummary | None,
+    *,
+    num_rows: int,
+    hours_per_seed: Mapping[str, float],
+) -> SampleSize | None:
+    """Return the seeds that would decide a claim of a table of `num_rows` rows; None if seeds are not what is missing.
 
-    def __init__(self, claims: Sequence[Claim], noise: NoiseSummary | None, *, num_rows: int) -> None:
-        self._families = {kind: sum(claim.kind == kind for claim in claims) for kind in ("gain", "miou", "sooner")}
-        self._noise = noise
-        self._num_rows = num_rows
+    `families` holds the number of claims by kind.
+    """
+    number = len(claim.pairs)
+    is_blocked = claim.pending or (claim.obstacle and number > 1) or (number > 1 and claim.interval is None)
+    spread = _spread(claim, noise)
+    if claim.verdict not in UNDECIDED or not number or is_blocked or spread is None:
+        return None
+    num_means = 2 if claim.kind == "gain" else 1
 
-    def of(self, claim: Claim, hours_per_seed: Mapping[str, float]) -> SampleSize | None:
-        """Return None where seeds are not what is missing."""
-        number = len(claim.pairs)
-        if claim.verdict not in UNDECIDED or not number or (claim.obstacle and number > 1) or claim.pending:
-            return None
-        if number > 1 and claim.interval is None:
-            return None
-        spread = self._spread(claim)
-        if spread is None:
-            return None
-        total = self._seeds(claim, spread, most=MOST_SEEDS + number)
-        more = MOST_SEEDS if total is None else max(total - number, 1)
-        return SampleSize(
-            seeds=more,
-            is_capped=total is None,
-            spread=spread,
-            is_assumed=self._noise is None and claim.kind != "sooner",
-            hours=_hours(more, _trained(claim), hours_per_seed),
-        )
+    def standard_error(total: int) -> float:
+        return spread * math.sqrt(num_means / total)
 
-    def _spread(self, claim: Claim) -> float | None:
-        effects = [pair.effect for pair in claim.pairs]
-        if claim.kind == "sooner":
-            return max(statistics.stdev(effects), EPOCHS_SD) if len(effects) > 1 else None
-        if self._noise is None:
-            return ASSUMED_SD
-        if claim.is_noisy:
-            return statistics.stdev(effects) / (2**0.5 if claim.kind == "gain" else 1)
-        return self._noise.sd if claim.kind == "gain" else self._noise.within_sd
+    critical = partial(_critical, claim.kind, families[claim.kind], num_rows=num_rows)
+    most = MOST_SEEDS + number
+    total = seeds_for_power(_distance(claim), standard_error=standard_error, critical=critical, most=most)
+    more = MOST_SEEDS if total is None else max(total - number, 1)
+    return SampleSize(
+        seeds=more,
+        is_capped=total is None,
+        spread=spread,
+        is_assumed=noise is None and claim.kind != "sooner",
+        hours=_hours(more, trained_rows(claim), hours_per_seed),
+    )
 
-    def _seeds(self, claim: Claim, spread: float, *, most: int) -> int | None:
-        family = max(self._families[claim.kind], 1)
-        num_means = 2 if claim.kind == "gain" else 1
 
-        def critical(number: int) -> tuple[float, float]:
-            rule = strictness(number)
-            if claim.kind == "gain":
-                freedom = float(max(self._num_rows - 1, 1) * (number - 1))
-                return dunnett(family, freedom, rule.gain_error, 0.5), freedom
-            rows = self._num_rows if claim.kind == "miou" else 1
-            error = rule.level_error if claim.kind == "miou" else rule.sooner_error
-            freedom = float(rows * (number - 1))
-            return float(special.stdtrit(freedom, 1 - error / (2 * family))), freedom
+def _spread(claim: Claim, noise: NoiseSummary | None) -> float | None:
+    """Return the standard deviation of a trial over seeds, or of epochs saved; None where one seed saved some."""
+    effects = [pair.effect for pair in claim.pairs]
+    if claim.kind == "sooner":
+        return max(statistics.stdev(effects), EPOCHS_SD) if len(effects) > 1 else None
+    if noise is None:
+        return ASSUMED_SD
+    if claim.is_noisy and len(effects) > 1:
+        return statistics.stdev(effects) / (2**0.5 if claim.kind == "gain" else 1)
+    return noise.sd if claim.kind == "gain" else noise.within_sd
 
-        return seeds_for_power(
-            _distance(claim),
-            standard_error=lambda number: spread * math.sqrt(num_means / number),
-            critical=critical,
-            most=most,
-        )
+
+def _critical(kind: Kind, family: int, num_seeds: int, *, num_rows: int) -> tuple[float, float]:
+    """Return the quantile that a balanced table of so many seeds is judged by, and its degrees of freedom."""
+    rule = strictness(num_seeds)
+    match kind:
+        case "gain":
+            freedom = float(max(num_rows - 1, 1) * (num_seeds - 1))
+            return dunnett(family, freedom, rule.gain_error, 0.5), freedom
+        case "miou":
+            error, freedom = rule.level_error, float(num_rows * (num_seeds - 1))
+        case "sooner":
+            error, freedom = rule.sooner_error, float(num_seeds - 1)
+    return float(special.stdtrit(freedom, 1 - error / (2 * family))), freedom
 
 
 def _distance(claim: Claim) -> float:
@@ -339,7 +331,8 @@ def _distance(claim: Claim) -> float:
             return max(abs(estimate), 1.0)
 
 
-def _trained(claim: Claim) -> list[str]:
+def trained_rows(claim: Claim) -> list[str]:
+    """Return the rows that a claim needs: its own and its reference."""
     return [name for name in (claim.run, claim.reference) if name is not None]
 
 
@@ -426,96 +419,3 @@ def format_sample_size(claim: Claim, unit: Unit, price: float | None) -> str:
     hours = [] if size.hours is None else [f"{size.hours:.3g} {unit}"]
     cost = [] if size.hours is None or price is None else [f"cost {size.hours * price:,.2f}"]
     return ", ".join([counted(size.seeds, "more seed"), *hours, *cost])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Power:
-    """How likely a search is to show one claim, were it true: a gain, whatever its size, or a level kept."""
-
-    claim: Claim
-    seeds: int
-    """Seeds of this search at which both the row and its reference are trained."""
-    share: float | None
-    """Share of simulated searches that show it, 0 to 1; None for a claim without a number, or beyond MOST_CLAIMS."""
-    seeds_for_80: int | None
-    """The fewest seeds of all rows that show it in 80 % of searches; None above MOST_SEEDS, or without a number."""
-
-
-def powers(rows: Sequence[Run], seeds: Mapping[str, Collection[int]], *, proxy: bool) -> list[Power]:
-    """Return the power of every claim that this search can judge, in declared order. `seeds` are those of each row.
-
-    Searches are drawn in which every expectation holds at its middle, and judged by the rules above. Trials differ by
-    ASSUMED_SD, none of it shared by equal seeds. How soon a row reaches a level is expected without a number. Nothing
-    is stopped early.
-    """
-    claims = [
-        claim
-        for row in rows
-        for claim in claims_of(row, (), measured_share=MEASURED_SHARE, proxy=proxy)
-        if claim.is_judged
-    ]
-    paired = [set.intersection(*(set(seeds.get(name, ())) for name in _trained(claim))) for claim in claims]
-    numbered = [claim for claim in claims if claim.expected is not None]
-    table = _SimulatedTable(numbered[:MOST_CLAIMS], families=numbered)
-    now = table.shares(seeds)
-    found = []
-    for claim, common in zip(claims, paired, strict=True):
-        key = claim.run, claim.kind
-        needed = table.seeds_for_power(key) if key in now else None
-        found.append(Power(claim=claim, seeds=len(common), share=now.get(key), seeds_for_80=needed))
-    return found
-
-
-class _SimulatedTable:
-    """Searches of the rows that some claims need, each claim true at its middle."""
-
-    def __init__(self, claims: Sequence[Claim], *, families: Sequence[Claim]) -> None:
-        self._claims = claims
-        self._families = {kind: sum(claim.kind == kind for claim in families) for kind in ("gain", "miou")}
-        self._names = sorted({name for claim in claims for name in _trained(claim)})
-        levels = {claim.run: sum(claim.expected) / 2 for claim in claims if claim.kind == "miou" and claim.expected}
-        gains = {claim.run: sum(claim.expected) / 2 for claim in claims if claim.kind == "gain" and claim.expected}
-        self._truth = np.array([levels.get(name, gains.get(name, 0.0)) for name in self._names])
-        self._offset = {claim.run: levels.get(claim.reference or "", 0.0) for claim in claims if claim.kind == "gain"}
-        self._truth += np.array([self._offset.get(name, 0.0) for name in self._names])
-        self.balanced_shares = lru_cache(self._balanced_shares)
-
-    def shares(self, seeds: Mapping[str, Collection[int]]) -> dict[tuple[str, str], float]:
-        """Return, by row and kind of claim, the share of searches with these seeds by row that show it."""
-        numbers = sorted({seed for name in self._names for seed in seeds.get(name, ())})
-        present = np.array([[seed in seeds.get(name, ()) for seed in numbers] for name in self._names], dtype=bool)
-        return self._shares(present) if self._claims and numbers else {(c.run, c.kind): 0.0 for c in self._claims}
-
-    def _balanced_shares(self, number: int) -> dict[tuple[str, str], float]:
-        return self._shares(np.ones((len(self._names), number), dtype=bool))
-
-    def seeds_for_power(self, key: tuple[str, str]) -> int | None:
-        """Return the fewest seeds of all rows that show a claim in 80 % of searches; None above MOST_SEEDS."""
-        numbers = range(2, MOST_SEEDS + 1)
-        first = bisect.bisect_left(numbers, POWER, key=lambda number: self.balanced_shares(number)[key])
-        return numbers[first] if first < len(numbers) else None
-
-    def _shares(self, present: NDArray[np.bool_]) -> dict[tuple[str, str], float]:
-        rng = np.random.default_rng(0)
-        searches = max(SIMULATED_SEARCHES // (1 + present.size // 1000), 200)
-        values = self._truth[:, None] + rng.normal(0, ASSUMED_SD, (searches, *present.shape))
-        values[:, ~present] = np.nan
-        noise = fit_noise(values)
-        shown: dict[tuple[str, str], float] = {}
-        for kind in ("gain", "miou"):
-            claims = [claim for claim in self._claims if claim.kind == kind]
-            rows = [self._names.index(claim.run) for claim in claims]
-            if kind == "gain":
-                bars = [self._names.index(claim.reference or "") for claim in claims]
-                means = compare_rows(values, list(zip(rows, bars, strict=True)), noise, family=self._families[kind])
-            else:
-                means = estimate_levels(values, rows, noise, family=self._families[kind])
-            low, high = means.mean - means.half_width, means.mean + means.half_width
-            for number, claim in enumerate(claims):
-                least, most = claim.expected or (0.0, 0.0)
-                if kind == "gain":
-                    is_shown = (low[:, number] > 0) & (high[:, number] >= least - claim.margin)
-                else:
-                    is_shown = (low[:, number] >= least - claim.margin) & (high[:, number] <= most + claim.margin)
-                shown[claim.run, kind] = float(is_shown.mean())
-        return shown

@@ -23,7 +23,8 @@ from tune_bisenet.config import Resources, format_size, trial_name
 from tune_bisenet.options import NO_BACKBONE
 from tune_bisenet.records import Epoch, TrialState
 from tune_bisenet.report import leaderboard
-from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, Power, format_expected
+from tune_bisenet.report.power import Power
+from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, format_expected
 from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, checkpoint_bytes, estimate_search
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.search.state import SessionOutcome

@@ -16,7 +16,7 @@ from tune_bisenet import rungs, spaces
 from tune_bisenet.config import SGD, Resources, Run, format_size
 from tune_bisenet.data.packed import FORMAT_VERSION, Header
 from tune_bisenet.records import ENDED_WELL, TrialState
-from tune_bisenet.report.verdicts import Power, powers
+from tune_bisenet.report.power import Power, powers
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.spaces import DataFacts
 

@@ -1,15 +1,19 @@
 """Simulate how often a table of verdicts says something false, and how often it shows what is true.
 
 Searches of the ten rows of runs10 are drawn from known truths and judged by the report's own statistics and rules; see
-`is_false` for what counts against them. "Speed" draws learning curves and
-judges how soon they rise.
+`is_false` for what counts against them. "Speed" draws learning curves and judges how soon they rise. "Looks" counts
+false statements at any of several planned looks, with the same seeds for all rows and with more for open rows only;
+"decide" compares the latter with all seeds for all rows.
 
     python benchmarks/verdicts.py errors [--searches 3000]
     python benchmarks/verdicts.py power [--searches 3000]
     python benchmarks/verdicts.py speed [--searches 300]
+    python benchmarks/verdicts.py looks [--searches 1000]
+    python benchmarks/verdicts.py decide [--searches 1000]
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from typing import Final
@@ -19,9 +23,10 @@ import numpy as np
 from search_spaces.runs10 import SPACE
 from tune_bisenet.config import Expect, Run
 from tune_bisenet.records import Epoch, TrialSpec, TrialState
-from tune_bisenet.report.claims import Claim, Verdict, claims_of, judge_interval, measure_window
+from tune_bisenet.report.claims import Claim, Verdict, claims_of, measure_window
+from tune_bisenet.report.power import SHOWN, Verdicts, judge_at_looks, judge_values
 from tune_bisenet.report.read import ReportedTrial
-from tune_bisenet.report.statistics import Flags, Floats, compare_rows, estimate_levels, fit_noise
+from tune_bisenet.report.statistics import Flags, Floats
 from tune_bisenet.report.verdicts import judge
 from tune_bisenet.spaces import MEASURED_SHARE
 
@@ -30,15 +35,15 @@ GAINS: Final = [index for index, expect in enumerate(EXPECTED) if expect.gain]
 LEVELS: Final = [index for index, expect in enumerate(EXPECTED) if expect.miou]
 GAIN_RANGES: Final = np.array([EXPECTED[index].gain for index in GAINS], dtype=float)
 LEVEL_RANGES: Final = np.array([EXPECTED[index].miou for index in LEVELS], dtype=float)
-GAIN_CLAIMS, LEVEL_CLAIMS = (
-    [
-        claim
-        for row in SPACE.runs
-        for claim in claims_of(row, (), measured_share=MEASURED_SHARE, proxy=False)
-        if claim.kind == kind
-    ]
+CLAIMS: Final = [
+    claim
     for kind in ("gain", "miou")
-)
+    for row in SPACE.runs
+    for claim in claims_of(row, (), measured_share=MEASURED_SHARE, proxy=False)
+    if claim.kind == kind
+]
+"""On gains, then on levels."""
+NAMES: Final = [row.name for row in SPACE.runs]
 NUM_EPOCHS: Final = 50
 
 
@@ -66,20 +71,6 @@ def draw(
     return sd * noise
 
 
-def judged(values: Floats) -> list[tuple[Claim, Floats, Floats]]:
-    """Return each claim on a gain or a level with the ends of its interval by search, from the report's statistics."""
-    noise = fit_noise(values)
-    pairs = [(row, LEVELS[0]) for row in GAINS]
-    found = []
-    for claims, (mean, half_width) in (
-        (GAIN_CLAIMS, compare_rows(values, pairs, noise, family=len(GAINS))),
-        (LEVEL_CLAIMS, estimate_levels(values, LEVELS, noise, family=len(LEVELS))),
-    ):
-        low, high = mean - half_width, mean + half_width
-        found += [(claim, low[:, index], high[:, index]) for index, claim in enumerate(claims)]
-    return found
-
-
 def is_false(claim: Claim, verdict: Verdict, truth: float) -> bool:
     """Return whether a verdict says of a true gain (points) or level (percent) what is not so."""
     least, most = claim.expected or (0.0, 0.0)
@@ -99,31 +90,49 @@ def is_false(claim: Claim, verdict: Verdict, truth: float) -> bool:
             return False
 
 
-def false_statements(values: Floats, gains: Floats, levels: Floats) -> tuple[Flags, Flags]:
-    """Return, by search, whether any statement on a gain and on a level is false."""
-    found = {"gain": np.zeros(len(values), dtype=bool), "miou": np.zeros(len(values), dtype=bool)}
-    for (claim, low, high), truth in zip(judged(values), [*gains.tolist(), *levels.tolist()], strict=True):
-        ends = zip(low.tolist(), high.tolist(), strict=True)
-        found[claim.kind] |= np.array([is_false(claim, judge_interval(claim, *pair)[0], truth) for pair in ends])
-    return found["gain"], found["miou"]
+def false_statements(verdicts: Verdicts, gains: Floats, levels: Floats) -> Flags:
+    """Return, by search and claim, whether a verdict is false."""
+    return np.array(
+        [
+            [is_false(claim, verdict, truth) for verdict in verdicts[:, index]]
+            for index, (claim, truth) in enumerate(zip(CLAIMS, [*gains.tolist(), *levels.tolist()], strict=True))
+        ]
+    ).T
+
+
+CELLS: Final = tuple(product((0.2, 0.5, 1.0), (0.0, 0.5), ("low", "middle", "top", "equal")))
+"""The sd of a trial, the share of its variance that equal seeds share, and the truth."""
+
+NOISES: Final = {"alike": (None, False), "r01 x 4": (0, False), "r06 x 4": (5, False), "skewed": (None, True)}
+"""Which row has four times the sd, and whether the noise is skewed."""
+
+
+def draw_cell(searches: int, seeds: int, cell: tuple[float, float, str], noise: str) -> tuple[Floats, Floats, Floats]:
+    """Return S x 10 x N measures with the true gains and levels."""
+    (sd, shared, where), (noisy, skewed) = cell, NOISES[noise]
+    rng = np.random.default_rng((seeds, int(10 * sd), int(10 * shared), len(where), noisy or 0, skewed))
+    values = draw(rng, searches, seeds, sd=sd, shared=shared, noisy=noisy, skewed=skewed)
+    gains, levels = truths(where)
+    values[:, GAINS] += (levels[0] + gains)[None, :, None]
+    values[:, LEVELS] += levels[None, :, None]
+    return values, gains, levels
 
 
 def errors(searches: int, seeds: Sequence[int]) -> None:
     """Print, by seeds and kind of noise, the worst share of searches with any false statement, over all truths."""
     print(f"worst share of searches with any false statement on a gain or a level, {searches} searches a cell:")
-    kinds = {"alike": (None, False), "r01 x 4": (0, False), "r06 x 4": (5, False), "skewed": (None, True)}
-    for number, (kind, (noisy, skewed)) in product(seeds, kinds.items()):
+    families = Counter(claim.kind for claim in CLAIMS)
+    for number, noise in product(seeds, NOISES):
         worst = (-1.0, 0.0, 0.0, "")
-        for sd, shared, where in product((0.2, 0.5, 1.0), (0.0, 0.5), ("low", "middle", "top", "equal")):
-            rng = np.random.default_rng((number, int(10 * sd), int(10 * shared), len(where), noisy or 0, skewed))
-            values = draw(rng, searches, number, sd=sd, shared=shared, noisy=noisy, skewed=skewed)
-            gains, levels = truths(where)
-            values[:, GAINS] += (levels[0] + gains)[None, :, None]
-            values[:, LEVELS] += levels[None, :, None]
-            of_gain, of_level = false_statements(values, gains, levels)
-            share = float((of_gain | of_level).mean())
-            worst = max(worst, (share, float(of_gain.mean()), float(of_level.mean()), f"sd {sd}, {shared}, {where}"))
-        print(f"  {number:2} seeds, {kind:8} {worst[0]:6.2%} (gains {worst[1]:.2%}, levels {worst[2]:.2%}; {worst[3]})")
+        for cell in CELLS:
+            values, gains, levels = draw_cell(searches, number, cell, noise)
+            wrong = false_statements(judge_values(values, CLAIMS, NAMES, families=families), gains, levels)
+            parts = (wrong, wrong[:, : len(GAINS)], wrong[:, len(GAINS) :])
+            found, of_gains, of_levels = (float(part.any(1).mean()) for part in parts)
+            worst = max(worst, (found, of_gains, of_levels, str(cell)))
+        print(
+            f"  {number:2} seeds, {noise:8} {worst[0]:6.2%} (gains {worst[1]:.2%}, levels {worst[2]:.2%}; {worst[3]})"
+        )
 
 
 def power(searches: int, seeds: Sequence[int]) -> None:
@@ -133,8 +142,37 @@ def power(searches: int, seeds: Sequence[int]) -> None:
         rng = np.random.default_rng(number)
         values = draw(rng, searches, number, sd=0.3, shared=0.0, noisy=None, skewed=False)
         values[:, GAINS] += 1.0
-        shown = [float((low > 0).mean()) for claim, low, _high in judged(values) if claim.kind == "gain"]
-        print(f"  {number:2} seeds: {np.mean(shown):.3f}")
+        verdicts = judge_values(values, CLAIMS, NAMES, families=Counter(claim.kind for claim in CLAIMS))
+        print(f"  {number:2} seeds: {np.isin(verdicts[:, : len(GAINS)], SHOWN).mean():.3f}")
+
+
+def looks(searches: int, planned: Sequence[int]) -> None:
+    """Print the worst share of searches with any false statement at any of the planned looks, over all truths."""
+    print(f"worst share of searches with any false statement at looks {planned}, {searches} searches a cell:")
+    for decides, noise in product((False, True), NOISES):
+        worst = (-1.0, "")
+        for cell in CELLS:
+            values, gains, levels = draw_cell(searches, planned[-1], cell, noise)
+            by_look, _ = judge_at_looks(values, CLAIMS, NAMES, planned, decides=decides)
+            wrong = [false_statements(verdicts, gains, levels).any(1) for verdicts in by_look]
+            worst = max(worst, (float(np.any(wrong, axis=0).mean()), str(cell)))
+        who = "open rows go on" if decides else "all rows go on"
+        print(f"  {who:15} {noise:8} {worst[0]:6.2%} ({worst[1]})", flush=True)
+
+
+def decide(searches: int, planned: Sequence[int]) -> None:
+    """Print what --decide trains, of all seeds of all rows, and which true gains it shows, against one look at all."""
+    most, families = planned[-1] * len(NAMES), Counter(claim.kind for claim in CLAIMS)
+    print(f"--decide at looks {planned} against {planned[-1]} seeds of all rows, {searches} searches a cell:")
+    print("   sd, shared, truth: trials trained; gains and levels shown by it and by the fixed; any false statement")
+    for cell in product((0.15, 0.3, 0.5, 1.0), (0.0,), ("middle", "equal")):
+        values, gains, levels = draw_cell(searches, planned[-1], cell, "alike")
+        by_look, trials = judge_at_looks(values, CLAIMS, NAMES, planned, decides=True)
+        fixed = judge_values(values, CLAIMS, NAMES, families=families)
+        shown = [np.isin(verdicts, SHOWN).mean() for verdicts in (by_look[-1], fixed)]
+        wrong = [false_statements(verdicts, gains, levels).any(1).mean() for verdicts in (by_look[-1], fixed)]
+        trained = trials.mean() / most
+        print(f"  {cell}: {trained:.0%}; {shown[0]:.1%}, {shown[1]:.1%}; {wrong[0]:.2%}, {wrong[1]:.2%}", flush=True)
 
 
 def curve(rng: np.random.Generator, *, end: float, delay: float) -> list[float]:
@@ -208,9 +246,10 @@ def simulated_epoch(number: int, miou: float) -> Epoch:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("errors", "power", "speed"))
+    parser.add_argument("what", choices=("errors", "power", "speed", "looks", "decide"))
     parser.add_argument("--searches", type=int, default=3000)
-    parser.add_argument("--seeds", default="2,3,5,10")
+    parser.add_argument("--seeds", help="default: 2,3,5,10; of looks and decide 3,5,8,12")
     arguments = parser.parse_args()
-    run_it = {"errors": errors, "power": power, "speed": speed}[arguments.what]
-    run_it(arguments.searches, [int(seeds) for seeds in arguments.seeds.split(",")])
+    run_it = {"errors": errors, "power": power, "speed": speed, "looks": looks, "decide": decide}[arguments.what]
+    seeds = arguments.seeds or ("3,5,8,12" if arguments.what in ("looks", "decide") else "2,3,5,10")
+    run_it(arguments.searches, [int(number) for number in seeds.split(",")])

@@ -32,6 +32,8 @@ def test_an_invalid_duration_is_named_with_valid_ones(text: str) -> None:
         {"objectives": "latency"},
         {"name": "../x"},
         {"seeds": "1,1"},
+        {"looks": "1,3"},
+        {"looks": "5,3"},
         {"image_size": "33x64"},
     ],
 )
@@ -74,3 +76,22 @@ def test_added_trials_have_the_rows_or_seeds_of_the_first_where_none_are_given()
     assert [config.default_seed, resolve_options(Options(), default_data="streets").default_seed] == [None, 0]
     with pytest.raises(ValueError, match="--add"):
         config.with_group(runs=None, seeds=None)
+
+
+def test_deciding_begins_with_the_seeds_of_the_first_look_and_stops_nothing_early() -> None:
+    decide = resolve_options(Options(decide=True), default_data="streets")
+    assert (decide.groups[0].seeds, decide.looks, decide.scheduler) == ((0, 1, 2), (3, 5, 8, 12), "fifo")
+    looks = resolve_options(Options(looks=(2, 4)), default_data="streets")
+    assert (looks.groups[0].seeds, looks.decide, looks.scheduler) == ((0, 1), False, "asha")
+
+
+def test_trials_are_planned_if_they_reach_a_look_and_no_further() -> None:
+    config = resolve_options(Options(looks=(2, 4)), default_data="streets")
+    assert config.is_planned
+    fourth = config.with_group(runs=("r05",), seeds=(2, 3))
+    assert fourth.is_planned
+    assert not fourth.with_group(runs=None, seeds=(4,)).is_planned
+    assert not config.with_group(runs=("r05",), seeds=None).is_planned, "a row added after a look"
+    single = resolve_options(Options(), default_data="streets")
+    assert single.is_planned
+    assert not single.with_group(runs=None, seeds=(1,)).is_planned

@@ -22,7 +22,7 @@ from tune_bisenet.config import Resources
 from tune_bisenet.options import parse_options
 from tune_bisenet.records import read_saved_state
 from tune_bisenet.report import __main__ as report_command
-from tune_bisenet.report.page import best_safely
+from tune_bisenet.report.page import Report
 from tune_bisenet.search.console import print_plan, print_results
 from tune_bisenet.search.prepare import PreparedSearch, prepare_search
 from tune_bisenet.search.state import SessionOutcome
@@ -110,9 +110,7 @@ def test_what_the_terminal_says_before_and_after_a_search(search: str, results: 
     folder, states = prepared.folder, read_saved_state(prepared.folder).states
     resources = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
     print_plan(console, prepared, resources, states)
-    best = best_safely(folder) if prepared.study else []
-    page = f"{folder.uri}/report.html"
-    print_results(console, prepared, states, page=page, best=best, outcome=SessionOutcome())
+    print_results(console, prepared, states, report=Report.of(folder), outcome=SessionOutcome())
     check(f"terminal-{search}.txt", screen.getvalue(), results)
 
 

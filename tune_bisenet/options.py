@@ -30,6 +30,8 @@ STUDY_VARIABLE: Final = "TUNE_BISENET_STUDY"
 """Holds the address of a study's database, so that its password stands on no command line."""
 DEFAULT_TRIALS: Final = 40
 """The trials of a sampled search that is given no limit at all."""
+DEFAULT_LOOKS: Final = (3, 5, 8, 12)
+"""Numbers of seeds at which `--decide` judges."""
 EPILOG: Final = """\
 exit codes: 0 all trials ended well (finished, stopped by the scheduler, or diverged); 1 at least one failed, the rest
 completed; 2 the input was wrong and nothing was started; 75 Ray died, or storage or the study's database did not
@@ -97,6 +99,12 @@ def _check_unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _check_looks(values: tuple[int, ...]) -> tuple[int, ...]:
+    if values and (min(values) < 2 or list(values) != sorted(set(values))):
+        raise ValueError(f"{','.join(map(str, values))} is not a valid plan: numbers of seeds from 2 up that grow.")
+    return values
+
+
 def _check_objectives(values: tuple[Objective, ...]) -> tuple[Objective, ...]:
     if values not in (("miou",), ("miou", "latency")):
         raise ValueError(f"{','.join(values)} is not a valid choice of objectives: use miou or miou,latency.")
@@ -112,12 +120,14 @@ def _check_gpus(value: float) -> float:
 Names = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_check_unique)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(_check_unique)]
 ImageSize = Annotated[tuple[int, int], BeforeValidator(_parse_size)]
+Looks = Annotated[tuple[PositiveInt, ...], BeforeValidator(_split), AfterValidator(_check_looks)]
 Seconds = Annotated[PositiveFloat, BeforeValidator(_parse_duration)]
 Gpus = Annotated[NonNegativeFloat, AfterValidator(_check_gpus)]
 Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_split), AfterValidator(_check_objectives)]
 Scheduler = Literal["asha", "median", "fifo"]
 
 WHAT: Final = "what is trained"
+JUDGED: Final = "how a grid's expectations are judged"
 SAMPLED: Final = "how a sampled space, such as around10, is searched"
 LIMITS: Final = "when the search ends by itself: at whichever limit comes first"
 WHERE: Final = "where and how"
@@ -134,7 +144,9 @@ class Options(Frozen):
 
     space: str | None = _flag(WHAT, "NAME", "a module of search_spaces, or the path of a Python file (default: runs10)")
     runs: Names | None = _flag(WHAT, "r01,r05", "train only these rows")
-    seeds: Seeds | None = _flag(WHAT, "0,1,2", "train every row once with each of these seeds (default: 0)")
+    seeds: Seeds | None = _flag(
+        WHAT, "0,1,2", "train every row once with each of these seeds (default: 0, or as many as the first of --looks)"
+    )
     data: str | None = _flag(
         WHAT,
         "DIR_OR_URI|streets",
@@ -159,6 +171,19 @@ class Options(Frozen):
         "the end, for judging expectations (default: asha)",
     )
     precision: Precision | None = _flag(WHAT, "fp32|bf16", "precision of the training step (default: fp32)")
+
+    looks: Looks | None = _flag(
+        JUDGED,
+        "3,5,8,12",
+        "judge at these numbers of seeds, which share the 5 % of error; add seeds from one to the next with --add "
+        "(default: one look, at all seeds)",
+    )
+    decide: bool | None = _flag(
+        JUDGED,
+        None,
+        "give all rows the seeds of the first look, and those of the next only to rows that are open and what they are "
+        "compared with, until nothing is open or a limit is reached (looks by default at 3,5,8,12; implies fifo)",
+    )
 
     trials: PositiveInt | None = _flag(SAMPLED, "N", "total number of trials (default: 40, if no other limit is given)")
     sampler: Sampler | None = _flag(SAMPLED, "tpe|gp|cmaes|random|qmc", "Optuna's sampler (default: tpe)")
@@ -250,7 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
         group = groups.get(extra["group"]) or parser.add_argument_group(extra["group"])
         groups[extra["group"]] = group
         value = {"action": "store_true"} if extra["metavar"] is None else {"metavar": extra["metavar"]}
-        group.add_argument(f"--{name.replace('_', '-')}", help=field.description, **value)
+        group.add_argument(f"--{name.replace('_', '-')}", help=str(field.description).replace("%", "%%"), **value)
     parser.add_argument("--show", action="store_true", help="print the space as a Markdown table and exit")
     return parser
 
@@ -302,7 +327,7 @@ class Limits(Frozen):
 
 
 class TrialGroup(Frozen):
-    """Some rows, each with some seeds."""
+    """Names rows, each of which is trained with each of the seeds."""
 
     runs: Names | None
     """None for all rows."""
@@ -326,6 +351,10 @@ class SearchConfig(Frozen):
     proxy: bool
     scheduler: Scheduler
     precision: Precision
+    looks: Looks = ()
+    """The numbers of seeds at which a grid is judged; empty for one look at all of them."""
+    decide: bool = False
+    """Whether the search adds the seeds of the next look by itself, to the rows that are open."""
     sampler: Sampler = "tpe"
     """How a sampled space is searched; as are the next three."""
     objectives: Objectives = ("miou",)
@@ -341,6 +370,14 @@ class SearchConfig(Frozen):
         seeds = self.groups[0].seeds
         return seeds[0] if len(seeds) == 1 else None
 
+    @property
+    def is_planned(self) -> bool:
+        """Return whether no result was seen before trials were planned: there is one group, or each reaches a look."""
+        seeds = [seed for group in self.groups for seed in group.seeds]
+        if not self.looks:
+            return len(self.groups) == 1
+        return len(set(seeds)) == len(seeds) <= self.looks[-1]
+
     def with_group(self, *, runs: tuple[str, ...] | None, seeds: tuple[int, ...] | None) -> Self:
         """Return the configuration with more trials; what is None is as in the first group. ValueError if both are."""
         if runs is None and seeds is None:
@@ -354,13 +391,17 @@ def resolve_options(options: Options, *, default_data: str) -> SearchConfig:
     """Fill in what was not given. The built-in streets are trained from scratch, and always as a proxy."""
     given = given_choices(options)
     streets = given.get("data", default_data) == STREETS
+    looks = options.looks or (DEFAULT_LOOKS if options.decide else ())
+    seeds = options.seeds or (tuple(range(looks[0])) if looks else (0,))
+    is_never_stopped = options.decide or len(options.objectives or ()) > 1
     defaults = {
         "space": "runs10",
         "data": make_absolute("data", default_data),
         "backbone": NO_BACKBONE if streets else "imagenet",
-        "groups": (TrialGroup(runs=options.runs, seeds=options.seeds or (0,)),),
+        "groups": (TrialGroup(runs=options.runs, seeds=seeds),),
         "proxy": streets,
-        "scheduler": "fifo" if len(options.objectives or ()) > 1 else "asha",
+        "scheduler": "fifo" if is_never_stopped else "asha",
+        "looks": looks,
         "precision": "fp32",
         "limits": Limits().updated(options),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from searches import write_search, write_study
 
-from tune_bisenet.report.page import write_report
+from tune_bisenet.report.page import Report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: make setup")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
@@ -58,12 +58,14 @@ return [left + xaxis._offset + xaxis.d2p(1), top + yaxis._offset + yaxis.d2p(plo
 
 @pytest.fixture(scope="module")
 def study_page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_report(write_study(tmp_path_factory.mktemp("study"), known=3, latency=True, fresh_seeds=2))
+    folder = write_study(tmp_path_factory.mktemp("study"), known=3, latency=True, fresh_seeds=2)
+    return Report.of(folder).write(folder)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_report(write_search(tmp_path_factory.mktemp("small")))
+    folder = write_search(tmp_path_factory.mktemp("small"))
+    return Report.of(folder).write(folder)
 
 
 @pytest.fixture(params=[1400, 390], ids=["wide", "phone"])

@@ -190,3 +190,45 @@ def test_an_ended_trial_keeps_its_record_its_best_epoch_and_event_files(search: 
         assert events
         assert names - events == {"trial.json", "best.pt", "best.npz"}
         assert epoch_numbers(search.folder / trial) == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def decided(place: Path) -> History:
+    """A search that decides by itself: `twin` is trained as its baseline is, so it gains nothing, and two seeds say so.
+
+    Of `even`, whose rate is another, two seeds say next to nothing. Its driver is killed after the first look.
+    """
+    write_space(place / "decide.py", {"base": 0.01, "twin": 0.01, "even": 0.02}, num_epochs=2, baseline="base")
+    search = History(place / "decided")
+    with Driver(place, *on_frames(place, "decide.py"), "--decide", "--looks", "2,4", "--name", "decided") as driver:
+        driver.until(lambda: "even-s3" in statuses(search.folder))
+        driver.kill()
+        search.end("killed", driver)
+    search.run("resumed", "--resume")
+    search.run("again", "--resume")
+    return search
+
+
+def test_only_open_rows_and_their_references_get_the_seeds_of_the_next_look(decided: History) -> None:
+    resumed = decided.sessions["resumed"]
+    assert "judged at 2 seeds: 1 broken, 1 open; seeds 2, 3 for base, even" in decided.sessions["killed"].log
+    assert resumed.code == 0
+    assert {row["trial"] for row in resumed.board} == {
+        *(f"base-s{seed}" for seed in range(4)),
+        *(f"twin-s{seed}" for seed in range(2)),
+        *(f"even-s{seed}" for seed in range(4)),
+    }
+    assert {row["status"] for row in resumed.board} == {"finished"}
+    groups = json.loads((decided.folder / "search.json").read_text())["config"]["groups"]
+    assert groups == [{"runs": None, "seeds": [0, 1]}, {"runs": ["base", "even"], "seeds": [2, 3]}]
+
+
+def test_a_search_that_has_decided_ends_with_its_verdicts_and_repeats_nothing(decided: History) -> None:
+    resumed, again = decided.sessions["resumed"], decided.sessions["again"]
+    assert again.code == 0
+    assert again.board == resumed.board
+    assert "judged at 4 seeds: 1 broken, " in resumed.log
+    assert "the same to the last bit" in again.log
+    page = (decided.folder / "report.md").read_text()
+    assert "Looks were planned at 2, 4 seeds" in page
+    assert "no longer guarded" not in page

@@ -13,7 +13,7 @@ import pytest
 from helpers.processes import Driver, end_process
 from helpers.searches import epoch_numbers, make_place, on_frames, results, statuses, write_sampled_space
 
-from tune_bisenet.report.page import write_report
+from tune_bisenet.report.page import Report
 from tune_bisenet.search.prepare import read_specs
 from tune_bisenet.storage import Storage
 
@@ -100,7 +100,7 @@ def test_a_search_goes_on_from_an_earlier_one_ends_at_its_limit_and_confirms_its
     assert {name.rpartition("-s")[2] for name in fresh} == {"1", "2"}
     assert {"a-s1", "a-s2"} <= fresh, "the baseline, with the same fresh seeds"
     assert len(study_of(folder).trials) == 7, "fresh seeds are not told to the study"
-    page = Path(write_report(Storage.at(str(folder)))).read_text()
+    page = Path(Report.of(Storage.at(str(folder))).write(Storage.at(str(folder)))).read_text()
     assert "t0004" in page
     assert "fresh seed" in page
 
@@ -129,5 +129,5 @@ def test_two_goals_vary_what_latency_depends_on(folder: Path) -> None:
     specs = read_specs(Storage.at(str(folder))).values()
     assert len({(spec.run.head_width, spec.run.image_size) for spec in specs}) > 1
     assert {name for spec in specs for name in spec.params} >= {"head_width", "input_scale"}
-    page = Path(write_report(Storage.at(str(folder)))).read_text()
+    page = Path(Report.of(Storage.at(str(folder))).write(Storage.at(str(folder)))).read_text()
     assert "Pareto" in page

@@ -9,24 +9,17 @@ python -m tune_bisenet.report results/NAME --replay
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Final
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
+from rich.console import Console, RenderableType
 
 from tune_bisenet.report.page import Report
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.replay import replay_table
 from tune_bisenet.report.sampled import best_lines
-from tune_bisenet.report.tables import Badge, Marked, Table, verdict_table
+from tune_bisenet.report.terminal import format_table, format_verdicts
 from tune_bisenet.storage import Storage
 
 OK, NO_SEARCH = 0, 2
-
-STYLES: Final = {"good": "green", "bad": "red", "open": "yellow", "off": "yellow", "none": "dim"}
-"""By a badge's style."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Storage.at(arguments.search, fail_fast=True)
         if arguments.replay:
             search = read_search(folder)
-            return _print_table(search, replay_table(search))
+            return _print(search, format_table(replay_table(search)))
         report = Report.of(folder, price=arguments.price_per_gpu_hour)
         if arguments.next:
             if report.next_command:
@@ -48,11 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return NO_SEARCH
-    verdicts = verdict_table(report.search, report.judgement, report.price)
     lines = [*best_lines(report.search), f"report: {page}"]
     if report.next_command:
         lines.insert(-1, "what the open rows need: add --next to this command")
-    return _print_table(report.search, verdicts, lines, left_out=("seeds", "best epochs", "remarks"))
+    return _print(report.search, format_verdicts(report), lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,31 +70,13 @@ def _price(text: str) -> float:
     return price
 
 
-def _print_table(search: SearchRecord, table: Table, lines: Sequence[str] = (), *, left_out: Sequence[str] = ()) -> int:
-    """Print a table in 80 columns, then lines. Marked rows have a star, which needs no colour."""
-    shown = RichTable(box=SIMPLE_HEAD, collapse_padding=True)
-    kept = [title for title in table.columns if title not in left_out]
-    for title in kept:
-        shown.add_column(title, justify="right" if title in table.numbers else "left")
-    for line in table.lines:
-        marked = any(isinstance(cell, Marked) for cell in line.values())
-        shown.add_row(*(_text(line[title]) for title in kept), style="bold" if marked else "")
+def _print(search: SearchRecord, table: RenderableType, lines: Sequence[str] = ()) -> int:
     console = Console()
-    if table.lines:
-        console.print(shown)
-    if table.text:
-        console.print(Text(table.text))
+    console.print(table)
     notes = [f"note: {note}" for note in search.all_notes]
     for text in [*([search.manifest.proxy] if search.manifest.proxy else []), *notes, *lines]:
         console.print(text, highlight=False, markup=False, soft_wrap=True)  # unbroken: a path must survive copying
     return OK
-
-
-def _text(cell: str) -> Text:
-    """As Text: a cell may hold brackets, which strings would turn into markup."""
-    if isinstance(cell, Badge):
-        return Text(cell, style=STYLES[cell.style])
-    return Text(f"{cell}*" if isinstance(cell, Marked) else cell)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,11 @@ class Claim:
         return "one seed has no spread to judge by" if len(self.pairs) == 1 else ""
 
     @property
+    def is_blocked(self) -> bool:
+        """Return whether seeds of the claim cannot be judged, however many more there are."""
+        return bool(self.pending or self.blown_up or self.stopped)
+
+    @property
     def remarks(self) -> list[str]:
         """Return what to know before believing the verdict."""
         size = self.sample_size
@@ -276,6 +281,12 @@ def decided(claim: Claim) -> Claim:
         return replace(claim, reason="equal seeds count as one")
     verdict, reason = judge_interval(claim, *claim.interval)
     return replace(claim, verdict=verdict, reason=reason)
+
+
+def latest(earlier: Claim, later: Claim) -> Claim:
+    """Return which of a claim's verdicts stands, of two looks: a decided one, or a gain once it was shown."""
+    is_less = later.verdict == "open" and earlier.verdict == "gained"
+    return earlier if earlier.verdict not in UNDECIDED or is_less else later
 
 
 def judge_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]:

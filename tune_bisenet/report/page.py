@@ -40,11 +40,6 @@ MAX_SHARE: Final = 0.1
 _log = logging.getLogger(__name__)
 
 
-def write_report(folder: Storage) -> str:
-    """Write the report of the search in `folder` there; return the page's URI. ValueError if there is no search."""
-    return Report.of(folder).write(folder)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """A search and its judgement. `price` is that of an hour of a device, if known."""
@@ -82,6 +77,11 @@ class Report:
         (out / TABLES).make()
         for name, content in tables.table_files(self.search, self.judgement):
             (out / TABLES).write(name, content)
+        return self.uri(out)
+
+    @staticmethod
+    def uri(out: Storage) -> str:
+        """Return where `write` puts the page."""
         return (out / HTML).uri
 
     def state(self, now: datetime) -> tuple[str, str]:
@@ -163,15 +163,27 @@ class Report:
         sentences = [
             f"A trial is measured by the mean mIoU of its last epochs ({share:.0%} of them, at least one); gains are "
             "points, paired by seed. Intervals hold together: in 95 % of searches no verdict of the table is false.",
-            "That holds for one look; trials were added after it, so these verdicts are no longer guarded."
-            if len(self.search.manifest.config.groups) > 1
-            else "",
+            *self._look_sentences(),
             f"Repeats of {counted(noise.num_rows, 'row')} differ by {noise.within_sd:.2f} points (sd), "
             f"{noise.sd:.2f} without what equal seeds share."
             if noise
             else "",
         ]
         return " ".join(filter(None, sentences))
+
+    def _look_sentences(self) -> list[str]:
+        """Say at which look the table was judged, and whether its error is still that of a plan."""
+        judgement, config = self.judgement, self.search.manifest.config
+        sentences = []
+        if config.looks:
+            looks = ", ".join(map(str, config.looks))
+            sentences.append(f"Looks were planned at {looks} seeds and share the error; what one decides stands.")
+            waiting = len(judgement.seeds) - judgement.looked_at
+            if waiting or not judgement.looked_at:
+                sentences.append(f"The last look was at {judgement.looked_at}; {counted(waiting, 'seed')} more wait.")
+        if not config.is_planned:
+            sentences.append("Trials were added outside the plan, so these verdicts are no longer guarded.")
+        return sentences
 
     def _study_sections(self) -> list[Section]:
         from tune_bisenet.report import study_plots  # late: Optuna takes half a second
@@ -302,19 +314,12 @@ def refreshed(
         thread.join()
 
 
-def write_safely(folder: Storage) -> str | None:
-    """Write the report and return its page's URI; None, and a line in the log, if that fails for any reason."""
+def write_safely(folder: Storage) -> Report | None:
+    """Write the report and return it; None, and a line in the log, if that fails for any reason."""
     try:
-        return write_report(folder)
+        report = Report.of(folder)
+        report.write(folder)
+        return report
     except Exception as error:  # a search of days must not end because of its page
         _log.warning("the report could not be written: %s: %s", type(error).__name__, error)
         return None
-
-
-def best_safely(folder: Storage) -> list[str]:
-    """Return what to say of the best of a sampled search; nothing, and a line in the log, if that fails."""
-    try:
-        return sampled.best_lines(read_search(folder))
-    except Exception as error:  # as above
-        _log.warning("the best of the search could not be read: %s: %s", type(error).__name__, error)
-        return []

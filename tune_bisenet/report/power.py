@@ -1,6 +1,6 @@
-"""Forecast, before a search, how likely its seeds are to show each claim, were it true.
+"""Forecast, before a search, how likely its seeds are to show each claim, were it true, and how many trials it takes.
 
-Searches are simulated in which every claim holds at its middle, and judged by the rules and statistics of `verdicts`.
+Searches are simulated and judged by the rules and statistics of `verdicts`: those on mIoU, not those on speed.
 """
 
 import bisect
@@ -11,9 +11,10 @@ from functools import cache
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tune_bisenet.config import Run
-from tune_bisenet.report.claims import Claim, Kind, Verdict, claims_of, judge_interval
+from tune_bisenet.report.claims import UNDECIDED, Claim, Kind, Verdict, claims_of, judge_interval
 from tune_bisenet.report.statistics import POWER, Flags, Floats, compare_rows, estimate_levels, fit_noise
 from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, trained_rows
 from tune_bisenet.spaces import MEASURED_SHARE
@@ -21,8 +22,14 @@ from tune_bisenet.spaces import MEASURED_SHARE
 SIMULATED_SEARCHES: Final = 2000
 """So that a share is known to 1.1 percentage points (one sd); fewer where a search has thousands of trials."""
 
+SIMULATED_DECISIONS: Final = 200
+"""So that the mean number of trials is known to about two per cent."""
+
 MOST_CLAIMS: Final = 50
 """Only the first claims of a longer table are simulated, to bound memory."""
+
+Verdicts = NDArray[np.object_]
+Trials = NDArray[np.int_]
 
 SHOWN: Final[tuple[Verdict, ...]] = ("kept", "exceeded", "gained")
 """Verdicts that show a gain, whatever its size, or a level kept."""
@@ -87,23 +94,103 @@ def _shares(
     num_searches = max(SIMULATED_SEARCHES // (1 + present.size // 1000), 200)
     noise = np.random.default_rng(0).normal(0, ASSUMED_SD, (num_searches, *present.shape))
     values = np.where(present, noise + _truths(claims, names)[:, None], np.nan)
-    fitted = fit_noise(values)
-    shares = []
-    for claim in claims:
-        row = names.index(claim.run)
-        if claim.reference is None:
-            mean, half_width = estimate_levels(values, [row], fitted, family=families[claim.kind])
-        else:
-            pairs = [(row, names.index(claim.reference))]
-            mean, half_width = compare_rows(values, pairs, fitted, family=families[claim.kind])
-        known = zip(mean[:, 0].tolist(), half_width[:, 0].tolist(), strict=True)
-        shown = [judge_interval(claim, middle - half, middle + half)[0] in SHOWN for middle, half in known]
-        shares.append(sum(shown) / num_searches)
-    return shares
+    verdicts = judge_values(values, claims, names, families=families)
+    return [float(np.isin(verdicts[:, index], SHOWN).mean()) for index in range(len(claims))]
+
+
+def judge_values(
+    values: Floats, claims: Sequence[Claim], names: Sequence[str], *, families: Mapping[Kind, int], spent: float = 1.0
+) -> Verdicts:
+    """Return the verdicts, S x claims, on gains and levels of S searches by what rows `names` measured, S x R x N.
+
+    `families` holds the number of claims by kind, and `spent` the share of the error that may be used up.
+    """
+    noise = fit_noise(values)
+    verdicts = np.full((len(values), len(claims)), "open", dtype=object)
+    rows = [names.index(claim.run) for claim in claims]
+    gains = [index for index, claim in enumerate(claims) if claim.reference is not None]
+    levels = [index for index, claim in enumerate(claims) if claim.reference is None]
+    pairs = [(rows[index], names.index(claims[index].reference or "")) for index in gains]
+    of_gains = compare_rows(values, pairs, noise, family=families["gain"], spent=spent)
+    level_rows = [rows[index] for index in levels]
+    of_levels = estimate_levels(values, level_rows, noise, family=families["miou"], spent=spent)
+    for indices, (mean, half_width) in ((gains, of_gains), (levels, of_levels)):
+        low, high = (mean - half_width).tolist(), (mean + half_width).tolist()
+        for column, index in enumerate(indices):
+            for search in np.flatnonzero(half_width[:, column] > 0):
+                ends = low[search][column], high[search][column]
+                verdicts[search, index] = judge_interval(claims[index], *ends)[0]
+    return verdicts
+
+
+def judge_at_looks(
+    values: Floats, claims: Sequence[Claim], names: Sequence[str], looks: Sequence[int], *, decides: bool
+) -> tuple[Verdicts, Trials]:
+    """Judge S simulated searches at planned looks; return verdicts, looks x S x claims, and the trials of each search.
+
+    `values`, S x R x N, are what each row would measure at each seed. With `decides`, only open claims get the seeds of
+    the next look, as by `--decide`; else all rows do.
+    """
+    families = Counter(claim.kind for claim in claims)
+    needed = np.array([[name in trained_rows(claim) for name in names] for claim in claims])
+    num_seeds = np.full(values.shape[:2], looks[0])
+    verdicts = np.full((len(values), len(claims)), "open", dtype=object)
+    by_look = []
+    for look, next_look in zip(looks, [*looks[1:], 0], strict=True):
+        for pattern in np.unique(num_seeds, axis=0):
+            here = np.flatnonzero((num_seeds == pattern).all(1))
+            has_trial = np.arange(look) < pattern[:, None]
+            seen = np.where(has_trial, values[here, :, :look], np.nan)
+            found = judge_values(seen, claims, names, families=families, spent=1 / len(looks))
+            before = verdicts[here]
+            stands = ~np.isin(before, UNDECIDED) | ((before == "gained") & (found == "open"))
+            verdicts[here] = np.where(stands, before, found)
+        by_look.append(verdicts.copy())
+        goes_on = (verdicts == "open") @ needed if decides else np.ones_like(num_seeds, dtype=bool)
+        num_seeds = np.where(goes_on, max(next_look, look), num_seeds)
+    return np.stack(by_look), num_seeds.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedTrials:
+    """Says how many trials `--decide` is expected to train: means over simulated searches."""
+
+    if_kept: float
+    """If every claim is true at its middle."""
+    if_equal: float
+    """If all rows are equal."""
+    most: int
+    """If every row gets all seeds."""
+
+
+def expected_trials(rows: Sequence[Run], looks: Sequence[int], *, proxy: bool) -> ExpectedTrials | None:
+    """Return what `--decide` is expected to take; None for rows that claim nothing on mIoU. Claims on speed add to it.
+
+    Trials differ by ASSUMED_SD, none of it shared by equal seeds.
+    """
+    measured = [claims_of(row, (), measured_share=MEASURED_SHARE, proxy=proxy) for row in rows]
+    claims = [claim for of_row in measured for claim in of_row if claim.is_judged and claim.expected][:MOST_CLAIMS]
+    if not claims:
+        return None
+    names = sorted({name for claim in claims for name in trained_rows(claim)})
+    num_others = len({row.name for row in rows} - set(names))  # they get the seeds of the first look
+    noise = np.random.default_rng(0).normal(0, ASSUMED_SD, (SIMULATED_DECISIONS, len(names), looks[-1]))
+    levels = np.full(len(names), next((_middle(claim) for claim in claims if claim.kind == "miou"), 0.0))
+    kept, equal = (
+        float(judge_at_looks(noise + truths[:, None], claims, names, looks, decides=True)[1].mean())
+        + num_others * looks[0]
+        for truths in (_truths(claims, names), levels)
+    )
+    return ExpectedTrials(if_kept=kept, if_equal=equal, most=(len(names) + num_others) * looks[-1])
 
 
 def _truths(claims: Sequence[Claim], names: Sequence[str]) -> Floats:
     """Return the mIoU of each row at which every claim holds at its middle; rows that claim none have 0."""
-    middles = {claim.run: sum(claim.expected) / 2 for claim in claims if claim.expected}
+    middles = {claim.run: _middle(claim) for claim in claims}
     over = {claim.run: claim.reference for claim in claims if claim.reference is not None}
     return np.array([middles.get(name, 0.0) + middles.get(over.get(name, ""), 0.0) for name in names])
+
+
+def _middle(claim: Claim) -> float:
+    low, high = claim.expected or (0.0, 0.0)
+    return (low + high) / 2

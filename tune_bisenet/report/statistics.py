@@ -166,12 +166,13 @@ def _pooled(values: Floats, present: Flags) -> tuple[Floats, Floats, Floats, Flo
 
 
 def compare_rows(
-    values: Floats, pairs: Sequence[tuple[int, int]], noise: Noise, *, family: int
+    values: Floats, pairs: Sequence[tuple[int, int]], noise: Noise, *, family: int, spent: float = 1.0
 ) -> tuple[Floats, Floats]:
     """Return each row's mean difference to its reference over the seeds both have, and half of Dunnett's interval.
 
-    `pairs` are indices of rows; `family` is the number of claims that are guarded together, measured or not. Both
-    results are S x claims; the second is NaN where there is no interval.
+    `pairs` are indices of rows; `family` is the number of claims that are guarded together, measured or not; `spent` is
+    the share of the error that these intervals may use up. Both results are S x claims; the second is NaN where there
+    is no interval.
     """
     present = ~np.isnan(values[0])
     correlation = _least_correlation(present, pairs)
@@ -184,7 +185,7 @@ def compare_rows(
         if number < 2:
             half_widths.append(np.full(len(values), np.nan))
             continue
-        error = strictness(number).gain_error
+        error = strictness(number).gain_error * spent
         own = differences.var(1, ddof=1)
         critical = _by_freedom(noise.freedom, partial(dunnett, family, error=error, correlation=correlation))
         half = critical * np.sqrt(np.maximum(2 * noise.variance, own) / number)
@@ -194,10 +195,13 @@ def compare_rows(
     return _columns(means, len(values)), _columns(half_widths, len(values))
 
 
-def estimate_levels(values: Floats, rows: Sequence[int], noise: Noise, *, family: int) -> tuple[Floats, Floats]:
+def estimate_levels(
+    values: Floats, rows: Sequence[int], noise: Noise, *, family: int, spent: float = 1.0
+) -> tuple[Floats, Floats]:
     """Return the mean of each of `rows` over its seeds, and half of intervals that hold together (Bonferroni).
 
-    Both are S x claims; the second is NaN where there is no interval.
+    `family` and `spent` are as in `compare_rows`. Both results are S x claims; the second is NaN where there is no
+    interval.
     """
     means, half_widths = [], []
     for row in rows:
@@ -207,7 +211,7 @@ def estimate_levels(values: Floats, rows: Sequence[int], noise: Noise, *, family
         if number < 2:
             half_widths.append(np.full(len(values), np.nan))
             continue
-        tail = 1 - strictness(number).level_error / (2 * family)
+        tail = 1 - strictness(number).level_error * spent / (2 * family)
         own = own_values.var(1, ddof=1)
         half = special.stdtrit(noise.within_freedom, tail) * np.sqrt(np.maximum(noise.within, own) / number)
         alone = float(special.stdtrit(number - 1, tail)) * np.sqrt(own / number)

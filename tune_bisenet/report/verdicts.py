@@ -9,7 +9,9 @@ the last tenth of its epochs, or what share the space declares. The rules, of wh
 - **Intervals hold together.** Gains have Dunnett's two-sided intervals against their reference, never narrower than
   the row's own differences say; levels and epochs saved have Student's, with Bonferroni's correction. Of all
   statements in a table, of either sign, one or more is false in at most 5 % of searches (`statistics.STRICTNESS`,
-  benchmarks/verdicts.py). That holds for one look at the seeds; looking again as seeds are added costs more.
+  benchmarks/verdicts.py). That holds for one look at the seeds, or for all planned looks together.
+- **Planned looks.** A table is judged at the first 3 seeds, say, then at the first 5, 8 and 12, each time with an equal
+  share of the error. What a look has decided stands; what it left open, or a gain whose size is open, is judged again.
 - **A gain** of "low to high" is *kept* if its interval lies above low less the margin (and above 0), *exceeded* if
   above high, *gained* if above 0 with its size open, *broken* if below low less the margin, or at or under 0.
 - **A level** is *kept* if its interval lies within the range, give or take the margin; *above* or *below* if beyond it.
@@ -45,6 +47,7 @@ from tune_bisenet.report.claims import (
     confounded_rows,
     decided,
     final_miou,
+    latest,
 )
 from tune_bisenet.report.read import ReportedTrial, SearchRecord, Unit
 from tune_bisenet.report.statistics import (
@@ -103,17 +106,34 @@ class Judgement:
     noise: NoiseSummary | None
     """None before rows have repeats."""
     seeds: tuple[int, ...]
+    """Of all trials, in the order in which the search got them."""
+    looks: tuple[int, ...]
+    """The numbers of seeds at which the table was planned to be judged; empty for a single look."""
     hours_per_seed: Mapping[str, float]
     """What one more seed of a row costs at the speed measured; empty before anything was."""
     unit: Unit
 
     @property
-    def more_seeds(self) -> MoreSeeds | None:
-        """The open rows with their references; None if no number of seeds up to 100 decides any.
+    def looked_at(self) -> int:
+        """Return the number of seeds that were judged; more may wait for the next planned look."""
+        reached = [look for look in self.looks if look <= len(self.seeds)]
+        is_beyond = not self.looks or len(self.seeds) > self.looks[-1]
+        return len(self.seeds) if is_beyond else max(reached, default=0)
 
-        One command runs them: every row gets as many seeds as the one that needs most.
+    @property
+    def more_seeds(self) -> MoreSeeds | None:
+        """Return what the open rows and their references need: one command gives all of them the same seeds.
+
+        With planned looks, those of the next one; else as many as the claim that needs most, up to 100. None if that
+        decides nothing.
         """
-        wanted = [(claim, size.seeds) for claim in self.claims if (size := claim.sample_size) and not size.is_capped]
+        if self.looks:
+            next_look = min((look for look in self.looks if look > len(self.seeds)), default=0)
+            claims = [claim for claim in self.claims if claim.verdict == "open" and not claim.is_blocked]
+            wanted = [(claim, next_look - len(self.seeds)) for claim in claims if next_look]
+        else:
+            sizes = [(claim, claim.sample_size) for claim in self.claims]
+            wanted = [(claim, size.seeds) for claim, size in sizes if size and not size.is_capped]
         if not wanted:
             return None
         most = max(seeds for _, seeds in wanted)
@@ -145,6 +165,7 @@ def judge_search(search: SearchRecord) -> Judgement:
         search.declared_rows,
         trials,
         measured_share=search.manifest.space.measured_share,
+        looks=search.manifest.config.looks,
         proxy=search.manifest.proxy is not None,
         devices_per_trial=devices,
         unit=unit,
@@ -156,39 +177,53 @@ def judge(
     trials: Sequence[ReportedTrial],
     *,
     measured_share: float = MEASURED_SHARE,
+    looks: Sequence[int] = (),
     proxy: bool = False,
     devices_per_trial: float = 1.0,
     unit: Unit = "GPU-hours",
 ) -> Judgement:
-    """Judge the rows of a search (one Run each, or one a seed) by its trials.
+    """Judge the rows of a search (one Run each, or one a seed) by its trials, in the order in which it got them.
 
-    `devices_per_trial` is the share of a GPU, or of the machine, that a trial has to itself.
+    `looks` are the planned numbers of seeds; without any, all seeds are judged at once. `devices_per_trial` is the
+    share of a GPU, or of the machine, that a trial has to itself.
     """
     declared = {row.name: row for row in rows}
-    measured = [
-        claim
-        for row in declared.values()
-        for claim in claims_of(row, trials, measured_share=measured_share, proxy=proxy)
-    ]
-    claims, noise = _with_intervals(measured, trials, measured_share)
+    seeds = tuple(dict.fromkeys(trial.run.seed for trial in trials))
     hours = _hours_per_seed(declared.values(), trials, devices_per_trial=devices_per_trial)
-    num_rows = noise.num_rows if noise else len(declared)
-    size = partial(_sample_size, families=Counter(c.kind for c in claims), noise=noise, num_rows=num_rows)
+    judgement = Judgement(claims=(), noise=None, seeds=seeds, looks=tuple(looks), hours_per_seed=hours, unit=unit)
+    spent = 1 / max(len(looks), 1)
+    claims: list[Claim] = []
+    noise = None
+    for look in sorted({*(number for number in looks if number < judgement.looked_at), judgement.looked_at}):
+        seen = [trial for trial in trials if trial.run.seed in seeds[:look]]
+        measured = [
+            claim
+            for row in declared.values()
+            for claim in claims_of(row, seen, measured_share=measured_share, proxy=proxy)
+        ]
+        measured, noise = _with_intervals(measured, seen, measured_share, spent)
+        now = [decided(claim) for claim in measured]
+        claims = [latest(*both) for both in zip(claims, now, strict=True)] if claims else now
+    size = partial(
+        _sample_size,
+        families=Counter(claim.kind for claim in claims),
+        noise=noise,
+        num_rows=noise.num_rows if noise else len(declared),
+        spent=spent,
+    )
     confounded = confounded_rows(declared)
-    return Judgement(
+    return replace(
+        judgement,
+        noise=noise,
         claims=tuple(
             replace(claim, sample_size=size(claim, hours_per_seed=hours), confounded=confounded[claim.run])
-            for claim in map(decided, claims)
+            for claim in claims
         ),
-        noise=noise,
-        seeds=tuple(sorted({trial.run.seed for trial in trials})),
-        hours_per_seed=hours,
-        unit=unit,
     )
 
 
 def _with_intervals(
-    claims: Sequence[Claim], trials: Sequence[ReportedTrial], measured_share: float
+    claims: Sequence[Claim], trials: Sequence[ReportedTrial], measured_share: float, spent: float
 ) -> tuple[list[Claim], NoiseSummary | None]:
     """Return the claims with their intervals where nothing stands against judging them, and the noise."""
     values, names = _measures(trials, measured_share)
@@ -201,8 +236,8 @@ def _with_intervals(
     pairs = [(index[claim.run], index[claim.reference or ""]) for claim in gains]
     levels = [claim for claim in claims if claim.kind == "miou" and claim.run in index and claim.is_judged]
     level_rows = [index[claim.run] for claim in levels]
-    compared = compare_rows(values, pairs, noise, family=families["gain"])
-    estimated = estimate_levels(values, level_rows, noise, family=families["miou"])
+    compared = compare_rows(values, pairs, noise, family=families["gain"], spent=spent)
+    estimated = estimate_levels(values, level_rows, noise, family=families["miou"], spent=spent)
     intervals = {
         (claim.run, claim.kind): (mean[0, number], half_width[0, number])
         for of_kind, (mean, half_width) in ((gains, compared), (levels, estimated))
@@ -216,7 +251,7 @@ def _with_intervals(
             return None
         if claim.kind == "sooner":
             effects = [pair.effect for pair in claim.pairs]
-            error = strictness(len(effects)).sooner_error
+            error = strictness(len(effects)).sooner_error * spent
             return student_interval(effects, error=error, family=num_sooner, least_sd=EPOCHS_SD)
         mean, half_width = intervals.get((claim.run, claim.kind), (math.nan, math.nan))
         is_known = half_width > NO_SPREAD  # False for NaN
@@ -261,6 +296,7 @@ def _sample_size(
     noise: NoiseSummary | None,
     *,
     num_rows: int,
+    spent: float,
     hours_per_seed: Mapping[str, float],
 ) -> SampleSize | None:
     """Return the seeds that would decide a claim of a table of `num_rows` rows; None if seeds are not what is missing.
@@ -277,7 +313,7 @@ def _sample_size(
     def standard_error(total: int) -> float:
         return spread * math.sqrt(num_means / total)
 
-    critical = partial(_critical, claim.kind, families[claim.kind], num_rows=num_rows)
+    critical = partial(_critical, claim.kind, families[claim.kind], num_rows=num_rows, spent=spent)
     most = MOST_SEEDS + number
     total = seeds_for_power(_distance(claim), standard_error=standard_error, critical=critical, most=most)
     more = MOST_SEEDS if total is None else max(total - number, 1)
@@ -302,18 +338,18 @@ def _spread(claim: Claim, noise: NoiseSummary | None) -> float | None:
     return noise.sd if claim.kind == "gain" else noise.within_sd
 
 
-def _critical(kind: Kind, family: int, num_seeds: int, *, num_rows: int) -> tuple[float, float]:
+def _critical(kind: Kind, family: int, num_seeds: int, *, num_rows: int, spent: float) -> tuple[float, float]:
     """Return the quantile that a balanced table of so many seeds is judged by, and its degrees of freedom."""
     rule = strictness(num_seeds)
     match kind:
         case "gain":
             freedom = float(max(num_rows - 1, 1) * (num_seeds - 1))
-            return dunnett(family, freedom, rule.gain_error, 0.5), freedom
+            return dunnett(family, freedom, rule.gain_error * spent, 0.5), freedom
         case "miou":
             error, freedom = rule.level_error, float(num_rows * (num_seeds - 1))
         case "sooner":
             error, freedom = rule.sooner_error, float(num_seeds - 1)
-    return float(special.stdtrit(freedom, 1 - error / (2 * family))), freedom
+    return float(special.stdtrit(freedom, 1 - error * spent / (2 * family))), freedom
 
 
 def _distance(claim: Claim) -> float:

@@ -23,7 +23,10 @@ from tune_bisenet.config import Resources, format_size, trial_name
 from tune_bisenet.options import NO_BACKBONE
 from tune_bisenet.records import Epoch, TrialState
 from tune_bisenet.report import leaderboard
+from tune_bisenet.report.page import Report
 from tune_bisenet.report.power import Power
+from tune_bisenet.report.sampled import best_lines
+from tune_bisenet.report.terminal import format_verdicts
 from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, format_expected
 from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, checkpoint_bytes, estimate_search
 from tune_bisenet.search.prepare import PreparedSearch
@@ -78,6 +81,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         ("backbone", f"ResNet-18, {'from scratch' if config.backbone == NO_BACKBONE else config.backbone}"),
         ("device", f"{trials} at once{grows}, {gpus}{cores} each, {config.precision}"),
         ("scheduler", scheduler),
+        *([("looks", _looks(estimate))] if config.looks else []),
         *_speed_lines(estimate),
         ("disk", _disk(estimate)),
         *[("note", caption) for caption in search.captions],
@@ -93,6 +97,21 @@ def _trials(search: PreparedSearch) -> str:
     num_trials = "as many as the limits allow" if limits.trials is None else str(limits.trials)
     confirmed = f"; then up to {CONFIRMED_RUNS * limits.confirm} with fresh seeds" if limits.confirm else ""
     return f"{num_trials}, declared rows first, {counted(example.num_epochs, 'epoch')} each{confirmed}"
+
+
+def _looks(estimate: Estimate) -> str:
+    config, expected = estimate.search.config, estimate.expected_trials
+    text = f"judged at {', '.join(map(str, config.looks))} seeds, which share the error"
+    if not config.decide:
+        return text
+    text += "; after each, only open rows and what they are compared with go on"
+    if expected is None:
+        return text
+    return (
+        f"{text}: about {expected.if_kept:.0f} trials if every claim on mIoU is true at its middle, "
+        f"{expected.if_equal:.0f} if all rows are equal, {expected.most} at most. Time and cost below are the first "
+        "look's"
+    )
 
 
 def _speed_lines(estimate: Estimate) -> list[tuple[str, str]]:
@@ -237,6 +256,10 @@ class SearchProgress:
                 self._show_trial(trial)
             self._show_search()
 
+    def announce(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._print(text)
+
     def epoch_done(self, trial: str, epoch: Epoch) -> None:
         """Show an epoch as soon as it is measured. Ignore trials that no `update` has named."""
         state = self._states.get(trial)
@@ -288,17 +311,22 @@ def print_results(
     search: PreparedSearch,
     states: Sequence[TrialState],
     *,
-    page: str | None,
-    best: Sequence[str] = (),
+    report: Report | None,
     outcome: SessionOutcome,
 ) -> None:
-    """Print the leaderboard, where it is kept, what failed, why the search ended and how to continue it."""
+    """Print the leaderboard, a grid's verdicts, what failed, why the search ended and how to continue it.
+
+    `report` is what was written at the end; None if that failed.
+    """
     resume = _resume_flags(search)
     failed = ", ".join(state.trial for state in states if state.status == "failed")
     console.print()
     console.print(leaderboard.to_rich(states, baseline=search.space.baseline, captions=search.captions))
-    lines = [*best, f"results: {search.folder.uri}"]
-    lines += [] if page is None else [f"report:  {page}"]
+    if report and report.judgement.claims and not search.study:
+        console.print(format_verdicts(report))
+    lines = best_lines(report.search) if report and search.study else []
+    lines += [f"results: {search.folder.uri}"]
+    lines += [f"report:  {report.uri(search.folder)}"] if report else []
     lines += [f"failed: {failed}. To try again: {resume}"] if failed else []
     if outcome.signal_number is not None:
         lines.append(f"interrupted. To continue: {resume}")

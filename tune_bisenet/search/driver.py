@@ -8,6 +8,7 @@ import importlib.metadata
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -26,19 +27,23 @@ from tune_bisenet.records import (
     Session,
     SpaceInfo,
     StudyInfo,
+    TrialState,
     project_commit,
     read_saved_state,
     to_json,
 )
-from tune_bisenet.report.page import best_safely, refreshed, write_safely
+from tune_bisenet.report.page import refreshed, write_safely
+from tune_bisenet.report.read import read_search
+from tune_bisenet.report.verdicts import judge_search
 from tune_bisenet.rungs import RULES, Stopper, protected_rows
 from tune_bisenet.search.console import SearchProgress, print_dry_run, print_plan, print_results
 from tune_bisenet.search.forecast import estimate_search, time_throughput
-from tune_bisenet.search.prepare import PreparedSearch, pack_digests
+from tune_bisenet.search.prepare import PreparedSearch, add_trials, pack_digests
 from tune_bisenet.search.resources import Cluster, Node, allocate, ray_session
 from tune_bisenet.search.searcher import GridSearcher, Searcher, StudySearcher
 from tune_bisenet.search.state import SearchState, SessionOutcome, complete_states, exclusive, restore
 from tune_bisenet.search.tuner import run_trials
+from tune_bisenet.text import counted
 from tune_bisenet.training.tensorboard import HParamsTable
 
 OK: Final = 0
@@ -87,17 +92,39 @@ def _run_session(
         progress.update([*state.states, *searcher.pending()])
         train = partial(run_trials, context=context, resources=resources, state=state, table=table, progress=progress)
         outcome = train(searcher, stopper=stopper, limits=limits)
+        while search.config.decide and not outcome.is_cut_off and (more := _next_look(search, progress)):
+            search = more
+            for name, spec in search.specs.items():
+                state.add(TrialState.of_run(name, spec.run))
+            manifest = _with_trials(manifest, search)
+            _write_manifest(search, manifest)
+            outcome = train(GridSearcher(search.specs, state), stopper=stopper, limits=limits)
         if limits.confirm and outcome.signal_number is None:
             # No limit holds for fresh seeds, and nothing stops them early.
             fresh = GridSearcher(searcher.fresh_trials(limits.confirm), state)
             never = _make_stopper(search, None, scheduler="fifo")
             outcome.signal_number = train(fresh, stopper=never, limits=Limits()).signal_number
     _write_manifest(search, _end_session(manifest, outcome))
-    page = write_safely(folder)
-    print_results(console, search, state.states, page=page, best=best_safely(folder), outcome=outcome)
+    print_results(console, search, state.states, report=write_safely(folder), outcome=outcome)
     if outcome.signal_number is not None:
         return 128 + outcome.signal_number
     return SOME_FAILED if any(trial.status == "failed" for trial in state.states) else OK
+
+
+def _next_look(search: PreparedSearch, progress: SearchProgress) -> PreparedSearch | None:
+    """Judge all trials, and return the search with the seeds that its open rows are to have next; None at the end."""
+    judgement = judge_search(read_search(search.folder))
+    verdicts = Counter(claim.verdict for claim in judgement.claims)
+    found = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    more = judgement.more_seeds
+    then = f"seeds {', '.join(map(str, more.seeds))} for {', '.join(more.runs)}" if more else "no more seeds"
+    progress.announce(f"judged at {counted(judgement.looked_at, 'seed')}: {found}; {then}")
+    return add_trials(search, more.runs, more.seeds) if more else None
+
+
+def _with_trials(manifest: Manifest, search: PreparedSearch) -> Manifest:
+    trials = {name: spec.run for name, spec in search.specs.items()}
+    return manifest.model_copy(update={"config": search.config, "trials": trials})
 
 
 def _check_limits(limits: Limits, resources: Resources) -> None:

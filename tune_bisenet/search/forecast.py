@@ -16,7 +16,7 @@ from tune_bisenet import rungs, spaces
 from tune_bisenet.config import SGD, Resources, Run, format_size
 from tune_bisenet.data.packed import FORMAT_VERSION, Header
 from tune_bisenet.records import ENDED_WELL, TrialState
-from tune_bisenet.report.power import Power, powers
+from tune_bisenet.report.power import ExpectedTrials, Power, expected_trials, powers
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.spaces import DataFacts
 
@@ -227,8 +227,18 @@ class Estimate:
         seeds: dict[str, set[int]] = {}
         for run in self.workload.runs:
             seeds.setdefault(run.name, set()).add(run.seed)
-        rows = {run.name: run for run in self.workload.runs}
-        return powers(list(rows.values()), seeds, proxy=self.search.config.proxy)
+        return powers(self.rows, seeds, proxy=self.search.config.proxy)
+
+    @property
+    def rows(self) -> list[Run]:
+        """Return each row of the search once."""
+        return list({run.name: run for run in self.workload.runs}.values())
+
+    @property
+    def expected_trials(self) -> ExpectedTrials | None:
+        """Return how many trials `--decide` is expected to take in all; None for other searches."""
+        config = self.search.config
+        return expected_trials(self.rows, config.looks, proxy=config.proxy) if config.decide else None
 
 
 def estimate_search(search: PreparedSearch, resources: Resources, states: Sequence[TrialState]) -> Estimate:

@@ -44,6 +44,7 @@ from tune_bisenet.storage import Storage, StorageError
 from tune_bisenet.study.sampling import SearchSpace, check_rows, sample_at, sampler_problems
 from tune_bisenet.study.study import StudySetup, study_database
 from tune_bisenet.study.warm_start import warm_start
+from tune_bisenet.text import counted
 
 STREETS_EPOCHS: Final = 8
 """Enough on the built-in streets for mIoU to rise clearly, few enough for a first try on two cores."""
@@ -209,6 +210,13 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     )
 
 
+def add_trials(search: PreparedSearch, rows: tuple[str, ...], seeds: tuple[int, ...]) -> PreparedSearch:
+    """Return the search of a grid with these rows at these seeds as one more group, as if by `--add`."""
+    config = search.config.with_group(runs=rows, seeds=seeds)
+    declared = [spaces.select_rows(search.space, group.runs) for group in config.groups]
+    return replace(search, config=config, runs=_resolve_runs(declared, config, search.facts))
+
+
 def _check_folder(options: Options, name: str) -> Storage:
     """Return the search's folder, whose storage can be written to. A person waits for this, so it fails fast."""
     storage = Storage.at(options.storage, fail_fast=True)
@@ -251,12 +259,13 @@ def _flag_problems(options: Options, config: SearchConfig, space: Space | None) 
     if options.gpus is not None and options.gpus_per_trial == 0:
         problems.append("--gpus-per-trial 0 uses none of the --gpus that are planned for. Leave one of them out.")
     if isinstance(space, Grid):
-        flags = ("trials", "sampler", "objectives", "warm_start", "study", "confirm")
-        given = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag) is not None)
-        if given:
+        if given := _given(options, "trials", "sampler", "objectives", "warm_start", "study", "confirm"):
             problems.append(f"{given}: {config.space} is a grid of declared rows, not a space to sample from.")
+        problems += _look_problems(config)
     if not isinstance(space, Sampled):
         return problems
+    if given := _given(options, "looks", "decide"):
+        problems.append(f"{given}: only a grid is judged. --confirm K trains the best of a study with fresh seeds.")
     problems += sampler_problems(config.sampler, config.objectives)
     if len(config.groups[0].seeds) > 1:
         problems.append("--seeds: a sampled search has one seed. --confirm K trains its best with K fresh ones.")
@@ -268,6 +277,22 @@ def _flag_problems(options: Options, config: SearchConfig, space: Space | None) 
         problems.append(
             f"--scheduler {config.scheduler} stops by mIoU alone, and would stop fast networks before they are seen: "
             f"with --objectives {','.join(config.objectives)} use fifo."
+        )
+    return problems
+
+
+def _given(options: Options, *flags: str) -> str:
+    return ", ".join(f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag) is not None)
+
+
+def _look_problems(config: SearchConfig) -> list[str]:
+    problems = []
+    num_seeds = len(config.groups[0].seeds)
+    if config.decide and num_seeds < config.looks[0]:
+        problems.append(f"--seeds: {counted(num_seeds, 'seed')}, but --decide looks first at {config.looks[0]}.")
+    if config.decide and config.scheduler != "fifo":
+        problems.append(
+            f"--scheduler {config.scheduler} stops rows early, and those are never judged: with --decide use fifo."
         )
     return problems
 

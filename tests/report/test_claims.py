@@ -50,6 +50,14 @@ def test_the_verdict_on_a_gain_follows_its_interval(
     assert (found.verdict, found.reason) == (verdict, reason)
 
 
+def test_a_row_that_is_its_reference_to_the_last_bit_gains_nothing_however_noisy_the_others() -> None:
+    rows = [*gaining(0.5, 1), row("y", Expect(gain=(0.5, 1), over="r01"))]
+    bars = [55.0, 56.0]
+    judgement = judge(rows, [*trials("r01", bars), *trials("x", bars), *trials("y", [50.0, 70.0])])
+    assert (claim(judgement).verdict, claim(judgement).reason) == ("broken", "the same to the last bit")
+    assert claim(judgement, "y").verdict == "open"
+
+
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [

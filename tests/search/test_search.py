@@ -194,7 +194,7 @@ def test_an_ended_trial_keeps_its_record_its_best_epoch_and_event_files(search: 
 
 @pytest.fixture(scope="module")
 def decided(place: Path) -> History:
-    """A search that decides by itself: `twin` is trained as its baseline is, so it gains nothing, and two seeds say so.
+    """A search that decides by itself: `twin` is trained as its baseline is, so its promise of +0 is kept.
 
     Of `even`, whose rate is another, two seeds say next to nothing. Its driver is killed after the first look.
     """
@@ -211,7 +211,7 @@ def decided(place: Path) -> History:
 
 def test_only_open_rows_and_their_references_get_the_seeds_of_the_next_look(decided: History) -> None:
     resumed = decided.sessions["resumed"]
-    assert "judged at 2 seeds: 1 broken, 1 open; seeds 2, 3 for base, even" in decided.sessions["killed"].log
+    assert "judged at 2 seeds: 1 kept, 1 open; seeds 2, 3 for base, even" in decided.sessions["killed"].log
     assert resumed.code == 0
     assert {row["trial"] for row in resumed.board} == {
         *(f"base-s{seed}" for seed in range(4)),
@@ -227,7 +227,7 @@ def test_a_search_that_has_decided_ends_with_its_verdicts_and_repeats_nothing(de
     resumed, again = decided.sessions["resumed"], decided.sessions["again"]
     assert again.code == 0
     assert again.board == resumed.board
-    assert "judged at 4 seeds: 1 broken, " in resumed.log
+    assert "judged at 4 seeds: 1 kept, " in resumed.log
     assert "the same to the last bit" in again.log
     page = (decided.folder / "report.md").read_text()
     assert "Looks were planned at 2, 4 seeds" in page

@@ -275,9 +275,10 @@ def decided(claim: Claim) -> Claim:
         return replace(claim, verdict="blew up", reason="its loss diverged at every seed")
     if claim.obstacle:
         return replace(claim, reason=claim.obstacle)
+    if claim.kind == "gain" and all(abs(pair.effect) < NO_SPREAD for pair in claim.pairs):
+        verdict, _ = judge_interval(claim, 0.0, 0.0)
+        return replace(claim, verdict=verdict, reason="the same to the last bit")
     if claim.interval is None:
-        if claim.kind == "gain" and all(abs(pair.effect) < NO_SPREAD for pair in claim.pairs):
-            return replace(claim, verdict="broken", reason="the same to the last bit")
         return replace(claim, reason="equal seeds count as one")
     verdict, reason = judge_interval(claim, *claim.interval)
     return replace(claim, verdict=verdict, reason=reason)

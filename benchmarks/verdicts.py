@@ -3,13 +3,14 @@
 Searches of the ten rows of runs10 are drawn from known truths and judged by the report's own statistics and rules; see
 `is_false` for what counts against them. "Speed" draws learning curves and judges how soon they rise. "Looks" counts
 false statements at any of several planned looks, with the same seeds for all rows and with more for open rows only;
-"decide" compares the latter with all seeds for all rows.
+"decide" compares the latter with all seeds for all rows. "Asha" counts false statements where trials are stopped early.
 
     python benchmarks/verdicts.py errors [--searches 3000]
     python benchmarks/verdicts.py power [--searches 3000]
     python benchmarks/verdicts.py speed [--searches 300]
     python benchmarks/verdicts.py looks [--searches 1000]
     python benchmarks/verdicts.py decide [--searches 1000]
+    python benchmarks/verdicts.py asha [--searches 1000]
 """
 
 import argparse
@@ -27,7 +28,8 @@ from tune_bisenet.report.claims import Claim, Verdict, claims_of, measure_window
 from tune_bisenet.report.power import SHOWN, Verdicts, judge_at_looks, judge_values
 from tune_bisenet.report.read import ReportedTrial
 from tune_bisenet.report.statistics import Flags, Floats
-from tune_bisenet.report.verdicts import judge
+from tune_bisenet.report.verdicts import judge, trained_rows
+from tune_bisenet.rungs import AshaRule, Stopper, protected_rows
 from tune_bisenet.spaces import MEASURED_SHARE
 
 EXPECTED: Final = [run.expect for run in SPACE.runs if run.expect]
@@ -175,6 +177,43 @@ def decide(searches: int, planned: Sequence[int]) -> None:
         print(f"  {cell}: {trained:.0%}; {shown[0]:.1%}, {shown[1]:.1%}; {wrong[0]:.2%}, {wrong[1]:.2%}", flush=True)
 
 
+def asha(searches: int, seeds: Sequence[int]) -> None:
+    """Print the share of searches with any false statement under ASHA, and how many claims it leaves to be judged."""
+    print(f"any false statement under asha, {searches} searches a cell, sd 0.5: worst truth, claims judged")
+    for number, correlation in product(seeds, (0.3, 0.5, 0.7, 0.9)):
+        worst = (-1.0, 0.0, "")
+        for where in ("low", "middle", "top", "equal"):
+            values, gains, levels = draw_cell(searches, number, (0.5, 0.0, where), "alike")
+            rng = np.random.default_rng(number)
+            wrong, judged = [], []
+            for measured in values:
+                kept = stopped_early(rng, measured, correlation)
+                verdicts = judge_values(kept[None], CLAIMS, NAMES, families=Counter(claim.kind for claim in CLAIMS))
+                completed = ~np.isnan(kept).any(1)
+                is_judged = [completed[[NAMES.index(name) for name in trained_rows(claim)]].all() for claim in CLAIMS]
+                wrong.append(bool((false_statements(verdicts, gains, levels)[0] & is_judged).any()))
+                judged.append(np.mean(is_judged))
+            worst = max(worst, (float(np.mean(wrong)), float(np.mean(judged)), where))
+        print(f"  {number:2} seeds, correlation {correlation}: {worst[0]:.2%} ({worst[2]}), {worst[1]:.0%}", flush=True)
+
+
+def stopped_early(rng: np.random.Generator, measured: Floats, correlation: float) -> Floats:
+    """Return 10 x N measures with NaN where ASHA stops a trial; a rung correlates so with the end, over seeds."""
+    sd = measured.std(1, keepdims=True)
+    noise = rng.standard_normal((2, *measured.shape)) * sd
+    mean = measured.mean(1, keepdims=True)
+    rungs = mean + correlation * (measured - mean) + np.sqrt(1 - correlation**2) * noise
+    stopper = Stopper(rule=AshaRule(), iterations_per_epoch=lambda _run: 743, protected=protected_rows(SPACE.runs))
+    kept = measured.copy()
+    for seed, (row, run) in product(range(measured.shape[1]), enumerate(SPACE.runs)):
+        epochs = AshaRule().judged_epochs(run, 743)
+        scores = rungs[-len(epochs) :, row, seed].tolist()
+        stops = [stopper.decide(run, f"{row}-{seed}", epoch=e, miou=m) for e, m in zip(epochs, scores, strict=True)]
+        if any(stops):
+            kept[row, seed] = np.nan
+    return kept
+
+
 def curve(rng: np.random.Generator, *, end: float, delay: float) -> list[float]:
     """Return the mIoU after each epoch of a run that rises to `end`, `delay` epochs later than others, give or take.
 
@@ -246,10 +285,10 @@ def simulated_epoch(number: int, miou: float) -> Epoch:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("errors", "power", "speed", "looks", "decide"))
+    parser.add_argument("what", choices=("errors", "power", "speed", "looks", "decide", "asha"))
     parser.add_argument("--searches", type=int, default=3000)
     parser.add_argument("--seeds", help="default: 2,3,5,10; of looks and decide 3,5,8,12")
     arguments = parser.parse_args()
-    run_it = {"errors": errors, "power": power, "speed": speed, "looks": looks, "decide": decide}[arguments.what]
+    run_it = globals()[arguments.what]
     seeds = arguments.seeds or ("3,5,8,12" if arguments.what in ("looks", "decide") else "2,3,5,10")
     run_it(arguments.searches, [int(number) for number in seeds.split(",")])

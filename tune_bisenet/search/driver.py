@@ -27,7 +27,6 @@ from tune_bisenet.records import (
     Session,
     SpaceInfo,
     StudyInfo,
-    TrialState,
     project_commit,
     read_saved_state,
     to_json,
@@ -92,11 +91,10 @@ def _run_session(
         progress.update([*state.states, *searcher.pending()])
         train = partial(run_trials, context=context, resources=resources, state=state, table=table, progress=progress)
         outcome = train(searcher, stopper=stopper, limits=limits)
-        while search.config.decide and not outcome.is_cut_off and (more := _next_look(search, progress)):
+        while not outcome.is_cut_off and (more := _next_look(search, progress)):
             search = more
-            for name, spec in search.specs.items():
-                state.add(TrialState.of_run(name, spec.run))
-            manifest = _with_trials(manifest, search)
+            trials = {name: spec.run for name, spec in search.specs.items()}
+            manifest = manifest.model_copy(update={"config": search.config, "trials": trials})
             _write_manifest(search, manifest)
             outcome = train(GridSearcher(search.specs, state), stopper=stopper, limits=limits)
         if limits.confirm and outcome.signal_number is None:
@@ -112,7 +110,9 @@ def _run_session(
 
 
 def _next_look(search: PreparedSearch, progress: SearchProgress) -> PreparedSearch | None:
-    """Judge all trials, and return the search with the seeds that its open rows are to have next; None at the end."""
+    """Return a search that decides by itself with the seeds that its open rows are to have next; None at the end."""
+    if not search.config.decide or search.options.rerun:
+        return None
     judgement = judge_search(read_search(search.folder))
     verdicts = Counter(claim.verdict for claim in judgement.claims)
     found = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
@@ -120,11 +120,6 @@ def _next_look(search: PreparedSearch, progress: SearchProgress) -> PreparedSear
     then = f"seeds {', '.join(map(str, more.seeds))} for {', '.join(more.runs)}" if more else "no more seeds"
     progress.announce(f"judged at {counted(judgement.looked_at, 'seed')}: {found}; {then}")
     return add_trials(search, more.runs, more.seeds) if more else None
-
-
-def _with_trials(manifest: Manifest, search: PreparedSearch) -> Manifest:
-    trials = {name: spec.run for name, spec in search.specs.items()}
-    return manifest.model_copy(update={"config": search.config, "trials": trials})
 
 
 def _check_limits(limits: Limits, resources: Resources) -> None:

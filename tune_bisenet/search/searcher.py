@@ -61,9 +61,11 @@ class Searcher(ABC):
 
 
 class GridSearcher(Searcher):
-    """Hands out declared trials in their order."""
+    """Hands out declared trials in their order; those that are new to the search's state are added to it."""
 
     def __init__(self, specs: Mapping[str, TrialSpec], state: SearchState) -> None:
+        for name, spec in specs.items():
+            state.add(TrialState.of_run(name, spec.run))
         self._specs = specs
         self._state = state
         self._left: list[str] = []

@@ -213,7 +213,7 @@ def context(**changes: object) -> TrialContext:
         "backbone_digest": "none",
         "precision": "fp32",
         "storage": "/results/search",
-        "cpus_per_trial": 1,
+        "threads_per_trial": 1,
         "use_gpu": False,
     }
     return TrialContext.model_validate(fields | changes)
@@ -228,7 +228,7 @@ def test_the_identity_follows_everything_that_decides_the_weights_and_nothing_el
         context(precision="bf16").identity(row()),
     ]
     assert len({same, *others}) == 5
-    elsewhere = context(cache_dir="/tmp", storage="s3://bucket", cpus_per_trial=8, use_gpu=True)
+    elsewhere = context(cache_dir="/tmp", storage="s3://bucket", threads_per_trial=8, use_gpu=True)
     assert elsewhere.identity(row(name="other")) == same
     small = row(image_size=(256, 512))
     assert context().identity(small) == context(data_digests={"256x512": "def"}).identity(small)
@@ -239,7 +239,7 @@ def test_a_trial_is_named_by_its_row_and_by_a_seed_that_is_not_the_default() -> 
     assert trial_name(row(seed=2), default_seed=None) == "r01-s2"
 
 
-@pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"cpus_per_trial": 0}, {"gpu": True}])
+@pytest.mark.parametrize("changes", [{"precision": "fp16"}, {"threads_per_trial": 0}, {"gpu": True}])
 def test_a_wrong_context_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         context(**changes)

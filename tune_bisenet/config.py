@@ -232,7 +232,8 @@ class TrialContext(Frozen):
     precision: Precision
     storage: str
     """The search's own folder: a local path or a URI."""
-    cpus_per_trial: PositiveInt
+    threads_per_trial: PositiveInt
+    """CPU threads that torch uses: sums of another number of threads differ in their last bits."""
     use_gpu: bool
     measures_latency: bool = False
     """Whether each trial also measures how long one prediction takes."""
@@ -249,9 +250,12 @@ def trial_name(run: Run, *, default_seed: int | None) -> str:
 
 
 class Resources(Frozen):
-    """Says what Ray gives each trial, and how many it runs at once."""
+    """Says what Ray gives each trial, what torch uses of it, and how many trials run at once."""
 
     cpus_per_trial: PositiveInt
+    """CPU cores that Ray reserves."""
+    threads_per_trial: PositiveInt = Field(default_factory=lambda fields: fields["cpus_per_trial"])
+    """CPU threads that torch uses: as many, but for a search that began with another number of them."""
     gpus_per_trial: NonNegativeFloat
     max_concurrent: PositiveInt | None
     """A bound that was asked for; None for as many as fit."""

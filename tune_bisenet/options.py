@@ -219,7 +219,8 @@ class Options(Frozen):
     cpus_per_trial: PositiveInt | None = _flag(
         WHERE,
         "N",
-        "default: the machine's cores divided by the trials that run at once; 1 on a cluster that has no nodes yet",
+        "default: the machine's cores divided by the trials that run at once; 1 on a cluster that has no nodes yet. "
+        "torch uses as many threads; later sessions of a search use as many as its first, whatever they reserve",
     )
     max_concurrent: PositiveInt | None = _flag(WHERE, "N", "run at most N trials at once")
     device: Literal["auto", "cuda", "cpu"] = _flag(

@@ -191,6 +191,21 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What decides the last bits of what a trial measures, beside all that its search declares."""
+
+    threads: PositiveInt
+    """CPU threads that torch uses."""
+    device: str
+    """The GPU's name; without a GPU, "CPU" and its model if that is known."""
+    torch: str
+    cuda: str | None = None
+    """None where no GPU is used."""
+    numpy: str
+    python: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """A trial as its own folder has it: all that is known of it, without weights and pictures."""
 
@@ -199,17 +214,25 @@ class TrialRecord:
     epochs: tuple[Epoch, ...] = ()
     latency: Latency | None = None
     """None where latency is no goal of the search."""
+    environments: tuple[Environment, ...] = ()
+    """Each that trained a part of it, in order of appearance; empty before it has begun."""
     source: str = ""
     """The folder in an earlier search that it was taken from; empty for a trial of this search."""
 
     @classmethod
-    def of_spec(cls, spec: TrialSpec, epochs: Iterable[Epoch] = (), latency: Latency | None = None) -> "TrialRecord":
+    def of_spec(
+        cls,
+        spec: TrialSpec,
+        epochs: Iterable[Epoch] = (),
+        latency: Latency | None = None,
+        environments: tuple[Environment, ...] = (),
+    ) -> "TrialRecord":
         """Return the record of a trial that has these epochs and has not ended."""
         history = tuple(epochs)
         latency_ms = latency.median_ms if latency else None
         status: Status = "running" if history else "waiting"
         state = TrialState.of_run(spec.trial, spec.run, status=status, **measure(history, latency_ms=latency_ms))
-        return cls(spec=spec, state=state, epochs=history, latency=latency)
+        return cls(spec=spec, state=state, epochs=history, latency=latency, environments=environments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +259,9 @@ class Session(Frozen):
     python: str
     packages: dict[str, str]
     cpus_per_trial: int
+    """What Ray reserved for each trial."""
+    threads_per_trial: int
+    """What torch used of it; that of the search's first session."""
     gpus_per_trial: float
     trials_at_once: int
 

@@ -50,6 +50,7 @@ SESSION: dict[str, Any] = {
     "python": "3.11.9",
     "packages": {"torch": "2.15.0"},
     "cpus_per_trial": 4,
+    "threads_per_trial": 4,
     "gpus_per_trial": 0.5,
     "trials_at_once": 2,
 }

@@ -26,12 +26,14 @@ from searches import (
     write_trial,
 )
 
+from tune_bisenet import records
 from tune_bisenet.config import Expect
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
     KNOWN,
     TRIAL,
     TRIALS,
+    Environment,
     TrialSpec,
     predictions_to_bytes,
     read_trial,
@@ -122,6 +124,30 @@ def test_a_study_whose_rows_expect_nothing_has_no_verdicts(tmp_path: Path) -> No
         spec = replace(record.spec, run=record.spec.run.model_copy(update={"expect": None}))
         write_trial(folder, name, record.epochs, spec=spec)
     assert "verdicts" not in Elements(page_of(folder)).sections
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pairs_that_do_not_share_their_noise_are_named_with_what_trials_were_trained_in(
+    tmp_path: Path, threads: int
+) -> None:
+    alike = {name: run.model_copy(update={"accumulation": 1}) for name, run in RUNS.items()}
+    folder = write_search(tmp_path, trials=alike)
+    for name, run in RUNS.items():
+        used = threads if run.name == "r02" else 1
+        environment = Environment(threads=used, device="CPU", torch="2.15.0", numpy="2.4.6", python="3.11.9")
+        record = read_trial(folder / name)
+        assert record
+        records.write_trial(folder, replace(record, environments=(environment,)))
+    page, markdown = Elements(page_of(folder)).text, markdown_of(folder)
+    assert "r02-s0 must equal r01-s0 until epoch 3, but parts at epoch 1 (32.00 against 30.00 %)" in page
+    assert "r02-s1 must equal r01-s1" in markdown
+    others = "Compared, but trained with 2 threads against 1 thread: r02-s0 and r01-s0, r02-s1 and r01-s1."
+    assert (others in page, others in markdown) == (threads == 2, threads == 2)
+    lines = [line for line in markdown.splitlines() if line.startswith("| trained with")]
+    one = "1 thread, CPU, torch 2.15.0, numpy 2.4.6, Python 3.11.9"
+    two = one.replace("1 thread", "2 threads")
+    expected = [one] if threads == 1 else [f"{one}: r01-s0, r01-s1", f"{two}: r02-s0, r02-s1"]
+    assert [line.split("|")[2].strip() for line in lines] == expected
 
 
 def test_a_proxy_is_labelled_everywhere(tmp_path: Path) -> None:

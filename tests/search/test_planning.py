@@ -94,6 +94,7 @@ def begun(place: Path) -> None:
         python="",
         packages={},
         cpus_per_trial=1,
+        threads_per_trial=2,
         gpus_per_trial=0,
         trials_at_once=1,
     )
@@ -120,6 +121,17 @@ def test_a_plan_to_resume_counts_what_is_left(place: Path, capsys: pytest.Captur
     page = page_of(capsys, "--resume", "--name", "x", "--storage", str(place), "--max-concurrent", "1")
     assert page["speed"].startswith("0.9 images/s")
     assert page["time"].startswith("about 2 min 51 s")  # four trials of four epochs
+
+
+def test_a_plan_says_where_threads_are_those_of_the_first_session(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(place)
+    flags = ["--name", "x", "--storage", str(place), "--images-per-second", "9", "--gpus", "1"]
+    fewer = page_of(capsys, "--add", "--seeds", "1", *flags, "--cpus-per-trial", "1")
+    assert fewer["device"] == "1 trial at once, 1 GPU, 1 CPU core each, 2 threads as in the first session, fp32"
+    as_many = page_of(capsys, "--resume", *flags, "--cpus-per-trial", "2")
+    assert "thread" not in as_many["device"]
 
 
 def test_a_plan_to_add_names_trials_as_the_search_will(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,13 @@ def test_resources_fit_the_machines(
     assert (found.cpus_per_trial, found.gpus_per_trial, found.concurrency) == expected
 
 
+def test_a_trial_has_as_many_threads_as_cores_unless_its_search_began_with_others() -> None:
+    first = allocate(cluster((2, 0)), options(), num_trials=1)
+    assert (first.cpus_per_trial, first.threads_per_trial) == (2, 2)
+    later = allocate(cluster((2, 0)), options(), num_trials=2, threads_per_trial=first.threads_per_trial)
+    assert (later.cpus_per_trial, later.threads_per_trial) == (1, 2)
+
+
 @pytest.mark.parametrize("flags", [{"cpus_per_trial": 3}, {"gpus_per_trial": 1}, {"device": "cuda"}])
 def test_a_request_that_is_too_large_is_refused(flags: dict[str, object]) -> None:
     with pytest.raises(InputError, match="Lower --cpus-per-trial or --gpus-per-trial"):

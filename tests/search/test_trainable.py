@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs
 import pytest
+import torch
 from helpers.searches import epoch_numbers, write_frames
 
 from tune_bisenet import storage as storage_module
@@ -37,7 +38,7 @@ def context_in(storage: Path, data: "Packed") -> TrialContext:
         backbone_digest="none",
         precision="fp32",
         storage=str(storage),
-        cpus_per_trial=1,
+        threads_per_trial=1,
         use_gpu=False,
     )
 
@@ -166,6 +167,30 @@ def test_the_state_of_another_run_is_refused_and_left_as_it_is(run: Run, context
     with pytest.raises(checkpoint.CheckpointError, match="another run"):
         train(run, context)
     assert (folder / "last.pt").read_bytes() == before
+
+
+# --- what it was trained in -------------------------------------------------------------------------------------------
+
+
+def test_a_trial_records_what_it_was_trained_in_and_adds_what_it_was_resumed_in(
+    run: Run, context: TrialContext, folder: Path
+) -> None:
+    on_two_threads = context.model_copy(update={"threads_per_trial": 2})
+    train_and_kill(1, run, on_two_threads)
+    (first,) = record_of(folder).environments
+    assert (first.threads, first.cuda, first.torch) == (2, None, torch.__version__)
+    assert first.device.startswith("CPU")
+    train_and_kill(2, run, on_two_threads)
+    assert record_of(folder).environments == (first,)
+    train(run, context)
+    assert record_of(folder).environments == (first, replace(first, threads=1))
+
+
+def test_the_environment_of_epochs_that_are_lost_is_forgotten(run: Run, context: TrialContext, folder: Path) -> None:
+    train_and_kill(1, run, context.model_copy(update={"threads_per_trial": 2}))
+    (folder / "last.pt").unlink()
+    train_and_kill(1, run, context)
+    assert [environment.threads for environment in record_of(folder).environments] == [1]
 
 
 # --- latency ----------------------------------------------------------------------------------------------------------

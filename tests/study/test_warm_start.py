@@ -58,6 +58,7 @@ SESSION = {
     "python": "3.11",
     "packages": {},
     "cpus_per_trial": 1,
+    "threads_per_trial": 1,
     "gpus_per_trial": 0,
     "trials_at_once": 1,
 }

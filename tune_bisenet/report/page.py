@@ -22,6 +22,7 @@ import jinja2
 
 from tune_bisenet.report import figures, sampled, tables
 from tune_bisenet.report.figures import Block, Plots, PythonSource, Section, plots
+from tune_bisenet.report.pairing import mixed_pairs, unequal_pairs
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.tables import Marked, Table
 from tune_bisenet.report.verdicts import Judgement, judge_search
@@ -142,6 +143,8 @@ class Report:
             ", ".join(f"{counts[verdict]} {verdict}" for verdict in tables.VERDICT_SYMBOLS if counts[verdict]) + ".",
             tables.verdict_table(self.search, self.judgement, self.price),
             self._verdict_text(),
+            *unequal_pairs(self.search.trials.values()),
+            *mixed_pairs(claims, self.search.trials.values()),
         ]
         if self.next_command and more:
             hours = "" if more.hours is None else f": {more.hours:.3g} {self.judgement.unit}"

@@ -23,6 +23,7 @@ from tune_bisenet.records import (
     TRIAL,
     TRIALS,
     BestPredictions,
+    Environment,
     Epoch,
     Manifest,
     SavedState,
@@ -51,6 +52,8 @@ class ReportedTrial:
     spec: TrialSpec
     state: TrialState
     epochs: Sequence[Epoch]
+    environments: tuple[Environment, ...] = ()
+    """As in its record."""
     confusions: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
     """Counts of its best epoch, N images x C x C, labels by rows; None if not kept."""
     notes: tuple[str, ...] = ()
@@ -204,6 +207,7 @@ def _read_trial(folder: Storage, name: str, declared: Run | None) -> ReportedTri
         spec=spec,
         state=record.state if record else TrialState.of_run(name, spec.run),
         epochs=record.epochs if record else (),
+        environments=record.environments if record else (),
         confusions=_read_confusions(folder, notes),
         notes=tuple(notes),
     )

@@ -6,6 +6,7 @@ mIoU, IoU and accuracy are in percent, gains in percentage points; empty where n
 import io
 import shlex
 import statistics
+import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -28,6 +29,7 @@ from tune_bisenet.report.leaderboard import (
     ranked,
     seed_table,
 )
+from tune_bisenet.report.pairing import environment_parts
 from tune_bisenet.report.read import ReportedTrial, SearchRecord
 from tune_bisenet.report.verdicts import (
     Judgement,
@@ -50,6 +52,9 @@ VERDICT_STYLES: Final[dict[Verdict, str]] = {
     "kept": "good", "exceeded": "good", "gained": "good", "above": "off", "below": "bad", "broken": "bad",
     "blew up": "bad", "open": "open", "not judged": "none",
 }  # fmt: skip
+
+MAX_NAMES: Final = 400
+"""Characters that the names of trials may take in a cell."""
 
 NUM_BEST: Final = 5
 """Trials that stand out in plots of many."""
@@ -306,6 +311,7 @@ def provenance_table(search: SearchRecord) -> Table:
         "storage": search.folder.uri,
     }
     rows = [(title, text) for title, text in lines.items() if text]
+    rows += [("trained with", text) for text in _environment_lines(search)]
     for number, session in enumerate(manifest.sessions, start=1):
         until = "open" if session.ended is None else format_time(session.ended)
         gpus = f"{session.gpus_per_trial:g} GPU and " if session.gpus_per_trial else ""
@@ -319,10 +325,25 @@ def provenance_table(search: SearchRecord) -> Table:
             (
                 "resources",
                 f"{gpus}{counted(session.cpus_per_trial, 'CPU core')} a trial, "
+                f"with {counted(session.threads_per_trial, 'thread')}, "
                 f"{counted(session.trials_at_once, 'trial')} at once",
             ),
         ]
     return Table(lines=[{"what": title, "value": text} for title, text in rows], style="made")
+
+
+def _environment_lines(search: SearchRecord) -> list[str]:
+    """Return what trials were trained with: one line if all are alike, else one for each with its trials."""
+    trials: dict[str, list[str]] = {}
+    for name, trial in search.trials.items():
+        for environment in trial.environments:
+            trials.setdefault(", ".join(environment_parts(environment)), []).append(name)
+    if len(trials) == 1:
+        return list(trials)
+    shortened = {
+        text: textwrap.shorten(", ".join(names), MAX_NAMES, placeholder=" …") for text, names in trials.items()
+    }
+    return [f"{text}: {names}" for text, names in shortened.items()]
 
 
 FileRow = dict[str, Any]

@@ -66,6 +66,8 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
     bounds += [] if limits.gpu_hours is None else [f"{limits.gpu_hours:g} GPU-hours"]
     gpus = f"{resources.gpus_per_trial:g} GPU, " if resources.gpus_per_trial else ""
     trials, cores = counted(resources.concurrency, "trial"), counted(resources.cpus_per_trial, "CPU core")
+    threads = f", {counted(resources.threads_per_trial, 'thread')} as in the first session"
+    threads = threads if resources.threads_per_trial != resources.cpus_per_trial else ""
     grows = ", more as the cluster starts nodes" if resources.grows else ""
     sizes = ", ".join(map(format_size, estimate.image_sizes))
     scheduler: str = config.scheduler
@@ -79,7 +81,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         *([("limits", "ends after " + " or ".join(bounds))] if bounds else []),
         ("data", f"{config.data}: {facts.num_train} training and {facts.num_val} validation images, {sizes}"),
         ("backbone", f"ResNet-18, {'from scratch' if config.backbone == NO_BACKBONE else config.backbone}"),
-        ("device", f"{trials} at once{grows}, {gpus}{cores} each, {config.precision}"),
+        ("device", f"{trials} at once{grows}, {gpus}{cores} each{threads}, {config.precision}"),
         ("scheduler", scheduler),
         *([("looks", _looks(estimate))] if config.looks else []),
         *_speed_lines(estimate),

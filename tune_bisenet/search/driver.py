@@ -61,8 +61,7 @@ def run_search(search: PreparedSearch, console: Console, command: Sequence[str])
     """Run one session and return its exit code. Raises InputError; StorageError if storage does not answer."""
     options = search.options
     with exclusive(search.folder), ray_session(options.address) as cluster:
-        resources = allocate(cluster(), options, num_trials=search.num_trials or UNBOUNDED_TRIALS)
-        _check_limits(search.config.limits, resources)
+        resources = _allocate(search, cluster())
         return _run_session(search, resources, console, command, max_running=lambda: cluster().max_in_flight(resources))
 
 
@@ -86,7 +85,7 @@ def _run_session(
     table.write()
     print_plan(console, search, resources, state.states)
     use_gpu = resources.gpus_per_trial > 0 and search.options.device != "cpu"
-    context = search.trial_context(cpus_per_trial=resources.cpus_per_trial, use_gpu=use_gpu)
+    context = search.trial_context(threads_per_trial=resources.threads_per_trial, use_gpu=use_gpu)
     with SearchProgress(console) as progress, refreshed(folder):
         progress.update([*state.states, *searcher.pending()])
         train = partial(run_trials, context=context, resources=resources, state=state, table=table, progress=progress)
@@ -122,10 +121,17 @@ def _next_look(search: PreparedSearch, progress: SearchProgress) -> PreparedSear
     return add_trials(search, more.runs, more.seeds) if more else None
 
 
-def _check_limits(limits: Limits, resources: Resources) -> None:
-    """Raise InputError for a limit that trials with these resources never reach."""
-    if limits.gpu_hours is not None and not resources.gpus_per_trial:
+def _allocate(search: PreparedSearch, cluster: Cluster) -> Resources:
+    """Return what each trial gets. Raise InputError if that does not fit, or never reaches a limit."""
+    resources = allocate(
+        cluster,
+        search.options,
+        num_trials=search.num_trials or UNBOUNDED_TRIALS,
+        threads_per_trial=search.first_threads,
+    )
+    if search.config.limits.gpu_hours is not None and not resources.gpus_per_trial:
         raise InputError("--gpu-hours: trials here have no GPU. Limit the search by --time-budget or --trials.")
+    return resources
 
 
 def _restore_state(search: PreparedSearch, saved: SavedState, stopper: Stopper) -> SearchState:
@@ -195,6 +201,7 @@ def _make_manifest(search: PreparedSearch, resources: Resources, command: Sequen
         python=platform.python_version(),
         packages={"tune-bisenet": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         cpus_per_trial=resources.cpus_per_trial,
+        threads_per_trial=resources.threads_per_trial,
         gpus_per_trial=resources.gpus_per_trial,
         trials_at_once=resources.concurrency,
     )
@@ -225,9 +232,7 @@ def _now() -> datetime:
 
 def print_plan_page(console: Console, search: PreparedSearch) -> None:
     """Print what a search would take, without starting anything. Raises InputError if no trial fits."""
-    cluster = _planned_cluster(search.options)
-    resources = allocate(cluster, search.options, num_trials=search.num_trials or UNBOUNDED_TRIALS)
-    _check_limits(search.config.limits, resources)
+    resources = _allocate(search, _planned_cluster(search.options))
     states = read_saved_state(search.folder).states if search.options.continues else ()
     print_dry_run(console, time_throughput(estimate_search(search, resources, states)))
 

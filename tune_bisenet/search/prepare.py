@@ -97,10 +97,15 @@ class PreparedSearch:
         return {name: TrialSpec(trial=name, run=run) for name, run in names.items()}
 
     @property
+    def first_threads(self) -> int | None:
+        """Return the number of CPU threads that the search's first session gave each trial; None for a new search."""
+        return self.earlier.sessions[0].threads_per_trial if self.earlier else None
+
+    @property
     def captions(self) -> list[str]:
         return [spaces.proxy_caption(self.example, self.facts)] if self.config.proxy else []
 
-    def trial_context(self, *, cpus_per_trial: int, use_gpu: bool) -> TrialContext:
+    def trial_context(self, *, threads_per_trial: int, use_gpu: bool) -> TrialContext:
         return TrialContext(
             data=self.config.data,
             packs={format_size(size): str(pack.path) for size, pack in self.packs.items()},
@@ -111,7 +116,7 @@ class PreparedSearch:
             backbone_digest=self.backbone_digest,
             precision=self.config.precision,
             storage=self.folder.uri,
-            cpus_per_trial=cpus_per_trial,
+            threads_per_trial=threads_per_trial,
             use_gpu=use_gpu,
             measures_latency="latency" in self.config.objectives,
         )

@@ -106,12 +106,12 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
         ray.shutdown()
 
 
-def allocate(cluster: Cluster, options: Options, *, num_trials: int) -> Resources:
+def allocate(cluster: Cluster, options: Options, *, num_trials: int, threads_per_trial: int | None = None) -> Resources:
     """Return resources for each trial so that all together use the machines and no core is requested twice.
 
     Without flags a trial gets a GPU where there are any, and as many cores as all that fit can have. On an autoscaling
-    cluster the present nodes are no limit, and a GPU and a core are the default. Raise InputError if a trial cannot
-    fit.
+    cluster the present nodes are no limit, and a GPU and a core are the default. torch uses `threads_per_trial`, or as
+    many threads as a trial has cores. Raise InputError if a trial cannot fit.
     """
     gpus = _gpus_per_trial(cluster, options)
     concurrency = min(num_trials, options.max_concurrent or num_trials)
@@ -134,6 +134,7 @@ def allocate(cluster: Cluster, options: Options, *, num_trials: int) -> Resource
         )
     return Resources(
         cpus_per_trial=cpus,
+        threads_per_trial=threads_per_trial or cpus,
         gpus_per_trial=gpus,
         max_concurrent=options.max_concurrent,
         concurrency=max(1, min(concurrency, capacity)),

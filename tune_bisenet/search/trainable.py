@@ -7,10 +7,13 @@ from `last.pt` there; Tune's own checkpoints are not used (docs/decisions/0001-s
 import faulthandler
 import logging
 import math
+import platform
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +27,7 @@ from tune_bisenet.data.packing import fetch_packed, open_source, prepare_packed
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
     BestPredictions,
-    DamagedFileError,
+    Environment,
     Epoch,
     Latency,
     TrialRecord,
@@ -33,7 +36,7 @@ from tune_bisenet.records import (
     from_plain,
     measure,
     predictions_to_bytes,
-    read_trial,
+    read_sound_trial,
     write_trial,
 )
 from tune_bisenet.storage import Storage, retry_seconds
@@ -67,7 +70,7 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
     search = Storage.at(context.storage)
     folder = search / spec.trial
     folder.make()
-    torch.set_num_threads(context.cpus_per_trial)
+    torch.set_num_threads(context.threads_per_trial)
     torch.backends.cudnn.benchmark = True  # crops and batches keep their size
     data = _open_data(spec, context)
     device = torch.device("cuda" if context.use_gpu else "cpu")
@@ -75,10 +78,14 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
     training = engine.begin(spec.run, data, device=device, precision=context.precision, backbone=backbone)
     identity = context.identity(spec.run)
     history = checkpoint.resume(training, folder, identity=identity)
-    latency = None
-    if context.measures_latency:
-        latency = _measure_latency(training, folder)
-        write_trial(search, TrialRecord.of_spec(spec, history, latency))
+    earlier = read_sound_trial(folder)
+    environments = earlier.environments if earlier and history else ()
+    environments = tuple(dict.fromkeys([*environments, _current_environment(device)]))
+    latency = earlier.latency if earlier else None
+    if latency is None and context.measures_latency:
+        latency = benchmark.measure_latency(training.run, device=device, precision=training.precision)
+    record = partial(TrialRecord.of_spec, spec, latency=latency, environments=environments)
+    write_trial(search, record(history))
     with ExitStack() as stack:
         writer = stack.enter_context(_MirroredWriter(folder, spec, completed_epochs=len(history)))
         stack.callback(faulthandler.cancel_dump_traceback_later)
@@ -88,7 +95,7 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
         for end in engine.fit(training):
             history.append(end.epoch)
             _save_epoch(training, end, history, data, folder, identity=identity)
-            write_trial(search, TrialRecord.of_spec(spec, history, latency))
+            write_trial(search, record(history))
             writer.add(end, history, data)
             report(make_report(history, latency))
             if end.epoch.diverged:
@@ -123,16 +130,19 @@ def _open_data(spec: TrialSpec, context: TrialContext) -> Packed:
     return data
 
 
-def _measure_latency(training: Training, folder: Storage) -> Latency:
-    """Return the latency of one prediction: what an earlier attempt measured, if there was one."""
-    try:
-        record = read_trial(folder)
-    except DamagedFileError as error:
-        record = None
-        _log.warning("%s; latency is measured again.", error)
-    if record is not None and record.latency is not None:
-        return record.latency
-    return benchmark.measure_latency(training.run, device=training.device, precision=training.precision)
+def _current_environment(device: torch.device) -> Environment:
+    """Return what this process trains in, after torch's threads are set."""
+    on_gpu = device.type == "cuda"
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return Environment(
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU {model[1]}" if model else "CPU",
+        torch=torch.__version__,
+        cuda=torch.version.cuda if on_gpu else None,
+        numpy=np.__version__,
+        python=platform.python_version(),
+    )
 
 
 def _save_epoch(

@@ -115,5 +115,6 @@ def _known_trial(name: str, search: SearchRecord, setup: StudySetup, sizes: Mapp
         spec=taken.spec(prefix + name, origin="row" if is_row else "sampled"),
         state=replace(state, trial=prefix + name, run=prefix + run.name),
         epochs=tuple(record.epochs),
+        environments=record.environments,
         source=(search.folder / name).uri,
     )

@@ -113,11 +113,11 @@ def benchmark_training(
     Validation labels have `frame_size` (h, w). Raise BenchmarkError with the reason if the run cannot be trained here.
     """
     started = time.perf_counter()
-    use_gpu, threads = resources.gpus_per_trial > 0, resources.cpus_per_trial
+    use_gpu, threads = resources.gpus_per_trial > 0, resources.threads_per_trial
     if use_gpu:
         num_sharing = max(1, int(1 / resources.gpus_per_trial))
     else:
-        num_sharing = max(1, min(resources.concurrency, (os.cpu_count() or 1) // threads))
+        num_sharing = max(1, min(resources.concurrency, (os.cpu_count() or 1) // resources.cpus_per_trial))
     num_processes = min(num_sharing, resources.concurrency, MAX_PROCESSES)
     if use_gpu and not torch.cuda.is_available():
         raise BenchmarkError("this machine has no GPU to time a trial on")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tune_bisenet.config import Run
 from tune_bisenet.report.claims import UNDECIDED, Claim, Kind, Verdict, claims_of, judge_interval
-from tune_bisenet.report.statistics import POWER, Flags, Floats, compare_rows, estimate_levels, fit_noise
+from tune_bisenet.report.statistics import POWER, Flags, Floats, compare_rows, error_share, estimate_levels, fit_noise
 from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, trained_rows
 from tune_bisenet.spaces import MEASURED_SHARE
 
@@ -141,7 +141,8 @@ def judge_at_looks(
             here = np.flatnonzero((num_seeds == pattern).all(1))
             has_trial = np.arange(look) < pattern[:, None]
             seen = np.where(has_trial, values[here, :, :look], np.nan)
-            found = judge_values(seen, claims, names, families=families, spent=1 / len(looks))
+            spent = error_share(look, num_looks=len(looks))
+            found = judge_values(seen, claims, names, families=families, spent=spent)
             before = verdicts[here]
             stands = ~np.isin(before, UNDECIDED) | ((before == "gained") & (found == "open"))
             verdicts[here] = np.where(stands, before, found)

@@ -52,19 +52,38 @@ class Strictness:
     """A row whose residual standard deviation is over this many times the median row's is judged by its own."""
     leaves_pool: bool
     """Whether such a row also leaves the pool. With few seeds too many rows would do so by chance."""
+    early_share: float
+    """Where this is one of several looks, how much of its share of the error may be used up."""
 
 
 STRICTNESS: Final = (
-    Strictness(seeds=2, gain_error=0.0005, level_error=0.0001, sooner_error=0.001, noisy_ratio=2.5, leaves_pool=False),
-    Strictness(seeds=3, gain_error=0.018, level_error=0.003, sooner_error=0.001, noisy_ratio=1.7, leaves_pool=False),
-    Strictness(seeds=5, gain_error=0.03, level_error=0.005, sooner_error=0.003, noisy_ratio=2.2, leaves_pool=True),
-    Strictness(seeds=8, gain_error=0.03, level_error=0.005, sooner_error=0.015, noisy_ratio=2.2, leaves_pool=True),
-)
+    Strictness(
+        seeds=2, gain_error=0.0005, level_error=0.0001, sooner_error=0.001,
+        noisy_ratio=2.5, leaves_pool=False, early_share=0.125,
+    ),
+    Strictness(
+        seeds=3, gain_error=0.018, level_error=0.003, sooner_error=0.001,
+        noisy_ratio=1.7, leaves_pool=False, early_share=0.125,
+    ),
+    Strictness(
+        seeds=5, gain_error=0.03, level_error=0.005, sooner_error=0.003,
+        noisy_ratio=2.2, leaves_pool=True, early_share=0.125,
+    ),
+    Strictness(
+        seeds=8, gain_error=0.03, level_error=0.005, sooner_error=0.015,
+        noisy_ratio=2.2, leaves_pool=True, early_share=1.0,
+    ),
+)  # fmt: skip
 
 
 def strictness(num_seeds: int) -> Strictness:
     """Return the strictness for statements from this number of seeds, two or more."""
     return [rule for rule in STRICTNESS if rule.seeds <= max(num_seeds, 2)][-1]
+
+
+def error_share(num_seeds: int, *, num_looks: int) -> float:
+    """Return the share of the error that a look at so many seeds may use up, 0 to 1, if it is one of several."""
+    return strictness(num_seeds).early_share / num_looks if num_looks > 1 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,9 @@ the last tenth of its epochs, or what share the space declares. The rules, of wh
   the row's own differences say; levels and epochs saved have Student's, with Bonferroni's correction. Of all
   statements in a table, of either sign, one or more is false in at most 5 % of searches (`statistics.STRICTNESS`,
   benchmarks/verdicts.py). That holds for one look at the seeds, or for all planned looks together.
-- **Planned looks.** A table is judged at the first 3 seeds, say, then at the first 5, 8 and 12, each time with an equal
-  share of the error. What a look has decided stands; what it left open, or a gain whose size is open, is judged again.
+- **Planned looks.** A table is judged at the first 3 seeds, say, then at the first 5, 8 and 12, each time with a share of
+  the error, small where seeds are few. What a look has decided stands; what it left open, or a gain whose size is
+  open, is judged again.
 - **A gain** of "low to high" is *kept* if its interval lies above low less the margin (and above 0), *exceeded* if
   above high, *gained* if above 0 with its size open, *broken* if below low less the margin, or at or under 0.
 - **A level** is *kept* if its interval lies within the range, give or take the margin; *above* or *below* if beyond it.
@@ -55,6 +56,7 @@ from tune_bisenet.report.statistics import (
     Floats,
     compare_rows,
     dunnett,
+    error_share,
     estimate_levels,
     fit_noise,
     seeds_for_power,
@@ -191,7 +193,6 @@ def judge(
     seeds = tuple(dict.fromkeys(trial.run.seed for trial in trials))
     hours = _hours_per_seed(declared.values(), trials, devices_per_trial=devices_per_trial)
     judgement = Judgement(claims=(), noise=None, seeds=seeds, looks=tuple(looks), hours_per_seed=hours, unit=unit)
-    spent = 1 / max(len(looks), 1)
     claims: list[Claim] = []
     noise = None
     for look in sorted({*(number for number in looks if number < judgement.looked_at), judgement.looked_at}):
@@ -201,7 +202,7 @@ def judge(
             for row in declared.values()
             for claim in claims_of(row, seen, measured_share=measured_share, proxy=proxy)
         ]
-        measured, noise = _with_intervals(measured, seen, measured_share, spent)
+        measured, noise = _with_intervals(measured, seen, measured_share, error_share(look, num_looks=len(looks)))
         now = [decided(claim) for claim in measured]
         claims = [latest(*both) for both in zip(claims, now, strict=True)] if claims else now
     size = partial(
@@ -209,7 +210,7 @@ def judge(
         families=Counter(claim.kind for claim in claims),
         noise=noise,
         num_rows=noise.num_rows if noise else len(declared),
-        spent=spent,
+        num_looks=len(looks),
     )
     confounded = confounded_rows(declared)
     return replace(
@@ -296,7 +297,7 @@ def _sample_size(
     noise: NoiseSummary | None,
     *,
     num_rows: int,
-    spent: float,
+    num_looks: int,
     hours_per_seed: Mapping[str, float],
 ) -> SampleSize | None:
     """Return the seeds that would decide a claim of a table of `num_rows` rows; None if seeds are not what is missing.
@@ -313,7 +314,7 @@ def _sample_size(
     def standard_error(total: int) -> float:
         return spread * math.sqrt(num_means / total)
 
-    critical = partial(_critical, claim.kind, families[claim.kind], num_rows=num_rows, spent=spent)
+    critical = partial(_critical, claim.kind, families[claim.kind], num_rows=num_rows, num_looks=num_looks)
     most = MOST_SEEDS + number
     total = seeds_for_power(_distance(claim), standard_error=standard_error, critical=critical, most=most)
     more = MOST_SEEDS if total is None else max(total - number, 1)
@@ -338,9 +339,9 @@ def _spread(claim: Claim, noise: NoiseSummary | None) -> float | None:
     return noise.sd if claim.kind == "gain" else noise.within_sd
 
 
-def _critical(kind: Kind, family: int, num_seeds: int, *, num_rows: int, spent: float) -> tuple[float, float]:
+def _critical(kind: Kind, family: int, num_seeds: int, *, num_rows: int, num_looks: int) -> tuple[float, float]:
     """Return the quantile that a balanced table of so many seeds is judged by, and its degrees of freedom."""
-    rule = strictness(num_seeds)
+    rule, spent = strictness(num_seeds), error_share(num_seeds, num_looks=num_looks)
     match kind:
         case "gain":
             freedom = float(max(num_rows - 1, 1) * (num_seeds - 1))

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from tune_bisenet import rungs
 from tune_bisenet.config import Resources, format_size, trial_name
 from tune_bisenet.options import NO_BACKBONE
 from tune_bisenet.records import Epoch, TrialState
@@ -66,9 +65,9 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
     grows = ", more as the cluster starts nodes" if resources.grows else ""
     sizes = ", ".join(map(format_size, estimate.image_sizes))
     scheduler: str = config.scheduler
+    bearers = ""
     if estimate.stopping:
-        protected = ", ".join(sorted(rungs.protected_rows(search.space.rows)))
-        scheduler += f": {estimate.stopping}" + (f", never {protected}" if protected else "")
+        scheduler, bearers = f"{scheduler}: {estimate.stopping}", estimate.stopping.bearers
     return [
         ("search", f"{search.name}: {search.space.title}"),
         ("trials", _trials(search)),
@@ -78,6 +77,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         ("backbone", f"ResNet-18, {'from scratch' if config.backbone == NO_BACKBONE else config.backbone}"),
         ("device", f"{trials} at once{grows}, {gpus}{cores} each, {config.precision}"),
         ("scheduler", scheduler),
+        *([("risk", bearers)] if bearers else []),
         *_speed_lines(estimate),
         ("disk", _disk(estimate)),
         *[("note", caption) for caption in search.captions],

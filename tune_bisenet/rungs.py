@@ -313,8 +313,8 @@ def forecast(
 
     Final scores are standard normal; a rung's score correlates by so much with the final one and is otherwise
     independent of the other rungs'. An epoch takes all trials equally long, so they reach every rung in the declared
-    order however many run at once. `simulations` are those of each correlation, in equally many of which each trial ends
-    best; searches over many trials are simulated less often.
+    order however many run at once. `simulations` are those of each correlation, and each trial ends best in equally
+    many of them; searches over many trials are simulated less often.
     """
     assert runs, "a search has at least one run"
     assert all(-1 <= correlation <= 1 for correlation in correlations), f"{correlations}, expected -1 to 1"

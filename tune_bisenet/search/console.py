@@ -27,6 +27,7 @@ from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, format_expected
 from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, checkpoint_bytes, estimate_search
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.search.state import SessionOutcome
+from tune_bisenet.spaces import published_levels
 from tune_bisenet.text import counted, format_bytes, format_duration
 
 TITLE_WIDTH: Final = 11
@@ -68,6 +69,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
     bearers = ""
     if estimate.stopping:
         scheduler, bearers = f"{scheduler}: {estimate.stopping}", estimate.stopping.bearers
+    published = published_levels(search.runs, config, num_train=facts.num_train)
     return [
         ("search", f"{search.name}: {search.space.title}"),
         ("trials", _trials(search)),
@@ -78,6 +80,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         ("device", f"{trials} at once{grows}, {gpus}{cores} each, {config.precision}"),
         ("scheduler", scheduler),
         *([("risk", bearers)] if bearers else []),
+        *([("published", published)] if published else []),
         *_speed_lines(estimate),
         ("disk", _disk(estimate)),
         *[("note", caption) for caption in search.captions],

@@ -12,11 +12,22 @@ import numpy as np
 import pytest
 from helpers.rows import plain_row
 
+from search_spaces.runs10 import SPACE
 from tune_bisenet.config import Expect, Run
-from tune_bisenet.rungs import AshaRule, MedianRule, Stopper, StoppingRule, forecast, protected_rows, quantile
+from tune_bisenet.rungs import (
+    AshaRule,
+    MedianRule,
+    Stopper,
+    StoppingRule,
+    forecast,
+    protected_rows,
+    quantile,
+    simulate_ends,
+)
 
 ITERATIONS_PER_EPOCH = 743
 RUNGS = AshaRule(min_peers=1)
+RUNS10 = SPACE.runs
 
 
 def row(name: str = "r02", *, num_epochs: int = 50, warmup: int = 1100, **fields: Any) -> Run:
@@ -368,30 +379,38 @@ def test_the_state_is_a_copy_and_a_stopper_can_be_pickled() -> None:
 
 def test_the_best_of_two_is_stopped_as_often_as_sheppards_formula_says() -> None:
     # One rung: the best is stopped if it comes second and its rung's score is lower, so P = acos(r) / 2 pi.
-    for correlation in (0.0, 0.3, 0.7, 0.95):
-        runs = rows(2, num_epochs=6)
-        seen = forecast(runs, ITERATIONS_PER_EPOCH, rule=RUNGS, correlation=correlation, simulations=20_000)
-        assert seen.probability_best_stopped == pytest.approx(math.acos(correlation) / (2 * math.pi), abs=0.01)
-        assert seen.epochs_share_saved == pytest.approx(0.5 * 3 / 12, abs=0.01)
+    correlations = (0.0, 0.3, 0.7, 0.95)
+    seen = forecast(rows(2, num_epochs=6), ITERATIONS_PER_EPOCH, rule=RUNGS, correlations=correlations)
+    for correlation in correlations:
+        truth = math.acos(correlation) / (2 * math.pi)
+        assert seen.best_stopped[correlation] == pytest.approx(truth, abs=0.01)
+        assert list(seen.risk_by_row[correlation].values()) == pytest.approx([0, 2 * truth], abs=0.02)
+    assert seen.epochs_share_saved == pytest.approx(0.5 * 3 / 12, abs=0.01)
+    assert seen.never_stopped == ("x000",)
 
 
 @pytest.mark.parametrize("count", [2, 4, 9])
 def test_one_rung_stops_every_second_trial_after_the_first(count: int) -> None:
     # A score less the median of others alike is symmetric about 0: each but the first falls below it half the time.
-    seen = forecast(rows(count, num_epochs=6), ITERATIONS_PER_EPOCH, rule=RUNGS, simulations=5_000)
+    seen = forecast(rows(count, num_epochs=6), ITERATIONS_PER_EPOCH, rule=RUNGS)
     assert seen.epochs_share_saved == pytest.approx((count - 1) / 2 * 3 / (6 * count), abs=0.005)
 
 
 def test_a_forecast_of_two_rungs_equals_a_brute_force_one() -> None:
     runs = [*rows(6), row("r04", expect=Expect(gain=(0.5, 0.5), over="r01")), row("r01")]
-    seen = forecast(runs, ITERATIONS_PER_EPOCH, rule=RUNGS, correlation=0.6, simulations=5_000)
-    saved, best_stopped = brute_force(count=len(runs), correlation=0.6, simulations=20_000)
+    seen = forecast(runs, ITERATIONS_PER_EPOCH, rule=RUNGS, correlations=[0.6])
+    saved, best_stopped, by_row = brute_force(count=len(runs), correlation=0.6, simulations=40_000)
     assert seen.epochs_share_saved == pytest.approx(saved, abs=0.01)
-    assert seen.probability_best_stopped == pytest.approx(best_stopped, abs=0.02)
+    assert seen.best_stopped[0.6] == pytest.approx(best_stopped, abs=0.01)
+    assert list(seen.risk_by_row[0.6].values()) == pytest.approx(by_row, abs=0.04)
+    assert seen.never_stopped == ("x000", "r01")
 
 
-def brute_force(*, count: int, correlation: float, simulations: int) -> tuple[float, float]:
-    """All searches at once, rungs at 20 and 40 of 50 epochs, the last row protected: (share saved, P(best stopped))."""
+def brute_force(*, count: int, correlation: float, simulations: int) -> tuple[float, float, list[float]]:
+    """All searches at once, rungs at 20 and 40 of 50 epochs, the last row protected.
+
+    Returns the share saved, P(best stopped), and the same for each row in searches in which it is best.
+    """
     rng = np.random.default_rng(5)
     final = rng.standard_normal((simulations, count))
     noise = rng.standard_normal((2, simulations, count))
@@ -401,26 +420,61 @@ def brute_force(*, count: int, correlation: float, simulations: int) -> tuple[fl
         epochs[first[:, trial] < np.median(first[:, :trial], axis=1), trial] = 20
         second[epochs[:, trial] == 20, trial] = np.nan  # never gets there
         epochs[second[:, trial] < np.nanmedian(second[:, :trial], axis=1), trial] = 40
-    best = epochs[np.arange(simulations), final.argmax(axis=1)]
-    return 1 - float(epochs.mean()) / 50, float((best < 50).mean())
+    best = final.argmax(axis=1)
+    stopped = epochs[np.arange(simulations), best] < 50
+    by_row = [float(stopped[best == trial].mean()) for trial in range(count)]
+    return 1 - float(epochs.mean()) / 50, float(stopped.mean()), by_row
+
+
+@pytest.mark.parametrize("rule", [AshaRule(), AshaRule(min_peers=1, reduction_factor=3, first_share=0.1)], ids=str)
+def test_simulated_searches_end_as_a_stopper_ends_them(rule: AshaRule) -> None:
+    runs = [*RUNS10, *rows(3, num_epochs=20), *RUNS10[:4], *rows(3, num_epochs=20)]
+    rungs = [rule.judged_epochs(run, ITERATIONS_PER_EPOCH) for run in runs]
+    scores = np.random.default_rng(3).standard_normal((40, len(runs), max(map(len, rungs))))
+    ends = simulate_ends(runs, rungs, rule, scores)
+    for search, of_search in enumerate(scores.tolist()):
+        stopper = stopper_of(rule, protected=protected_rows(runs))
+        for trial, run in enumerate(runs):
+            at_rungs = zip(rungs[trial], of_search[trial], strict=False)
+            stopped = [epoch for epoch, miou in at_rungs if stopper.decide(run, str(trial), epoch=epoch, miou=miou)]
+            assert ends[search, trial] == min(stopped, default=run.num_epochs)
+    assert len(np.unique(ends)) >= 5
 
 
 def test_the_poorer_a_rung_predicts_the_end_the_more_often_the_best_is_stopped() -> None:
-    stopped = [
-        forecast(rows(10), ITERATIONS_PER_EPOCH, correlation=correlation).probability_best_stopped
-        for correlation in (1.0, 0.9, 0.7, 0.5, 0.3, 0.0)
-    ]
+    correlations = (1.0, 0.9, 0.7, 0.5, 0.3, 0.0)
+    stopped = list(forecast(rows(10), ITERATIONS_PER_EPOCH, correlations=correlations).best_stopped.values())
     assert stopped[0] == 0
     assert stopped == sorted(stopped)
     assert stopped[-1] > 0.4
 
 
+def test_the_ten_rows_do_not_share_the_risk_alike() -> None:
+    seen = forecast(RUNS10, 743)
+    assert seen.never_stopped == ("r01", "r02", "r03")
+    for risks in seen.risk_by_row.values():
+        assert [risks[name] for name in seen.never_stopped] == [0, 0, 0]
+        assert min(risks, key=lambda name: risks[name] or 1) == "r05"  # its only rung is at epoch 40
+    assert "never r01, r02, r03" in seen.bearers
+
+
+def test_seeds_of_a_row_bear_its_risk_together() -> None:
+    seen = forecast([*rows(10), *rows(10)], ITERATIONS_PER_EPOCH, correlations=[0.5])
+    assert seen.never_stopped == ()
+    assert len(seen.risk_by_row[0.5]) == 10
+    assert 0 < seen.risk_by_row[0.5]["x000"] < seen.risk_by_row[0.5]["x003"]  # its first seed is the first of all
+
+
+def test_the_range_over_rows_is_shown_where_it_is_no_chance() -> None:
+    assert "% to " in forecast(rows(10), ITERATIONS_PER_EPOCH).bearers
+    assert "%" not in forecast(rows(60), ITERATIONS_PER_EPOCH).bearers
+
+
 def test_runs_that_are_never_judged_save_nothing_and_lose_nothing() -> None:
     seen = forecast(rows(3, num_epochs=1), ITERATIONS_PER_EPOCH)
-    assert (seen.epochs_share_saved, seen.probability_best_stopped) == (0, 0)
+    assert (seen.epochs_share_saved, set(seen.best_stopped.values()), seen.bearers) == (0, {0}, "")
+    assert "none" in str(seen)
 
 
-def test_a_forecast_is_repeatable_and_large_searches_are_simulated_less_often() -> None:
+def test_a_forecast_is_repeatable() -> None:
     assert forecast(rows(10), ITERATIONS_PER_EPOCH) == forecast(rows(10), ITERATIONS_PER_EPOCH)
-    assert forecast(rows(10), ITERATIONS_PER_EPOCH).simulations == 2000
-    assert forecast(rows(100), ITERATIONS_PER_EPOCH).simulations == 500

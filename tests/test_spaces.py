@@ -8,7 +8,7 @@ from helpers.rows import plain_row
 
 from tune_bisenet import spaces
 from tune_bisenet.config import Expect, Run
-from tune_bisenet.options import InputError
+from tune_bisenet.options import InputError, SearchConfig
 from tune_bisenet.spaces import (
     DataFacts,
     Grid,
@@ -16,6 +16,7 @@ from tune_bisenet.spaces import (
     Sampled,
     iterations_per_epoch,
     proxy_caption,
+    published_levels,
     resolve_runs,
 )
 
@@ -328,3 +329,27 @@ def test_a_proxy_has_a_caption_with_its_scale() -> None:
     caption = proxy_caption(run, STREETS)
     assert caption.startswith("Proxy: 8 epochs of 24 iterations")
     assert "500 an epoch" in caption
+
+
+def published(*runs: Run, num_train: int = 2975, **changes: Any) -> str:
+    fields = {"space": "x", "data": "/data", "backbone": "none", "groups": [{"runs": None, "seeds": [0]}]}
+    how: dict[str, Any] = {"proxy": False, "scheduler": "fifo", "precision": "fp32"}
+    return published_levels(runs, SearchConfig.model_validate(fields | how | changes), num_train=num_train)
+
+
+def test_published_levels_are_told_with_the_crops_of_the_rows_that_expect_a_level() -> None:
+    level, gain = row(expect=Expect(miou=(55, 57))), row(num_epochs=10, expect=Expect(gain=(1, 1), over="a"))
+    text = published(level, gain)
+    assert "sees 148,600 crops, 11.6 % of those 1,280,000" in text  # 50 epochs of 743 batches of 4
+    assert "likely" in text
+    both = published(level, level.model_copy(update={"num_epochs": 100}))
+    assert "sees 148,600 to 297,200 crops, 11.6 to 23.2 %" in both
+    assert "likely" not in published(row(expect=Expect(miou=(55, 70))))
+
+
+def test_published_levels_are_not_told_where_they_compare_with_nothing() -> None:
+    level = row(expect=Expect(miou=(55, 57)))
+    assert published(level)
+    assert not published(level, proxy=True)
+    assert not published(level, data="streets")
+    assert not published(row(expect=Expect(gain=(1, 1), over="a")), row())

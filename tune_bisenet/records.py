@@ -405,6 +405,7 @@ class BestPredictions:
     """
 
     confusions: NDArray[np.int32]  # N x C x C, labels by rows
+    groups: tuple[str, ...]  # the city or sequence of each of the N images
     names: tuple[str, ...]  # of the S images
     images: NDArray[np.uint8]  # S x 3 x H x W
     labels: NDArray[np.uint8]  # S x h x w trainIds
@@ -414,7 +415,7 @@ class BestPredictions:
 def predictions_to_bytes(best: BestPredictions) -> bytes:
     """Return a compressed npz archive."""
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = vars(best) | {"names": np.array(best.names)}
+    arrays: dict[str, Any] = vars(best) | {"groups": np.array(best.groups), "names": np.array(best.names)}
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
 

@@ -10,7 +10,7 @@ import pkgutil
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 import search_spaces
 from tune_bisenet.config import OHEM, SGD, AdamW, CrossEntropy, Expect, Param, Run, WeightedCrossEntropy
-from tune_bisenet.options import InputError
+from tune_bisenet.options import STREETS, InputError, SearchConfig
 from tune_bisenet.text import counted, markdown_table
 
 if TYPE_CHECKING:
@@ -31,6 +31,13 @@ MEASURED_SHARE: Final = 0.1
 
 REFERENCE_ITERATIONS_PER_EPOCH: Final = 500
 """The table's own scale, "2500 iterations ≈ 5 epochs": what a proxy keeps the proportions of."""
+
+PUBLISHED_MIOU: Final = 75
+"""In percent on Cityscapes' validation images at one scale: CoinCheung/BiSeNet 75.4, PaddleSeg 75.2."""
+PUBLISHED_CROPS: Final = 16 * 80_000
+"""Batch size times iterations of these."""
+PUBLISHED_MIOU_AT_4: Final = 68
+"""With batches of 4: one user's, TorchSeg's issue 22."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +239,27 @@ def proxy_caption(run: Run, data: DataFacts) -> str:
         f"Proxy: {counted(run.num_epochs, 'epoch')} of {counted(per_epoch, 'iteration')} stand for the table's own "
         f"scale of {REFERENCE_ITERATIONS_PER_EPOCH} an epoch, warm-up and loss switch in proportion. "
         "Its mIoU is not that of the full runs."
+    )
+
+
+def published_levels(runs: Iterable[Run], config: SearchConfig, *, num_train: int) -> str:
+    """Return what published trainings reached, and how many of their crops those rows see that expect a level of mIoU.
+
+    Empty where it compares with nothing: on the built-in streets, of a proxy, and if no row expects a level.
+    """
+    ranges = {run: run.expect.miou for run in runs if run.expect is not None and run.expect.miou is not None}
+    if not ranges or config.proxy or config.data == STREETS:
+        return ""
+    crops = [run.num_epochs * (num_train // run.batch_size) * run.batch_size for run in ranges]
+    bounds = sorted({min(crops), max(crops)})
+    counts = " to ".join(f"{bound:,}" for bound in bounds)
+    shares = " to ".join(f"{100 * bound / PUBLISHED_CROPS:.3g}" for bound in bounds)
+    is_lower = max(high for _low, high in ranges.values()) < PUBLISHED_MIOU_AT_4
+    return (
+        f"BiSeNet V1 on Cityscapes reached about {PUBLISHED_MIOU_AT_4} % with batches of 4, by one report (TorchSeg, "
+        f"issue 22), and {PUBLISHED_MIOU} % with 16 x 80,000 iterations. A row here sees {counts} crops, {shares} % of "
+        f"those {PUBLISHED_CROPS:,}."
+        + (" At full length, levels above the expected ranges are therefore likely." if is_lower else "")
     )
 
 

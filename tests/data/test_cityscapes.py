@@ -17,7 +17,8 @@ from helpers.searches import write_frames
 from PIL import Image
 
 from tune_bisenet.data.packing import check_reachable, open_source, prepare_packed
-from tune_bisenet.data.source import SPLITS, Split
+from tune_bisenet.data.source import SPLITS, Split, frame_group
+from tune_bisenet.data.streets import Streets
 from tune_bisenet.options import InputError
 
 # From the label table of cityscapesScripts, by hand; every other id is void.
@@ -319,3 +320,21 @@ def test_unreachable_storage_is_reported_within_seconds(store: ObjectStore) -> N
         check_reachable("s3://AKID:secret@bucket/x")
     check_reachable("/nowhere")
     check_reachable("streets")
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    {
+        "frankfurt/frankfurt_000000_000294": "frankfurt/frankfurt",
+        "camvid/0016E5_07959": "camvid/0016E5",
+        "119/782380": "119",
+        "street_0_val_000003": "street_0_val_000003",
+    }.items(),
+)
+def test_frames_of_one_city_or_sequence_are_one_group(name: str, group: str) -> None:
+    assert frame_group(name) == group
+
+
+def test_each_of_the_built_in_streets_is_its_own_group() -> None:
+    names = Streets().names("val")
+    assert len(set(map(frame_group, names))) == len(names)

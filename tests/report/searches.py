@@ -114,6 +114,7 @@ def best(seed: int = 0) -> BestPredictions:
     confusions[:, 0, 1] = 30
     return BestPredictions(
         confusions=confusions,
+        groups=("street one", "street two"),
         names=("street one", "street two"),
         images=rng.integers(0, 256, (2, 3, 32, 64), dtype=np.uint8),
         labels=labels,

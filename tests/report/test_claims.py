@@ -13,7 +13,7 @@ from tune_bisenet.config import Expect
 from tune_bisenet.report.claims import Claim, measure_window
 from tune_bisenet.report.read import ReportedTrial
 from tune_bisenet.report.statistics import strictness
-from tune_bisenet.report.verdicts import judge
+from tune_bisenet.report.verdicts import format_interval, judge
 
 NEARLY = [-0.01, 0.0, 0.01]
 """Three seeds, one claim: their mean -+ 0.036. (sd 0.01, error 0.0057735, t at 0.9875 and 2 df 6.205.)"""
@@ -125,13 +125,13 @@ def test_rows_that_claim_nothing_sharpen_the_intervals_of_those_that_do() -> Non
     assert among_ten.estimate == alone.estimate
 
 
-def _with_counts(record: ReportedTrial, hits: int) -> ReportedTrial:
+def _with_counts(record: ReportedTrial, hits: int, *, groups: Sequence[str] = "abcdefghijkl") -> ReportedTrial:
     """Twelve images of two classes; of ten pixels a class, `hits` or one more are right."""
     right = np.array([hits + image % 2 for image in range(12)])
     counts = np.zeros((12, 2, 2), np.int32)
     counts[:, 0, 0] = counts[:, 1, 1] = right
     counts[:, 0, 1] = counts[:, 1, 0] = 10 - right
-    return replace(record, confusions=counts)
+    return replace(record, confusions=counts, groups=tuple(groups))
 
 
 def test_one_seed_with_its_counts_has_an_interval_over_images() -> None:
@@ -140,6 +140,20 @@ def test_one_seed_with_its_counts_has_an_interval_over_images() -> None:
     assert (found.verdict, found.interval) == ("open", None)
     # IoU of 6.5 in 10 is 6.5 / 13.5 = 48.1 %, of 8.5 it is 8.5 / 11.5 = 73.9 %: some 25.8 in all draws.
     assert found.image_interval == pytest.approx((25.8, 25.8), abs=1.5)
+    assert "over 12 images at the best epochs" in format_interval(found)
+
+
+@pytest.mark.parametrize(
+    ("groups", "interval", "remark"), [("aaaabbbbcccc", "over 3 cities", False), ("a" * 12, "", True)]
+)
+def test_images_of_few_cities_are_drawn_by_city_and_those_of_one_not_at_all(
+    groups: str, interval: str, remark: bool
+) -> None:
+    pair = [_with_counts(trial(name, 0, [50, 55]), hits, groups=groups) for name, hits in (("r01", 6), ("x", 8))]
+    found = claim(judge(gaining(0.5, 1), pair))
+    assert interval in format_interval(found)
+    assert (found.image_interval is None) == remark
+    assert ("no interval over images: all are of one city or sequence" in found.remarks) == remark
 
 
 def test_counts_of_an_epoch_that_is_not_compared_are_not_used() -> None:

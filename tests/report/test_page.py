@@ -159,6 +159,14 @@ def test_a_proxy_is_labelled_everywhere(tmp_path: Path) -> None:
     assert 'class="proxy"' not in page_of(write_search(tmp_path / "full"))
 
 
+def test_published_levels_stand_beside_the_verdicts_on_levels(tmp_path: Path) -> None:
+    config = CONFIG | {"data": "/data/cityscapes"}
+    told = "A row here sees 120 crops"  # three epochs of the 40 training images
+    assert told in page_of(write_search(tmp_path / "full", config=config))
+    assert told not in page_of(write_search(tmp_path / "streets"))
+    assert told not in page_of(write_search(tmp_path / "proxy", config=config | {"proxy": True}, proxy=PROXY))
+
+
 @pytest.mark.parametrize("expect", [None, Expect(miou=(40, 60))])
 def test_a_space_without_expectations_or_without_a_baseline_has_a_page(tmp_path: Path, expect: Expect | None) -> None:
     trials = {name: run.model_copy(update={"expect": expect}) for name, run in RUNS.items()}

@@ -53,6 +53,7 @@ def test_a_search_comes_back_as_it_was_written(folder: Storage) -> None:
     assert record.state == state_of("r02-s1", epochs(MIOU["r02-s1"]))
     assert record.confusions is not None
     assert np.array_equal(record.confusions, best().confusions)
+    assert record.groups == best().groups
     assert search.all_notes == []
     kept = read_best(folder / "r01-s0")
     for name, value in vars(best(0)).items():
@@ -101,6 +102,13 @@ def test_counts_of_other_classes_cost_a_note(folder: Storage, shape: tuple[int, 
     (folder / "r01-s0").write(BEST_PREDICTIONS, wrong)
     record = read_search(folder).trials["r01-s0"]
     assert record.confusions is None
+    assert record.notes
+
+
+def test_counts_without_their_groups_cost_a_note(folder: Storage) -> None:
+    (folder / "r01-s0").write(BEST_PREDICTIONS, predictions_to_bytes(replace(best(), groups=("only one",))))
+    record = read_search(folder).trials["r01-s0"]
+    assert (record.confusions, record.groups) == (None, ())
     assert record.notes
 
 

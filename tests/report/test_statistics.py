@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 from statsmodels.stats.power import TTestPower
 
 from tune_bisenet.report.statistics import (
@@ -152,6 +153,11 @@ def _counts(num_images: int, *, seed: int, skill: int, num_classes: int = 19) ->
     return counts + np.eye(num_classes, dtype=np.int64) * skill * there
 
 
+def apart(num_images: int) -> list[str]:
+    """Return groups of one image each."""
+    return [f"image {number}" for number in range(num_images)]
+
+
 def _brute_miou(counts: NDArray[np.int64]) -> float:
     matrix = counts.sum(0)
     hits = [matrix[c, c] for c in range(len(matrix))]
@@ -165,18 +171,18 @@ def test_the_bootstrap_over_images_agrees_with_brute_force() -> None:
     differences = [_brute_miou(row[drawn]) - _brute_miou(reference[drawn]) for drawn in rng.integers(0, 40, (2000, 40))]
     truth = np.percentile(differences, [2.5, 97.5])
     # Two Monte Carlo estimates of 2.5 % quantiles with 2000 draws each differ by some 5 % of the interval's width.
-    assert image_interval(row, reference) == pytest.approx(truth, abs=0.1 * float(truth[1] - truth[0]))
+    assert image_interval(row, reference, apart(40)) == pytest.approx(truth, abs=0.1 * float(truth[1] - truth[0]))
 
 
 def test_the_bootstrap_is_the_same_every_time() -> None:
     row, reference = _counts(10, seed=1, skill=220), _counts(10, seed=2, skill=200)
-    assert image_interval(row, reference) == image_interval(row, reference)
+    assert image_interval(row, reference, apart(10)) == image_interval(row, reference, apart(10))
 
 
 def test_the_bootstrap_keeps_both_predictions_of_an_image_together() -> None:
     # The row is its reference: no draw of images can part them.
     counts = _counts(10, seed=1, skill=200)
-    assert image_interval(counts, counts) == (0.0, 0.0)
+    assert image_interval(counts, counts, apart(10)) == (0.0, 0.0)
 
 
 def test_two_images_of_two_classes_by_hand() -> None:
@@ -185,4 +191,40 @@ def test_two_images_of_two_classes_by_hand() -> None:
     # AA gains 0; both have more than 2.5 % of the draws, so the interval goes from one to the other.
     perfect, half = [[4, 0], [0, 4]], [[4, 0], [2, 2]]
     row, reference = np.array([perfect, perfect]), np.array([perfect, half])
-    assert image_interval(row, reference) == pytest.approx((0.0, 41.6667), abs=1e-3)
+    assert image_interval(row, reference, apart(2)) == pytest.approx((0.0, 41.6667), abs=1e-3)
+
+
+def test_drawing_groups_is_drawing_their_sums_and_one_group_has_no_interval() -> None:
+    row, reference = _counts(12, seed=1, skill=220), _counts(12, seed=2, skill=200)
+    groups = ["b", "a", "c", "a"] * 3
+    sums = [np.stack([counts[np.array(groups) == name].sum(0) for name in "bac"]) for counts in (row, reference)]
+    assert image_interval(row, reference, groups) == pytest.approx(image_interval(*sums, apart(3)))
+    assert image_interval(row, reference, ["a"] * 12) is None
+
+
+def grouped_counts(rng: np.random.Generator, *, groups: int, images: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return counts of a row and its reference; in each group a class is easier or harder for each of them."""
+    counts = []
+    for skill in (1.3, 1.0):
+        logit = skill + rng.normal(0, 0.3, (groups, 1, 4)) + rng.normal(0, 0.1, (groups, images, 4))
+        hits = rng.binomial(200, special.expit(logit)).reshape(-1, 4)
+        counts.append(
+            hits[:, :, None] * np.eye(4, dtype=int) + (200 - hits)[:, :, None] * np.roll(np.eye(4, dtype=int), 1, 1)
+        )
+    return counts[0], counts[1]
+
+
+def test_whole_groups_cover_the_truth_more_often_where_images_share_their_errors() -> None:
+    rng = np.random.default_rng(0)
+    row, reference = grouped_counts(rng, groups=20_000, images=1)
+    truth = _brute_miou(row) - _brute_miou(reference)
+    cities = [f"city {number // 10}" for number in range(60)]
+    covered, widths = np.zeros(2), np.zeros(2)
+    for _ in range(40):
+        row, reference = grouped_counts(rng, groups=6, images=10)
+        intervals = [image_interval(row, reference, groups) for groups in (apart(60), cities)]
+        low, high = np.array(intervals, dtype=float).T
+        covered += (low <= truth) & (truth <= high)
+        widths += high - low
+    assert widths[1] > 2 * widths[0]
+    assert covered[0] < 30 < 32 <= covered[1]

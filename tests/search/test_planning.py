@@ -62,6 +62,16 @@ def test_a_cluster_that_does_not_exist_yet_can_be_planned_for(place: Path, capsy
     assert halves["device"] == "4 trials at once, 0.5 GPU, 2 CPU cores each, fp32"
 
 
+def test_a_plan_says_what_was_published_where_a_row_expects_a_level(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--gpus", "4", "--images-per-second", "1"]
+    assert "published" not in page_of(capsys, *on_frames(place), *flags)
+    text = (place / "space.py").read_text()
+    (place / "space.py").write_text(text.replace("if over else None", "if over else Expect(miou=(50, 60))"))
+    assert "sees 32 crops" in page_of(capsys, *on_frames(place), *flags)["published"]  # four epochs of eight images
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time trials on")
 def test_a_speed_that_cannot_be_timed_is_not_known(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = page_of(capsys, *on_frames(place), "--gpus", "4")

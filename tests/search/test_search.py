@@ -15,6 +15,9 @@ import pytest
 from helpers.processes import Driver, end_process
 from helpers.searches import epoch_numbers, epochs, leaderboard, make_place, on_frames, statuses, write_space
 
+from tune_bisenet.report.read import read_best
+from tune_bisenet.storage import Storage
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2700)]
 
 Board = list[dict[str, str]]
@@ -190,6 +193,8 @@ def test_an_ended_trial_keeps_its_record_its_best_epoch_and_event_files(search: 
         assert events
         assert names - events == {"trial.json", "best.pt", "best.npz"}
         assert epoch_numbers(search.folder / trial) == [1, 2, 3]
+        kept = read_best(Storage.at(str(search.folder / trial)))
+        assert kept.groups == ("town/street",) * len(kept.confusions)  # as all frames lie in one folder
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,20 @@ class Frame(NamedTuple):
     label: NDArray[np.uint8]  # H x W, trainIds, void 255
 
 
+def frame_group(name: str) -> str:
+    """Return the city or sequence of a frame, for frames that were taken together share their errors.
+
+    Of `CITY/STEM` it is CITY and what stands before STEM's first underscore: `frankfurt/frankfurt` of Cityscapes'
+    `frankfurt/frankfurt_000000_000294`, `camvid/0016E5` of `camvid/0016E5_07959`; CITY alone of a STEM without one.
+    A name without a folder is its own group: the built-in streets are drawn independently.
+    """
+    folder, is_filed, stem = name.rpartition("/")
+    if not is_filed:
+        return name
+    prefix, is_numbered, _number = stem.partition("_")
+    return f"{folder}/{prefix}" if is_numbered else folder
+
+
 class Source(Protocol):
     """Frames by split and index."""
 

@@ -71,6 +71,8 @@ class Claim:
     """As `estimate`, but of each trial's best epoch; None for "sooner"."""
     image_interval: Range | None = None
     """At 95 %, over validation images, of one seed's gain at the best epochs: the noise of the data, not of seeds."""
+    drawn_from: str = ""
+    """What that interval draws: `24 images` or `3 cities or sequences`; `one city or sequence` gives no interval."""
     pending: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
     stopped: tuple[str, ...] = ()
@@ -128,6 +130,7 @@ class Claim:
         remarks = {
             f"compared at epoch {self.compared_at_epoch}": self.compared_at_epoch,
             f"failed, left out: {', '.join(self.failed)}": self.failed,
+            f"no interval over images: all are of {self.drawn_from}": self.drawn_from and not self.image_interval,
             "far noisier than the other rows, so judged by its own noise": self.is_noisy,
             f"spread of {size.spread if size else 0:g} points assumed": size and size.is_assumed,
             f"differs from its reference in more than one setting: {self.confounded}": self.confounded,
@@ -170,11 +173,13 @@ def _measured(claim: Claim, trials: Sequence[ReportedTrial], share: float) -> Cl
     pairs = [pair for trial, bar in usable if (pair := _pair(claim, trial, bar, share)) is not None]
     diverged = [trial.state.status == "diverged" for trial, _bar in usable]
     is_single = claim.kind == "gain" and len(pairs) == len(usable) == 1
+    interval, drawn_from = _over_images(*usable[0]) if is_single else (None, "")
     return replace(
         claim,
         pairs=tuple(pairs),
         best_estimate=_best_estimate(claim.kind, usable),
-        image_interval=_over_images(*usable[0]) if is_single else None,
+        image_interval=interval,
+        drawn_from=drawn_from,
         pending=_names(usable, ("waiting", "running")),
         failed=_names(matched, ("failed",)),
         stopped=_names(usable, ("stopped",)),
@@ -260,11 +265,14 @@ def _best_estimate(kind: Kind, usable: Sequence[tuple[ReportedTrial, ReportedTri
     return math.fsum(own - bar if kind == "gain" else own for own, bar in best) / len(best)
 
 
-def _over_images(own: ReportedTrial, bar: ReportedTrial) -> Range | None:
-    """Return None unless both completed and have the counts of their best epochs, over two images or more."""
-    if own.ended_at or bar.ended_at or own.confusions is None or bar.confusions is None or len(own.confusions) < 2:
-        return None
-    return image_interval(own.confusions, bar.confusions)
+def _over_images(own: ReportedTrial, bar: ReportedTrial) -> tuple[Range | None, str]:
+    """Return the interval over validation images and what it draws, if both completed and have their best's counts."""
+    if own.ended_at or bar.ended_at or own.confusions is None or bar.confusions is None:
+        return None, ""
+    number = len(set(own.groups))
+    several = f"{number} images" if number == len(own.groups) else f"{number} cities or sequences"
+    interval = image_interval(own.confusions, bar.confusions, own.groups)
+    return interval, several if number > 1 else "one city or sequence"
 
 
 def decided(claim: Claim) -> Claim:

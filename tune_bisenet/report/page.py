@@ -26,6 +26,7 @@ from tune_bisenet.report.pairing import mixed_pairs, unequal_pairs
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.tables import Marked, Table
 from tune_bisenet.report.verdicts import Judgement, judge_search
+from tune_bisenet.spaces import published_levels
 from tune_bisenet.storage import Storage
 from tune_bisenet.text import counted, markdown_table
 
@@ -162,7 +163,8 @@ class Report:
 
     def _verdict_text(self) -> str:
         """Say what is measured, how noisy it was, and what the verdicts are worth."""
-        share, noise = self.search.manifest.space.measured_share, self.judgement.noise
+        manifest, noise = self.search.manifest, self.judgement.noise
+        share = manifest.space.measured_share
         sentences = [
             f"A trial is measured by the mean mIoU of its last epochs ({share:.0%} of them, at least one); gains are "
             "points, paired by seed. Intervals hold together: in 95 % of searches no verdict of the table is false.",
@@ -171,6 +173,7 @@ class Report:
             f"{noise.sd:.2f} without what equal seeds share."
             if noise
             else "",
+            published_levels(self.search.rows, manifest.config, num_train=manifest.data.train_images),
         ]
         return " ".join(filter(None, sentences))
 

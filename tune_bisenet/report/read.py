@@ -56,6 +56,8 @@ class ReportedTrial:
     """As in its record."""
     confusions: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
     """Counts of its best epoch, N images x C x C, labels by rows; None if not kept."""
+    groups: tuple[str, ...] = field(default=(), repr=False)
+    """The city or sequence of each of the N images."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -203,12 +205,14 @@ def _read_trial(folder: Storage, name: str, declared: Run | None) -> ReportedTri
         spec = TrialSpec(trial=name, run=declared)
     else:
         return f"{name}: {notes[0]}"
+    confusions, groups = _read_confusions(folder, notes)
     return ReportedTrial(
         spec=spec,
         state=record.state if record else TrialState.of_run(name, spec.run),
         epochs=record.epochs if record else (),
         environments=record.environments if record else (),
-        confusions=_read_confusions(folder, notes),
+        confusions=confusions,
+        groups=groups,
         notes=tuple(notes),
     )
 
@@ -229,24 +233,25 @@ def _check(record: TrialRecord) -> None:
 
 def read_best(folder: Storage) -> BestPredictions:
     """Return what a trial's best epoch predicted. ValueError if there is none or it is damaged."""
-    names = ("confusions", "names", "images", "labels", "predictions")
-    confusions, frames, images, labels, predictions = _read_arrays(folder, names)
+    names = ("confusions", "groups", "names", "images", "labels", "predictions")
+    confusions, groups, frames, images, labels, predictions = _read_arrays(folder, names)
     if not len(frames) == len(images) == len(labels) == len(predictions) or images.shape[1:2] != (3,):
         raise ValueError(f"{BEST_PREDICTIONS} holds pictures that do not belong together")
-    return BestPredictions(confusions, tuple(map(str, frames)), images, labels, predictions)
+    return BestPredictions(confusions, tuple(groups.tolist()), tuple(map(str, frames)), images, labels, predictions)
 
 
-def _read_confusions(folder: Storage, notes: list[str]) -> NDArray[np.int32] | None:
+def _read_confusions(folder: Storage, notes: list[str]) -> tuple[NDArray[np.int32] | None, tuple[str, ...]]:
+    """Return the counts of each validation image, and its group."""
     if not folder.exists(BEST_PREDICTIONS):
-        return None
+        return None, ()
     try:
-        (confusions,) = _read_arrays(folder, ("confusions",))
-        if confusions.shape[1:] != (NUM_CLASSES, NUM_CLASSES):
-            raise ValueError(f"confusions of shape {confusions.shape}")
+        confusions, groups = _read_arrays(folder, ("confusions", "groups"))
+        if confusions.shape[1:] != (NUM_CLASSES, NUM_CLASSES) or groups.shape != confusions.shape[:1]:
+            raise ValueError(f"confusions of shape {confusions.shape}, groups of shape {groups.shape}")
     except ValueError as error:
         notes.append(f"{BEST_PREDICTIONS} cannot be read: {error}")
-        return None
-    return confusions
+        return None, ()
+    return confusions, tuple(groups.tolist())
 
 
 def _read_arrays(folder: Storage, names: Sequence[str]) -> list[NDArray[Any]]:

@@ -331,17 +331,24 @@ def seeds_for_power(
     return numbers[first] if first < len(numbers) else None
 
 
-def image_interval(counts: Counts, reference: Counts) -> tuple[float, float]:
+def image_interval(counts: Counts, reference: Counts, groups: Sequence[str]) -> tuple[float, float] | None:
     """Return the 95 % interval of mIoU(counts) - mIoU(reference) in points, had other validation images been drawn.
 
-    A percentile bootstrap that draws images, each with both its predictions; always the same for the same counts.
+    A percentile bootstrap that draws whole groups of images, as those of one city share their errors, each with both
+    its predictions; always the same for the same counts. None of a single group, which says nothing of others. Over few
+    it is too narrow: with errors that groups share, it held the truth in 50 % of 200 simulations over two groups, in
+    75 % over three (Cityscapes has three cities), in 90 % over ten.
     """
     from scipy import stats  # late: it takes a second to import, and only searches of one seed need it
 
-    assert len(counts) == len(reference), "both were validated on the same images"
-    drawn = np.random.default_rng(0).integers(0, len(counts), (NUM_RESAMPLES, len(counts)))
-    times = np.stack([np.bincount(images, minlength=len(counts)) for images in drawn]).astype(float)
-    differences = _miou(times @ _iou_sums(counts)) - _miou(times @ _iou_sums(reference))
+    assert len(counts) == len(reference) == len(groups), "both were validated on the same images"
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    if len(numbers) < 2:
+        return None
+    drawn = np.random.default_rng(0).integers(0, len(numbers), (NUM_RESAMPLES, len(numbers)))
+    times = np.stack([np.bincount(draw, minlength=len(numbers)) for draw in drawn]).astype(float)
+    of_image = times[:, [numbers[group] for group in groups]]  # how often each resample holds each image
+    differences = _miou(of_image @ _iou_sums(counts)) - _miou(of_image @ _iou_sums(reference))
     tail = (1 - CONFIDENCE) / 2
     low, high = stats.quantile(differences, np.array([tail, 1 - tail]))
     return float(low), float(high)

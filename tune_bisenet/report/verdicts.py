@@ -428,7 +428,7 @@ def format_interval(claim: Claim) -> str:
     if claim.interval:
         return format_range(claim.interval, form)
     return (
-        f"{format_range(claim.image_interval, form)} over images at the best epochs, no seed noise"
+        f"{format_range(claim.image_interval, form)} over {claim.drawn_from} at the best epochs, no seed noise"
         if claim.image_interval
         else ""
     )

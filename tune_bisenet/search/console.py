@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from tune_bisenet import rungs
 from tune_bisenet.config import Resources, format_size, trial_name
 from tune_bisenet.options import NO_BACKBONE
 from tune_bisenet.records import Epoch, TrialState
@@ -31,6 +30,7 @@ from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, format_expected
 from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, checkpoint_bytes, estimate_search
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.search.state import SessionOutcome
+from tune_bisenet.spaces import published_levels
 from tune_bisenet.text import counted, format_bytes, format_duration
 
 TITLE_WIDTH: Final = 11
@@ -71,9 +71,10 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
     grows = ", more as the cluster starts nodes" if resources.grows else ""
     sizes = ", ".join(map(format_size, estimate.image_sizes))
     scheduler: str = config.scheduler
+    bearers = ""
     if estimate.stopping:
-        protected = ", ".join(sorted(rungs.protected_rows(search.space.rows)))
-        scheduler += f": {estimate.stopping}" + (f", never {protected}" if protected else "")
+        scheduler, bearers = f"{scheduler}: {estimate.stopping}", estimate.stopping.bearers
+    published = published_levels(search.runs, config, num_train=facts.num_train)
     return [
         ("search", f"{search.name}: {search.space.title}"),
         ("trials", _trials(search)),
@@ -83,6 +84,8 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         ("backbone", f"ResNet-18, {'from scratch' if config.backbone == NO_BACKBONE else config.backbone}"),
         ("device", f"{trials} at once{grows}, {gpus}{cores} each{threads}, {config.precision}"),
         ("scheduler", scheduler),
+        *([("risk", bearers)] if bearers else []),
+        *([("published", published)] if published else []),
         *([("looks", _looks(estimate))] if config.looks else []),
         *_speed_lines(estimate),
         ("disk", _disk(estimate)),

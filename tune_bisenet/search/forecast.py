@@ -41,7 +41,7 @@ CONFIRMED_RUNS: Final = 3
 """At most so many runs get fresh seeds by `--confirm`: the best, the best row, and the baseline."""
 
 MAX_SIMULATED: Final = 200
-"""Trials of a search in which early stopping is simulated: thousands take ten seconds, and save as large a share."""
+"""Trials of a search in which early stopping is simulated: thousands take long, and save as large a share."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from ray import tune
 from tune_bisenet.config import TrialContext, format_size
 from tune_bisenet.data.packed import Packed, open_packed
 from tune_bisenet.data.packing import fetch_packed, open_source, prepare_packed
+from tune_bisenet.data.source import frame_group
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
     BestPredictions,
@@ -157,6 +158,7 @@ def _save_epoch(
         split, indices = data.val, list(end.samples)
         best = BestPredictions(
             confusions=end.confusion.numpy().astype(np.int32),
+            groups=tuple(map(frame_group, split.names)),
             names=tuple(split.names[index] for index in indices),
             images=np.stack([split.images[index] for index in indices]),
             labels=np.stack([split.labels[index] for index in indices]),

@@ -23,6 +23,10 @@ UNDECIDED: Final[tuple[Verdict, ...]] = ("open", "gained")
 """Verdicts that more seeds may change."""
 
 
+ENOUGH_GROUPS: Final = 10
+"""Cities or sequences over which a bootstrap covers nearly what it says: 90 % of 200 simulations; over three 75 %."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """One seed's part of a claim: mIoU in percent, or for "sooner" the epochs until the level was reached."""
@@ -270,7 +274,8 @@ def _over_images(own: ReportedTrial, bar: ReportedTrial) -> tuple[Range | None, 
     if own.ended_at or bar.ended_at or own.confusions is None or bar.confusions is None:
         return None, ""
     number = len(set(own.groups))
-    several = f"{number} images" if number == len(own.groups) else f"{number} cities or sequences"
+    too_few = ", too few for 95 %" if number < ENOUGH_GROUPS else ""
+    several = f"{number} images" if number == len(own.groups) else f"{number} cities or sequences{too_few}"
     interval = image_interval(own.confusions, bar.confusions, own.groups)
     return interval, several if number > 1 else "one city or sequence"
 

@@ -193,14 +193,16 @@ def measure_window(num_epochs: int, share: float) -> int:
     return max(1, round(num_epochs * share))
 
 
-def final_miou(trial: ReportedTrial, share: float, *, until: int | None = None) -> float:
-    """Return the mean mIoU (percent) of a trial's last epochs, or of those up to `until`; NaN if it has none.
-
-    Epochs that diverged do not count.
-    """
+def final_epochs(trial: ReportedTrial, share: float, *, until: int | None = None) -> list[Epoch]:
+    """Return a trial's last epochs, or those up to `until`, that its measure is the mean of; diverged ones left out."""
     window = measure_window(trial.run.num_epochs, share)
     sound = [epoch for epoch in trial.epochs if not epoch.diverged and epoch.epoch <= (until or epoch.epoch)]
-    return _mean_miou(sound[-window:])
+    return sound[-window:]
+
+
+def final_miou(trial: ReportedTrial, share: float, *, until: int | None = None) -> float:
+    """Return the mean mIoU (percent) of a trial's `final_epochs`; NaN if it has none."""
+    return _mean_miou(final_epochs(trial, share, until=until))
 
 
 def _mean_miou(epochs: Sequence[Epoch]) -> float:

@@ -96,6 +96,7 @@ class Report:
         curves = figures.curves(search)
         heatmap, confusion = figures.iou_heatmap(search), figures.confusion_matrix(search)
         gallery, notes = figures.gallery(search)
+        noise = tables.noise_table(search)
         curve_text = (
             "Lines are means over seeds, bands reach from the lowest to the highest. A mean may jump where a seed was "
             "stopped. Losses of rows with different losses do not compare."
@@ -103,6 +104,7 @@ class Report:
         return [
             *(self._study_sections() if search.is_sampled else []),
             *([self._verdicts()] if self.judgement.claims or not search.is_sampled else []),
+            *([Section("noise", "How much repeats differ", [noise])] if noise.lines else []),
             Section("settings", "What the rows are", [tables.settings_table(search)]),
             Section(
                 "curves",

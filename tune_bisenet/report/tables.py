@@ -28,6 +28,7 @@ from tune_bisenet.report.leaderboard import (
     ranked,
     seed_table,
 )
+from tune_bisenet.report.noise import repeat_noise
 from tune_bisenet.report.read import ReportedTrial, SearchRecord
 from tune_bisenet.report.verdicts import (
     Judgement,
@@ -37,6 +38,7 @@ from tune_bisenet.report.verdicts import (
     format_measured,
     format_sample_size,
     format_verdict,
+    judged_trials,
 )
 from tune_bisenet.text import counted, format_duration
 
@@ -126,6 +128,24 @@ def verdict_table(search: SearchRecord, judgement: Judgement, price: float | Non
             }
         )
     return Table(lines=lines, numbers=("measured", "interval", "seeds", "best epochs"), style="verdicts")
+
+
+def noise_table(search: SearchRecord) -> Table:
+    """Return how much repeats differ, by class; nothing where nothing repeats."""
+    noise = repeat_noise(judged_trials(search), search.manifest.space.measured_share)
+    if noise is None:
+        return Table()
+    most = noise.classes[0]
+    sentences = [
+        f"Repeats of {counted(noise.num_rows, 'row')} ({noise.num_trials} trials) differ by {noise.sd:.2f} points of "
+        f"mIoU (sd over seeds within a row, over the epochs that verdicts use). {most.share:.0f} % of it is "
+        f"{most.name}.",
+        "A class's share is its part of the variance: all sum to 100 %, and one below 0 makes up for others.",
+        f"Left out, as some of these epochs lack them: {', '.join(noise.left_out)}." if noise.left_out else "",
+    ]
+    lines = [{"measure": "mIoU", "sd, points": f"{noise.sd:.2f}", "share": ""}]
+    lines += [{"measure": of.name, "sd, points": f"{of.sd:.2f}", "share": f"{of.share:z.0f} %"} for of in noise.classes]
+    return Table(text=" ".join(filter(None, sentences)), lines=lines, numbers=("sd, points", "share"))
 
 
 def settings_table(search: SearchRecord) -> Table:
@@ -362,6 +382,7 @@ def file_tables(search: SearchRecord, judgement: Judgement) -> dict[str, list[Fi
             for trial, best in bests
             for name, value in zip(CLASS_NAMES, best.iou, strict=True)
         ],
+        "noise": _noise_lines(search),
         "settings": [identity[trial] | settings(record.run) for trial, record in search.trials.items()],
         "params": _param_lines(search),
     }
@@ -384,6 +405,17 @@ def _verdict_line(claim: Claim, judgement: Judgement) -> FileRow:
         "hours_of": judgement.unit,
         "remarks": "; ".join(claim.remarks),
     }
+
+
+def _noise_lines(search: SearchRecord) -> list[FileRow]:
+    """Return the spread over seeds of mIoU, then of each class, with the class's share of that of mIoU in percent."""
+    noise = repeat_noise(judged_trials(search), search.manifest.space.measured_share)
+    if noise is None:
+        return []
+    counts = {"num_rows": noise.num_rows, "num_trials": noise.num_trials}
+    miou = {"measure": "mIoU", "sd": noise.sd, "variance_share": None}
+    classes = [{"measure": of.name, "sd": of.sd, "variance_share": of.share} for of in noise.classes]
+    return [line | counts for line in (miou, *classes)]
 
 
 def _param_lines(search: SearchRecord) -> list[FileRow]:

@@ -153,23 +153,27 @@ class Judgement:
 
 
 def judge_search(search: SearchRecord) -> Judgement:
-    """Judge the declared rows; what a sampler made up expects nothing.
-
-    A row that got fresh seeds because it looked best is judged by them alone: the seed it was chosen by flatters.
-    """
+    """Judge the declared rows; what a sampler made up expects nothing."""
     devices, unit = search.devices_per_trial
-    fresh = search.fresh_trials
-    chosen = {record.run.name for record in fresh.values()} - {search.baseline}
-    trials = [record for name, record in search.trials.items() if name in fresh or record.run.name not in chosen]
     return judge(
         search.declared_rows,
-        trials,
+        judged_trials(search),
         measured_share=search.manifest.space.measured_share,
         looks=search.manifest.config.looks,
         proxy=search.manifest.proxy is not None,
         devices_per_trial=devices,
         unit=unit,
     )
+
+
+def judged_trials(search: SearchRecord) -> list[ReportedTrial]:
+    """Return the trials that rows are judged by.
+
+    A row that got fresh seeds because it looked best is judged by them alone: the seed it was chosen by flatters.
+    """
+    fresh = search.fresh_trials
+    chosen = {record.run.name for record in fresh.values()} - {search.baseline}
+    return [record for name, record in search.trials.items() if name in fresh or record.run.name not in chosen]
 
 
 def judge(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, assert_never
 from pydantic import ValidationError
 
 import search_spaces
+from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import OHEM, SGD, AdamW, CrossEntropy, Expect, Param, Run, WeightedCrossEntropy
 from tune_bisenet.options import InputError
 from tune_bisenet.text import counted, markdown_table
@@ -35,18 +36,27 @@ REFERENCE_ITERATIONS_PER_EPOCH: Final = 500
 
 @dataclass(frozen=True)
 class Grid:
-    """Declared rows, each trained as it stands. ValueError if names repeat or an expectation points nowhere."""
+    """Declared rows, each trained as it stands. ValueError if names repeat, or if something named does not exist."""
 
     title: str
     runs: tuple[Run, ...]
     measured_share: float = MEASURED_SHARE
     """The share of the epochs, the last ones, whose mean mIoU expectations are judged by; of 50 epochs five."""
+    second_measure: tuple[str, ...] = ()
+    """Names of classes by whose mean IoU gains are judged, too: those that hold little of the noise, say."""
 
     def __post_init__(self) -> None:
         counts = Counter(run.name for run in self.runs)
         problems = [] if self.runs else ["the space has no rows."]
         if not 0 < self.measured_share <= 1:
             problems.append(f"measured_share {self.measured_share:g} is no share of the epochs: 0.1 is a tenth.")
+        problems += [
+            f"second_measure: {name} is not a class of Cityscapes. There are {', '.join(CLASS_NAMES)}."
+            if name not in CLASS_NAMES
+            else f"second_measure names {name} {count} times: name each class once."
+            for name, count in Counter(self.second_measure).items()
+            if name not in CLASS_NAMES or count > 1
+        ]
         problems += [
             f"the row {name} is declared {count} times: give each row its own name."
             for name, count in counts.items()
@@ -115,6 +125,10 @@ class Sampled:
     @property
     def measured_share(self) -> float:
         return self.around.measured_share if self.around else MEASURED_SHARE
+
+    @property
+    def second_measure(self) -> tuple[str, ...]:
+        return self.around.second_measure if self.around else ()
 
 
 Space = Grid | Sampled

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from expecting import trial
 
-from tune_bisenet.data.classes import CLASS_NAMES, NUM_CLASSES
+from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES
 from tune_bisenet.report.noise import repeat_noise
 from tune_bisenet.report.read import ReportedTrial
 

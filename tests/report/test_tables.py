@@ -24,8 +24,8 @@ from searches import (
     write_trial,
 )
 
+from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import AdamW
-from tune_bisenet.data.classes import CLASS_NAMES
 from tune_bisenet.records import TRIAL
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.tables import (

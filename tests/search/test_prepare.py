@@ -327,6 +327,20 @@ def test_changed_rows_are_refused(capsys: pytest.CaptureFixture[str], search: Pr
     assert "row b has changed" in refused(capsys, *resumed(search), "--resume")
 
 
+def test_a_measure_is_declared_before_results_are_seen(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path
+) -> None:
+    space = (place / "space.py").read_text()
+    for change in ("second_measure=('sky', 'road')", "measured_share=0.5"):
+        (place / "space.py").write_text(space.replace("))\n", f"), {change})\n"))
+        message = refused(capsys, *resumed(search), "--add", "--seeds", "5")
+        assert f"{change.split('=')[0]} of the space is" in message
+    (place / "space.py").write_text(space.replace("))\n", "), second_measure=('sky', 'road'))\n"))
+    flags = {"space": str(place / "space.py"), "data": str(place / "frames"), "backbone": "none"}
+    other = prepared(**flags, storage=str(place / "kept"), name="other")
+    assert driver._make_manifest(other, RESOURCES, COMMAND).space.second_measure == ("sky", "road")
+
+
 def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], search: PreparedSearch) -> None:
     content = json.loads(search.folder.read("search.json") or b"")
     search.folder.write("search.json", json.dumps(content | {"sessions": []}).encode())

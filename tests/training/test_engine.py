@@ -12,8 +12,8 @@ from torch import nn
 from trainings import SIZE, begin, flat, rate_by_hand, recorded_inputs, small, trained, weights_of
 
 from tune_bisenet import spaces
+from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.config import OHEM, SGD, AdamW, Augment, CrossEntropy, Loss, Run, WarmupPoly, WeightedCrossEntropy
-from tune_bisenet.data.classes import NUM_CLASSES, VOID
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.packing import prepare_packed
 from tune_bisenet.data.source import Frame, Split

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune_bisenet.data.classes import CLASS_NAMES
+from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.report.claims import final_epochs, final_miou
 from tune_bisenet.report.read import ReportedTrial
 from tune_bisenet.report.statistics import NO_SPREAD, Floats
@@ -34,15 +34,19 @@ class RepeatNoise:
     num_rows: int
     num_trials: int
     sd: float
-    """Of the measure, in points."""
+    """Of mIoU over the last epochs, in points."""
+    second_sd: float | None
+    """Of the space's second measure; None if it has none, or if a trial has none of its classes."""
     classes: tuple[ClassNoise, ...]
     """The largest share first."""
     left_out: tuple[str, ...]
     """Classes that some epoch of the measure lacks. The shares are those of the mean of the other classes."""
 
 
-def repeat_noise(trials: Sequence[ReportedTrial], measured_share: float) -> RepeatNoise | None:
-    """Return the noise of the measure over the last epochs, `measured_share` of them; None where nothing repeats."""
+def repeat_noise(
+    trials: Sequence[ReportedTrial], measured_share: float, second_measure: tuple[str, ...] = ()
+) -> RepeatNoise | None:
+    """Return the noise over the last epochs, `measured_share` of them; None where nothing repeats."""
     rows: dict[str, list[ReportedTrial]] = {}
     for trial in trials:
         if trial.state.status == "finished" and final_epochs(trial, measured_share):
@@ -50,7 +54,12 @@ def repeat_noise(trials: Sequence[ReportedTrial], measured_share: float) -> Repe
     repeated = [row for row in rows.values() if len(row) > 1]
     if not repeated:
         return None
-    mious = _within_rows([np.array([[final_miou(trial, measured_share)] for trial in row]) for row in repeated])
+    measures = [
+        _within_rows(
+            [np.array([final_miou(trial, measured_share, classes=classes) for trial in row]) for row in repeated]
+        )
+        for classes in ((), second_measure)
+    ]
     ious = _within_rows([np.stack([_class_means(trial, measured_share) for trial in row]) for row in repeated])
     kept = [index for index, column in enumerate(ious.T) if not np.isnan(column).any()]
     ious, freedom = ious[:, kept], len(ious) - len(repeated)
@@ -59,6 +68,7 @@ def repeat_noise(trials: Sequence[ReportedTrial], measured_share: float) -> Repe
     if not variance / freedom > NO_SPREAD**2:
         return None
     sds = np.sqrt((ious**2).sum(0) / freedom)
+    sd, second_sd = (math.sqrt(float((values**2).sum()) / freedom) for values in measures)
     shares = 100 * (of_mean @ ious) / len(kept) / variance
     classes = [
         ClassNoise(name=CLASS_NAMES[index], sd=float(sd), share=float(share))
@@ -67,7 +77,8 @@ def repeat_noise(trials: Sequence[ReportedTrial], measured_share: float) -> Repe
     return RepeatNoise(
         num_rows=len(repeated),
         num_trials=len(ious),
-        sd=math.sqrt(float((mious**2).sum()) / freedom),
+        sd=sd,
+        second_sd=second_sd if second_measure and math.isfinite(second_sd) else None,
         classes=tuple(sorted(classes, key=lambda noise: -noise.share)),
         left_out=tuple(name for name in CLASS_NAMES if name not in {of.name for of in classes}),
     )
@@ -80,5 +91,5 @@ def _class_means(trial: ReportedTrial, measured_share: float) -> Floats:
 
 
 def _within_rows(values_by_row: Sequence[Floats]) -> Floats:
-    """Return T x C values of all rows together, each less the mean of its row."""
+    """Return the values of all T trials together, T or T x C, each less the mean of its row."""
     return np.concatenate([values - values.mean(0) for values in values_by_row])

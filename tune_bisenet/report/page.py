@@ -20,7 +20,9 @@ from typing import Final
 
 import jinja2
 
+from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.report import figures, sampled, tables
+from tune_bisenet.report.claims import format_measure
 from tune_bisenet.report.figures import Block, Plots, PythonSource, Section, plots
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.tables import Marked, Table
@@ -165,6 +167,7 @@ class Report:
         sentences = [
             f"A trial is measured by the mean mIoU of its last epochs ({share:.0%} of them, at least one); gains are "
             "points, paired by seed. Intervals hold together: in 95 % of searches no verdict of the table is false.",
+            *self._second_measure_sentences(),
             *self._look_sentences(),
             f"Repeats of {counted(noise.num_rows, 'row')} differ by {noise.within_sd:.2f} points (sd), "
             f"{noise.sd:.2f} without what equal seeds share."
@@ -172,6 +175,17 @@ class Report:
             else "",
         ]
         return " ".join(filter(None, sentences))
+
+    def _second_measure_sentences(self) -> list[str]:
+        classes = self.search.manifest.space.second_measure
+        if not classes:
+            return []
+        left_out = [name for name in CLASS_NAMES if name not in classes]
+        are = f"all but {', '.join(left_out)}" if 0 < len(left_out) < len(classes) else ", ".join(classes)
+        return [
+            f"Gains are judged a second time by the {format_measure(classes)} ({are}), declared before the search. "
+            "Both measures share the error."
+        ]
 
     def _look_sentences(self) -> list[str]:
         """Say at which look the table was judged, and whether its error is still that of a plan."""

@@ -16,6 +16,8 @@ the last tenth of its epochs, or what share the space declares. The rules, of wh
   above high, *gained* if above 0 with its size open, *broken* if below low less the margin, or at or under 0.
 - **A level** is *kept* if its interval lies within the range, give or take the margin; *above* or *below* if beyond it.
   On a proxy a level is not judged.
+- **A second measure**, if the space declares one, is the mean IoU of some classes, quieter than mIoU. Gains are judged
+  by it, too, by a noise of its own; both measures share the error, so every interval of the table uses half of it.
 - **Sooner** counts epochs saved: when each trial's running mean came near its own end, as near as the lower of the two
   is above the level that the row names. *Kept* above 0, *broken* below.
 - **Open** is everything else. A trial that the scheduler stopped is described, never judged: it was stopped for being
@@ -159,6 +161,7 @@ def judge_search(search: SearchRecord) -> Judgement:
         search.declared_rows,
         judged_trials(search),
         measured_share=search.manifest.space.measured_share,
+        second_measure=search.manifest.space.second_measure,
         looks=search.manifest.config.looks,
         proxy=search.manifest.proxy is not None,
         devices_per_trial=devices,
@@ -181,6 +184,7 @@ def judge(
     trials: Sequence[ReportedTrial],
     *,
     measured_share: float = MEASURED_SHARE,
+    second_measure: tuple[str, ...] = (),
     looks: Sequence[int] = (),
     proxy: bool = False,
     devices_per_trial: float = 1.0,
@@ -188,52 +192,59 @@ def judge(
 ) -> Judgement:
     """Judge the rows of a search (one Run each, or one a seed) by its trials, in the order in which it got them.
 
-    `looks` are the planned numbers of seeds; without any, all seeds are judged at once. `devices_per_trial` is the
-    share of a GPU, or of the machine, that a trial has to itself.
+    `second_measure` names the classes by whose mean IoU gains are judged, too. `looks` are the planned numbers of
+    seeds; without any, all seeds are judged at once. `devices_per_trial` is the share of a GPU, or of the machine, that
+    a trial has to itself.
     """
     declared = {row.name: row for row in rows}
     seeds = tuple(dict.fromkeys(trial.run.seed for trial in trials))
     hours = _hours_per_seed(declared.values(), trials, devices_per_trial=devices_per_trial)
     judgement = Judgement(claims=(), noise=None, seeds=seeds, looks=tuple(looks), hours_per_seed=hours, unit=unit)
-    spent = 1 / max(len(looks), 1)
+    measures = ((), second_measure) if second_measure else ((),)
+    spent = 1 / (max(len(looks), 1) * len(measures))
     claims: list[Claim] = []
-    noise = None
+    noises: dict[tuple[str, ...], NoiseSummary | None] = dict.fromkeys(measures)
     for look in sorted({*(number for number in looks if number < judgement.looked_at), judgement.looked_at}):
         seen = [trial for trial in trials if trial.run.seed in seeds[:look]]
         measured = [
             claim
             for row in declared.values()
-            for claim in claims_of(row, seen, measured_share=measured_share, proxy=proxy)
+            for claim in claims_of(row, seen, measured_share=measured_share, proxy=proxy, second_measure=second_measure)
         ]
-        measured, noise = _with_intervals(measured, seen, measured_share, spent)
+        for classes in measures:
+            measured, noises[classes] = _with_intervals(measured, seen, measured_share, classes, spent)
         now = [decided(claim) for claim in measured]
         claims = [latest(*both) for both in zip(claims, now, strict=True)] if claims else now
-    size = partial(
-        _sample_size,
-        families=Counter(claim.kind for claim in claims),
-        noise=noise,
-        num_rows=noise.num_rows if noise else len(declared),
-        spent=spent,
-    )
+    families = Counter(claim.kind for claim in claims if not claim.classes)
     confounded = confounded_rows(declared)
+
+    def sample_size(claim: Claim) -> SampleSize | None:
+        noise = noises[claim.classes]
+        num_rows = noise.num_rows if noise else len(declared)
+        return _sample_size(claim, families, noise, num_rows=num_rows, spent=spent, hours_per_seed=hours)
+
     return replace(
         judgement,
-        noise=noise,
+        noise=noises[()],
         claims=tuple(
-            replace(claim, sample_size=size(claim, hours_per_seed=hours), confounded=confounded[claim.run])
-            for claim in claims
+            replace(claim, sample_size=sample_size(claim), confounded=confounded[claim.run]) for claim in claims
         ),
     )
 
 
 def _with_intervals(
-    claims: Sequence[Claim], trials: Sequence[ReportedTrial], measured_share: float, spent: float
+    all_claims: Sequence[Claim],
+    trials: Sequence[ReportedTrial],
+    measured_share: float,
+    classes: tuple[str, ...],
+    spent: float,
 ) -> tuple[list[Claim], NoiseSummary | None]:
-    """Return the claims with their intervals where nothing stands against judging them, and the noise."""
-    values, names = _measures(trials, measured_share)
+    """Return the claims and the noise of one measure: its claims have intervals where they can be judged."""
+    values, names = _measures(trials, measured_share, classes)
     if not names:
-        return list(claims), None
+        return list(all_claims), None
     noise = fit_noise(values)
+    claims = [claim for claim in all_claims if claim.classes == classes]
     families = {kind: sum(claim.is_judged and claim.kind == kind for claim in claims) for kind in ("gain", "miou")}
     index = {name: number for number, name in enumerate(names)}
     gains = [claim for claim in claims if claim.kind == "gain" and {claim.run, claim.reference} <= index.keys()]
@@ -267,7 +278,9 @@ def _with_intervals(
             interval=interval(claim),
             is_noisy=claim.kind != "sooner" and bool(noisy & {claim.run, claim.reference}),
         )
-        for claim in claims
+        if claim.classes == classes
+        else claim
+        for claim in all_claims
     ]
     if not noise.variance[0] > NO_SPREAD**2:
         return judged, None
@@ -279,12 +292,15 @@ def _with_intervals(
     return judged, summary
 
 
-def _measures(trials: Sequence[ReportedTrial], measured_share: float) -> tuple[Floats, list[str]]:
+def _measures(
+    trials: Sequence[ReportedTrial], measured_share: float, classes: tuple[str, ...]
+) -> tuple[Floats, list[str]]:
     """Return 1 x R x N measures of the trials that completed, and the names of the R rows: those with two or more."""
     measured: dict[str, dict[int, float]] = {}
     for trial in trials:
-        if trial.state.status == "finished":
-            measured.setdefault(trial.run.name, {})[trial.run.seed] = final_miou(trial, measured_share)
+        miou = final_miou(trial, measured_share, classes=classes)
+        if trial.state.status == "finished" and math.isfinite(miou):
+            measured.setdefault(trial.run.name, {})[trial.run.seed] = miou
     repeated = {name: by_seed for name, by_seed in measured.items() if len(by_seed) > 1}
     seeds = sorted({seed for by_seed in repeated.values() for seed in by_seed})
     values = np.full((1, len(repeated), len(seeds)), np.nan)
@@ -403,11 +419,12 @@ def format_range(bounds: Range, form: str) -> str:
 
 
 def format_expected(claim: Claim) -> str:
-    """Format as `+0.3 to +0.5 over r01`, `mIoU 55 to 57 %` or `sooner than r01`."""
+    """Format as `+0.3 to +0.5 over r01`, `mIoU 55 to 57 %` or `sooner than r01`; names a second measure."""
     if claim.expected is None:
         return f"sooner than {claim.reference}"
     if claim.kind == "gain":
-        return f"{format_range(claim.expected, '+g')} over {claim.reference}"
+        measure = f", {claim.measure}" if claim.classes else ""
+        return f"{format_range(claim.expected, '+g')} over {claim.reference}{measure}"
     return f"mIoU {format_range(claim.expected, 'g')} %"
 
 

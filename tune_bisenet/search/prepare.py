@@ -336,12 +336,14 @@ def _check_resumable(search: PreparedSearch, earlier: Manifest) -> None:
     A changed row would continue with the old one's results. What is expected of it may change.
     """
     options, runs = search.options, {(run.name, run.seed): run for run in search.runs}
-    now, then = search.space.measured_share, earlier.space.measured_share
-    if now != then:
-        raise ValueError(
-            f"measured_share of the space is {now:g}, but was {then:g} when this search was started. A measure is "
-            "declared before results are seen: restore it, or start another search under another --name."
-        )
+    for name in ("measured_share", "second_measure"):
+        now, then = getattr(search.space, name), getattr(earlier.space, name)
+        if now != then:
+            now, then = (", ".join(value) or "none" if isinstance(value, tuple) else value for value in (now, then))
+            raise ValueError(
+                f"{name} of the space is {now}, but was {then} when this search was started. A measure is declared "
+                "before results are seen: restore it, or start another search under another --name."
+            )
     before = {(run.name, run.seed): run.fingerprint() for run in earlier.trials.values()}
     if options.add and runs.keys() <= before.keys():
         raise ValueError("--add: this search has all these rows and seeds already. Name seeds or rows that are new.")

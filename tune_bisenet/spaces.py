@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, assert_never
@@ -26,6 +26,9 @@ from tune_bisenet.text import counted, markdown_table
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
+
+CONTROL: Final = "aa"
+"""The row of `--control`."""
 
 MEASURED_SHARE: Final = 0.1
 """A tenth of the epochs."""
@@ -80,6 +83,22 @@ class Grid:
         """Return the row most others are measured against; None if no row is."""
         over = Counter(run.expect.over for run in self.runs if run.expect and run.expect.over)
         return over.most_common(1)[0][0] if over else None
+
+
+def with_control(grid: Grid) -> Grid:
+    """Return the grid with one more row: its baseline again, expected to gain nothing. ValueError if that cannot be.
+
+    It draws other random numbers at the same seed: on a CPU, equal ones would give equal weights.
+    """
+    baseline = next((row for row in grid.runs if row.name == grid.baseline), None)
+    if baseline is None:
+        raise ValueError("--control repeats the row that others are measured against, and this space has none.")
+    if any(row.name == CONTROL for row in grid.runs):
+        raise ValueError(f"--control adds a row {CONTROL}, and this space has one: give that another name.")
+    note = f"{grid.baseline} again, with other random numbers: what no difference looks like"
+    expect = Expect(gain=(0, 0), over=grid.baseline, note=note)
+    control = baseline.model_copy(update={"name": CONTROL, "stream": baseline.stream + 1, "expect": expect})
+    return replace(grid, runs=(*grid.runs, control))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -333,7 +333,7 @@ def judge_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]
             if high < least - claim.margin:
                 return "broken", "a gain, but less than expected" if low > 0 else "less than expected"
             if low > most:
-                return "exceeded", "more than expected"
+                return "exceeded", "more than expected" if most else "a gain where none was expected"
             if low >= least - claim.margin and (low > 0 or least <= 0):
                 return "kept", ""
             return ("gained", "a gain; its size is open") if low > 0 else ("open", "the interval is too wide")
@@ -352,9 +352,9 @@ def judge_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """Return every setting that decides how a row is trained, by a name such as `optimizer lr`."""
+    """Return every setting that decides how a row is trained, but for chance, by a name such as `optimizer lr`."""
     leaves: dict[str, Any] = {}
-    for name, value in run.model_dump(exclude={"name", "seed", "expect"}).items():
+    for name, value in run.model_dump(exclude={"name", "seed", "stream", "expect"}).items():
         leaves |= {f"{name} {key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
     return leaves | {"image_size": format_size(run.image_size)}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tune_bisenet.data.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.training.losses import lovasz_softmax
 
 

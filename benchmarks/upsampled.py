@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_bisenet.data.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.training import losses
 
 Timed = Callable[[Tensor, Tensor], Tensor]

@@ -167,6 +167,7 @@ OTHER_TRAINING: dict[str, Any] = {
     "head_width": {"head_width": 64},
     "decay_norms_and_biases": {"decay_norms_and_biases": False},
     "seed": {"seed": 1},
+    "stream": {"stream": 1},
 }
 
 

@@ -18,6 +18,7 @@ from tune_bisenet.spaces import (
     proxy_caption,
     published_levels,
     resolve_runs,
+    with_control,
 )
 
 
@@ -115,6 +116,18 @@ def test_all_mistakes_in_a_grid_are_reported_together() -> None:
         Grid("empty", ())
 
 
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("road", "tram"), "tram is not a class of Cityscapes. There are road, sidewalk,"),
+        (("road", "sky", "road"), "road 2 times"),
+    ],
+)
+def test_the_classes_of_a_second_measure_exist_and_are_named_once(classes: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Grid("one row", (row(),), second_measure=classes)
+
+
 def test_no_row_is_named_like_a_drawn_trial() -> None:
     with pytest.raises(ValueError, match="t0003"):
         Sampled(title="", sample=lambda _trial: row("a"), around=Grid("", (row("t0003"),)), point=lambda _row: {})
@@ -123,6 +136,29 @@ def test_no_row_is_named_like_a_drawn_trial() -> None:
 def test_the_baseline_is_the_row_most_others_are_measured_against() -> None:
     assert spaces.load_space("runs10").baseline == "r01"
     assert Grid("no promise", (row("a"), row("b"))).baseline is None
+
+
+def test_a_control_row_is_the_baseline_with_other_random_numbers() -> None:
+    rows = (row("x"), row("y", expect=Expect(gain=(0, 1), over="x"), lr=0.02))
+    grid = with_control(Grid("two", rows, measured_share=0.2))
+    assert (grid.runs[:2], grid.baseline, grid.measured_share) == (rows, "x", 0.2)
+    control = grid.runs[2]
+    assert (control.name, control.expect and control.expect.gain) == ("aa", (0, 0))
+    assert control.model_copy(update={"name": "x", "stream": 0, "expect": None}) == rows[0]
+    assert control.fingerprint() != rows[0].fingerprint()
+    assert len({control.random_seed, control.model_copy(update={"seed": 1}).random_seed, 0, 1}) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((row("x"),), "this space has none"),
+        ((row("aa"), row("y", expect=Expect(gain=(0, 1), over="aa"))), "adds a row aa, and this space has one"),
+    ],
+)
+def test_a_control_row_needs_a_baseline_and_a_name_of_its_own(rows: tuple[Run, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_control(Grid("rows", rows))
 
 
 def test_rows_are_selected_by_name_and_stay_in_declared_order() -> None:

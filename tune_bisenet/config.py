@@ -197,6 +197,8 @@ class Run(Frozen):
     decay_norms_and_biases: bool = True
     """Whether weight decay also acts on BatchNorm parameters and biases."""
     seed: NonNegativeInt = 0
+    stream: NonNegativeInt = 0
+    """Which of the independent streams of random numbers of its seed it draws from."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -207,6 +209,11 @@ class Run(Frozen):
                 "Train longer, switch earlier, or shrink the whole run with --proxy."
             )
         return self
+
+    @property
+    def random_seed(self) -> int:
+        """Return what all its random numbers are derived from: its seed, or for another stream 32 bits of a hash."""
+        return int(fingerprint([self.seed, self.stream])[:8], 16) if self.stream else self.seed
 
     def fingerprint(self) -> str:
         """Return 16 hex digits over everything that decides what is trained: not the name, not the expectation."""

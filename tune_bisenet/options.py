@@ -184,6 +184,12 @@ class Options(Frozen):
         "give all rows the seeds of the first look, and those of the next only to rows that are open and what they are "
         "compared with, until nothing is open or a limit is reached (looks by default at 3,5,8,12; implies fifo)",
     )
+    control: bool | None = _flag(
+        JUDGED,
+        None,
+        "add a row aa, the baseline again with other random numbers and expected to gain +0: what no difference looks "
+        "like",
+    )
 
     trials: PositiveInt | None = _flag(SAMPLED, "N", "total number of trials (default: 40, if no other limit is given)")
     sampler: Sampler | None = _flag(SAMPLED, "tpe|gp|cmaes|random|qmc", "Optuna's sampler (default: tpe)")
@@ -356,6 +362,8 @@ class SearchConfig(Frozen):
     """The numbers of seeds at which a grid is judged; empty for one look at all of them."""
     decide: bool = False
     """Whether the search adds the seeds of the next look by itself, to the rows that are open."""
+    control: bool = False
+    """Whether the grid has one more row, its baseline again."""
     sampler: Sampler = "tpe"
     """How a sampled space is searched; as are the next three."""
     objectives: Objectives = ("miou",)

@@ -274,6 +274,8 @@ class SpaceInfo(Frozen):
     """The row that others are measured against."""
     measured_share: float
     """The share of the epochs, the last ones, whose mean mIoU expectations are judged by."""
+    second_measure: tuple[str, ...] = ()
+    """The classes by whose mean IoU gains are judged, too; empty for mIoU alone."""
 
 
 class DataInfo(Frozen):

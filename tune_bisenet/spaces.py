@@ -11,7 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, assert_never
@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Final, assert_never
 from pydantic import ValidationError
 
 import search_spaces
+from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import OHEM, SGD, AdamW, CrossEntropy, Expect, Param, Run, WeightedCrossEntropy
 from tune_bisenet.options import STREETS, InputError, SearchConfig
 from tune_bisenet.text import counted, markdown_table
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
+
+CONTROL: Final = "aa"
+"""The row of `--control`."""
 
 MEASURED_SHARE: Final = 0.1
 """A tenth of the epochs."""
@@ -42,18 +46,27 @@ PUBLISHED_MIOU_AT_4: Final = 68
 
 @dataclass(frozen=True)
 class Grid:
-    """Declared rows, each trained as it stands. ValueError if names repeat or an expectation points nowhere."""
+    """Declared rows, each trained as it stands. ValueError if names repeat, or if something named does not exist."""
 
     title: str
     runs: tuple[Run, ...]
     measured_share: float = MEASURED_SHARE
     """The share of the epochs, the last ones, whose mean mIoU expectations are judged by; of 50 epochs five."""
+    second_measure: tuple[str, ...] = ()
+    """Names of classes by whose mean IoU gains are judged, too: those that hold little of the noise, say."""
 
     def __post_init__(self) -> None:
         counts = Counter(run.name for run in self.runs)
         problems = [] if self.runs else ["the space has no rows."]
         if not 0 < self.measured_share <= 1:
             problems.append(f"measured_share {self.measured_share:g} is no share of the epochs: 0.1 is a tenth.")
+        problems += [
+            f"second_measure: {name} is not a class of Cityscapes. There are {', '.join(CLASS_NAMES)}."
+            if name not in CLASS_NAMES
+            else f"second_measure names {name} {count} times: name each class once."
+            for name, count in Counter(self.second_measure).items()
+            if name not in CLASS_NAMES or count > 1
+        ]
         problems += [
             f"the row {name} is declared {count} times: give each row its own name."
             for name, count in counts.items()
@@ -77,6 +90,22 @@ class Grid:
         """Return the row most others are measured against; None if no row is."""
         over = Counter(run.expect.over for run in self.runs if run.expect and run.expect.over)
         return over.most_common(1)[0][0] if over else None
+
+
+def with_control(grid: Grid) -> Grid:
+    """Return the grid with one more row: its baseline again, expected to gain nothing. ValueError if that cannot be.
+
+    It draws other random numbers at the same seed: on a CPU, equal ones would give equal weights.
+    """
+    baseline = next((row for row in grid.runs if row.name == grid.baseline), None)
+    if baseline is None:
+        raise ValueError("--control repeats the row that others are measured against, and this space has none.")
+    if any(row.name == CONTROL for row in grid.runs):
+        raise ValueError(f"--control adds a row {CONTROL}, and this space has one: give that another name.")
+    note = f"{grid.baseline} again, with other random numbers: what no difference looks like"
+    expect = Expect(gain=(0, 0), over=grid.baseline, note=note)
+    control = baseline.model_copy(update={"name": CONTROL, "stream": baseline.stream + 1, "expect": expect})
+    return replace(grid, runs=(*grid.runs, control))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +151,10 @@ class Sampled:
     @property
     def measured_share(self) -> float:
         return self.around.measured_share if self.around else MEASURED_SHARE
+
+    @property
+    def second_measure(self) -> tuple[str, ...]:
+        return self.around.second_measure if self.around else ()
 
 
 Space = Grid | Sampled

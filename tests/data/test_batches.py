@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tune_bisenet.classes import VOID
 from tune_bisenet.config import Augment
 from tune_bisenet.data.batches import AugmentDraw, Frames, augment_batch, epoch_draw, epoch_order, normalise
-from tune_bisenet.data.classes import VOID
 from tune_bisenet.data.packed import Packed
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

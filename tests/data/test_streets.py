@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tune_bisenet.data.classes import CLASS_NAMES, NUM_CLASSES, VOID
+from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES, VOID
 from tune_bisenet.data.source import SPLITS, Frame, Source, Split
 from tune_bisenet.data.streets import Streets, scene
 

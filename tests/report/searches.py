@@ -12,8 +12,8 @@ from helpers.rows import plain_epoch, plain_row
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 
 from tune_bisenet import records
+from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.config import SGD, AdamW, Expect, Param, Run
-from tune_bisenet.data.classes import NUM_CLASSES, VOID
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
     KNOWN,

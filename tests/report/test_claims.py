@@ -36,7 +36,8 @@ def around(gain: float) -> list[float]:
         ((0.1, 0.5), around(0.8), "exceeded", "more than expected"),
         ((0.1, 0.5), around(0.01), "open", "the interval is too wide"),  # within the margin, but no gain is shown
         ((0.0, 0.0), around(-0.1), "kept", ""),  # a control row: as good, give or take the margin
-        ((0.0, 0.0), around(0.1), "exceeded", "more than expected"),
+        ((0.0, 0.0), around(0.1), "exceeded", "a gain where none was expected"),
+        ((0.0, 0.0), around(-0.3), "broken", "less than expected"),
         ((0.5, 1), [0.0, 0.5, 1.0], "open", "the interval is too wide"),
         ((0.5, 1), [0.7, 0.7, 0.7], "open", "equal seeds count as one"),
         ((0.5, 1), [0.0, 0.0, 0.0], "broken", "the same to the last bit"),

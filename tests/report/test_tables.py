@@ -24,8 +24,8 @@ from searches import (
     write_trial,
 )
 
+from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import AdamW
-from tune_bisenet.data.classes import CLASS_NAMES
 from tune_bisenet.records import TRIAL
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.tables import (
@@ -139,7 +139,8 @@ def test_a_study_has_costs_by_origin_and_the_settings_of_its_rows_and_its_best(t
 def test_every_table_has_its_lines(search: SearchRecord) -> None:
     tables = file_tables(search, judge_search(search))
     counts = {name: len(table) for name, table in tables.items()}
-    assert counts == {"verdicts": 2, "leaderboard": 4, "epochs": 12, "iou": 4 * 19, "settings": 4, "params": 0}
+    of_trials = {"leaderboard": 4, "epochs": 12, "iou": 4 * 19, "settings": 4, "params": 0}
+    assert counts == {"verdicts": 2, "noise": 1 + 18} | of_trials
     last = tables["epochs"][-1]
     assert (last["trial"], last["run"], last["seed"], last["epoch"], last["miou"]) == ("r02-s1", "r02", 1, 3, 53.5)
     ious = [line for line in tables["iou"] if line["trial"] == "r01-s1"]
@@ -156,7 +157,7 @@ def test_every_table_has_its_lines(search: SearchRecord) -> None:
 
 def test_csv_and_parquet_hold_the_same(search: SearchRecord) -> None:
     written = dict(table_files(search, judge_search(search)))
-    assert {name.split(".")[0] for name in written} == {"verdicts", "leaderboard", "epochs", "iou", "settings"}
+    assert {name.split(".")[0] for name in written} == {"verdicts", "noise", "leaderboard", "epochs", "iou", "settings"}
     for name in ("epochs", "iou", "leaderboard"):
         from_csv = list(csv.DictReader(io.StringIO(written[f"{name}.csv"].decode())))
         from_parquet = pyarrow.parquet.read_table(io.BytesIO(written[f"{name}.parquet"])).to_pylist()

@@ -59,6 +59,8 @@ MISTAKES = {
     "resuming what is missing": (["--resume", "--name", "x"], ["no search x", "--storage"]),
     "deciding among rows that may be stopped": (["--decide", "--scheduler", "asha"], ["--scheduler asha", "fifo"]),
     "fewer seeds than the first look": (["--decide", "--seeds", "0,1"], ["2 seeds", "looks first at 3"]),
+    "a control row that is not trained": (["--control", "--runs", "r01,r05"], ["--runs r01,r05,aa"]),
+    "a control row of a study": ([*AROUND, "--control"], ["--control", "only a grid"]),
     "looks at a study": ([*AROUND, "--looks", "3,5"], ["--looks", "--confirm"]),
     "a sampler for a grid": (["--sampler", "tpe", "--trials", "3"], ["--trials, --sampler", "grid"]),
     "an unknown sampler": (["--space", "around10", "--sampler", "best"], ["--sampler best", "tpe", "cmaes", "qmc"]),
@@ -276,7 +278,20 @@ def test_a_resumed_search_keeps_its_configuration_and_adds_a_session(search: Pre
     assert second.started <= second.ended
 
 
+def test_a_control_row_stays_in_its_search(place: Path, frames: Path) -> None:
+    write_space(place / "space.py", {"a": 0.01, "b": 0.02}, num_epochs=2, baseline="a")
+    flags = {"space": str(place / "space.py"), "data": str(frames), "backbone": "none", "control": True}
+    search = prepared(**flags, storage=str(place / "kept"), name="mine", seeds="3,4")
+    assert list(search.specs) == ["a-s3", "b-s3", "aa-s3", "a-s4", "b-s4", "aa-s4"]
+    driver._write_manifest(search, driver._make_manifest(search, RESOURCES, COMMAND))
+    again = prepared(storage=str(place / "kept"), name="mine", resume=True)
+    assert (again.runs, again.space) == (search.runs, search.space)
+    more = prepared(storage=str(place / "kept"), name="mine", add=True, runs="a,aa", seeds="5")
+    assert list(more.specs)[6:] == ["a-s5", "aa-s5"]
+
+
 CHANGED = [
+    ["--resume", "--control"],
     ["--resume", "--epochs", "3"],
     ["--resume", "--seeds", "0,1"],
     ["--resume", "--scheduler", "median"],
@@ -325,6 +340,20 @@ def test_changed_frames_are_refused(capsys: pytest.CaptureFixture[str], search: 
 def test_changed_rows_are_refused(capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path) -> None:
     write_space(place / "space.py", {"a": 0.01, "b": 0.03}, num_epochs=2, baseline="a")
     assert "row b has changed" in refused(capsys, *resumed(search), "--resume")
+
+
+def test_a_measure_is_declared_before_results_are_seen(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path
+) -> None:
+    space = (place / "space.py").read_text()
+    for change in ("second_measure=('sky', 'road')", "measured_share=0.5"):
+        (place / "space.py").write_text(space.replace("))\n", f"), {change})\n"))
+        message = refused(capsys, *resumed(search), "--add", "--seeds", "5")
+        assert f"{change.split('=')[0]} of the space is" in message
+    (place / "space.py").write_text(space.replace("))\n", "), second_measure=('sky', 'road'))\n"))
+    flags = {"space": str(place / "space.py"), "data": str(place / "frames"), "backbone": "none"}
+    other = prepared(**flags, storage=str(place / "kept"), name="other")
+    assert driver._make_manifest(other, RESOURCES, COMMAND).space.second_measure == ("sky", "road")
 
 
 def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], search: PreparedSearch) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 from trainings import SIZE, begin, flat, rate_by_hand, recorded_inputs, small, trained, weights_of
 
 from tune_bisenet import spaces
+from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.config import OHEM, SGD, AdamW, Augment, CrossEntropy, Loss, Run, WarmupPoly, WeightedCrossEntropy
-from tune_bisenet.data.classes import NUM_CLASSES, VOID
+from tune_bisenet.data.batches import augment_batch, epoch_draw
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.packing import prepare_packed
 from tune_bisenet.data.source import Frame, Split
@@ -21,6 +22,7 @@ from tune_bisenet.data.streets import Streets
 from tune_bisenet.records import Epoch
 from tune_bisenet.spaces import DataFacts, RowOverrides, resolve_runs
 from tune_bisenet.training import engine
+from tune_bisenet.training.model import BiSeNet
 
 STILL = Augment(min_scale=1.0, max_scale=1.0, flip=0.0, jitter=0.0)
 
@@ -100,6 +102,35 @@ def test_labels_of_nothing_but_void_move_no_weight(run: Run, tmp_path: Path, los
     assert (end.epoch.loss, end.epoch.grad_norm, end.epoch.miou) == (0.0, 0.0, 0.0)
     assert not end.epoch.diverged
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(training).items())
+
+
+def test_the_first_stream_of_a_seed_draws_what_the_seed_alone_says(run: Run, small_data: Packed) -> None:
+    training = begin(run.model_copy(update={"seed": 3}), small_data)
+    torch.manual_seed(3)
+    drawn = BiSeNet(head_width=run.head_width).state_dict()
+    assert all(torch.equal(drawn[name], tensor) for name, tensor in training.model.state_dict().items())
+    inputs = recorded_inputs(training)
+    next(engine.fit(training))
+    state = int(np.random.SeedSequence([3, 1, 0]).generate_state(1, np.uint64)[0])
+    order = torch.randperm(len(small_data.train), generator=torch.Generator().manual_seed(state >> 1))
+    batch = training.train.batch(order[: run.batch_size])
+    expected, _ = augment_batch(*batch, epoch_draw(run.augment, len(order), seed=3, epoch=1)[: run.batch_size])
+    assert torch.equal(inputs[0], expected)
+
+
+def test_another_stream_of_a_seed_is_another_sample_of_the_same_run(run: Run, small_data: Packed) -> None:
+    first, second = (begin(run.model_copy(update={"stream": stream}), small_data) for stream in (0, 1))
+    assert not any(
+        torch.equal(tensor, weights_of(second)[name])
+        for name, tensor in weights_of(first).items()
+        if "conv" in name and name.endswith("weight") and tensor.std() > 0 and "norm" not in name
+    )
+    given = [recorded_inputs(training) for training in (first, second)]
+    ends = [next(engine.fit(training)).epoch for training in (first, second)]
+    assert ends[0].loss != ends[1].loss
+    assert not torch.equal(given[0][0], given[1][0])
+    again = begin(run.model_copy(update={"stream": 1}), small_data)
+    assert next(engine.fit(again)).epoch.loss == ends[1].loss
 
 
 def test_a_rate_far_too_high_is_told_as_diverged(run: Run, small_data: Packed) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from trainings import CPU, SIZE, begin, flat, rate_by_hand, recorded_inputs, small, trained, trial_folder, weights_of
 
+from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.config import OHEM, AdamW, CrossEntropy, Loss, Run, WarmupPoly, WeightedCrossEntropy
-from tune_bisenet.data.classes import NUM_CLASSES, VOID
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.records import Epoch

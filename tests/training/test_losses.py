@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES, VOID
 from tune_bisenet.config import OHEM, CrossEntropy, WeightedCrossEntropy
-from tune_bisenet.data.classes import CLASS_NAMES, NUM_CLASSES, VOID
 from tune_bisenet.training import losses as losses_module
 from tune_bisenet.training.losses import (
     argmax,

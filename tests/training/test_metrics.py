@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tune_bisenet.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
+from tune_bisenet.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.training.metrics import confusion, iou_per_class, mean_iou, pixel_accuracy
 

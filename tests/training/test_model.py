@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from tune_bisenet.data.classes import NUM_CLASSES
+from tune_bisenet.classes import NUM_CLASSES
 from tune_bisenet.training.model import BiSeNet, upsample
 
 

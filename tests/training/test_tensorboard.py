@@ -18,8 +18,8 @@ import pytest
 from helpers.rows import plain_epoch, plain_row
 from PIL import Image
 
+from tune_bisenet.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
 from tune_bisenet.config import AdamW, Run, WarmupPoly, WeightedCrossEntropy
-from tune_bisenet.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
 from tune_bisenet.records import Epoch
 from tune_bisenet.storage import Storage
 from tune_bisenet.training.tensorboard import (

@@ -29,7 +29,7 @@ import search_spaces
 import tune_bisenet
 from tune_bisenet.options import NO_BACKBONE, STREETS, STUDY_VARIABLE, InputError, Options, build_parser, parse_options
 from tune_bisenet.records import COMMIT_VARIABLE, project_commit
-from tune_bisenet.spaces import load_space, select_rows
+from tune_bisenet.spaces import CONTROL, load_space, select_rows
 from tune_bisenet.storage import RETRY_VARIABLE
 from tune_bisenet.text import has_secret, is_ambiguous, redact
 
@@ -228,7 +228,7 @@ def _space_files(space: Path, runs: tuple[str, ...] | None) -> dict[str, Path]:
     The file is sent into `search_spaces`, so that the space has the same name on every cluster.
     """
     loaded_before = set(sys.modules)
-    select_rows(load_space(str(space)), runs)
+    select_rows(load_space(str(space)), runs and [name for name in runs if name != CONTROL])
     if space.suffix != ".py" and "/" not in str(space):
         return {}
     shipped = Path(search_spaces.__path__[0]) / space.name

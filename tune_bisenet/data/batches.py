@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tune_bisenet.classes import VOID
 from tune_bisenet.config import Augment
-from tune_bisenet.data.classes import VOID
 from tune_bisenet.data.packed import PackedSplit
 
 RESIDENT_SHARE: Final = 0.4

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow.fs import FileType
 
+from tune_bisenet.classes import MAX_LABEL_ID, NUM_CLASSES, VOID, train_id_table
 from tune_bisenet.config import format_size
-from tune_bisenet.data.classes import MAX_LABEL_ID, NUM_CLASSES, VOID, train_id_table
 from tune_bisenet.data.source import SPLITS, Frame, Split
 from tune_bisenet.options import InputError
 from tune_bisenet.storage import Storage, StorageError

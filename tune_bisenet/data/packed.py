@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tune_bisenet.classes import NUM_CLASSES
 from tune_bisenet.config import STRIDE, format_size
-from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.data.source import SPLITS, Split
 from tune_bisenet.options import InputError
 

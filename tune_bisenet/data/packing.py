@@ -30,9 +30,9 @@ import pyarrow as pa
 from filelock import FileLock
 from PIL import Image
 
+from tune_bisenet.classes import NUM_CLASSES
 from tune_bisenet.config import format_size
 from tune_bisenet.data.cityscapes import open_cityscapes
-from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.data.packed import (
     FORMAT_VERSION,
     ByteArray,

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from tune_bisenet.data.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.data.painter import (
     EYE_METRES,
     FOCAL_V,

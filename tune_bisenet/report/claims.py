@@ -1,15 +1,17 @@
 """From what a row is expected to reach and what its trials measured to a `Claim` with a verdict.
 
 `claims_of` pairs trials by seed; `decided` gives the verdict once the interval is known, which takes all rows of the
-table (`verdicts`). A trial's measure is its mean mIoU over the last epochs. mIoU is in percent, gains are in points.
+table (`verdicts`). A trial's measure is its mean mIoU over the last epochs, that of some classes alone where the space
+declares a second one. mIoU is in percent, gains are in points.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, assert_never
 
+from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import Run, format_size
 from tune_bisenet.records import Epoch, Status
 from tune_bisenet.report.read import ReportedTrial
@@ -66,6 +68,8 @@ class Claim:
     """Points, or percent for a level of mIoU; None for "sooner"."""
     margin: float
     """The smallest difference that matters, in points."""
+    classes: tuple[str, ...] = ()
+    """The classes whose mean IoU it is about, the space's second measure; empty for mIoU."""
     level: float | None = None
     """For "sooner": the mIoU in percent that is to be reached; None for each trial's own last."""
     note: str = ""
@@ -98,6 +102,10 @@ class Claim:
     @property
     def is_judged(self) -> bool:
         return not (self.on_proxy and self.kind == "miou")
+
+    @property
+    def measure(self) -> str:
+        return format_measure(self.classes)
 
     @property
     def estimate(self) -> float | None:
@@ -143,10 +151,23 @@ class Claim:
         return [remark for remark, holds in remarks.items() if holds]
 
 
-def claims_of(row: Run, trials: Sequence[ReportedTrial], *, measured_share: float, proxy: bool) -> list[Claim]:
+def format_measure(classes: Collection[str]) -> str:
+    """Format as `mean IoU of 16 classes`, or `mIoU` if none are named."""
+    return f"mean IoU of {len(classes)} class{'' if len(classes) == 1 else 'es'}" if classes else "mIoU"
+
+
+def claims_of(
+    row: Run,
+    trials: Sequence[ReportedTrial],
+    *,
+    measured_share: float,
+    proxy: bool,
+    second_measure: tuple[str, ...] = (),
+) -> list[Claim]:
     """Return a claim for each expectation of the row, measured but undecided: first its mIoU or gain, then how soon.
 
-    `measured_share` is the share of the epochs, the last ones, over which mIoU is averaged.
+    `measured_share` is the share of the epochs, the last ones, over which mIoU is averaged. A gain is claimed once more
+    of the mean IoU of the classes `second_measure`.
     """
     expect = row.expect
     if expect is None:
@@ -161,6 +182,8 @@ def claims_of(row: Run, trials: Sequence[ReportedTrial], *, measured_share: floa
         on_proxy=proxy,
     )
     claims = [first]
+    if second_measure and first.kind == "gain":
+        claims.append(replace(first, classes=second_measure))
     if expect.sooner_than is not None:
         level = expect.miou and expect.miou[0]
         claims.append(replace(first, kind="sooner", reference=expect.sooner_than, expected=None, level=level))
@@ -176,12 +199,12 @@ def _measured(claim: Claim, trials: Sequence[ReportedTrial], share: float) -> Cl
     usable = [pair for pair in matched if all(trial.state.status != "failed" for trial in pair)]
     pairs = [pair for trial, bar in usable if (pair := _pair(claim, trial, bar, share)) is not None]
     diverged = [trial.state.status == "diverged" for trial, _bar in usable]
-    is_single = claim.kind == "gain" and len(pairs) == len(usable) == 1
+    is_single = claim.kind == "gain" and not claim.classes and len(pairs) == len(usable) == 1
     interval, drawn_from = _over_images(*usable[0]) if is_single else (None, "")
     return replace(
         claim,
         pairs=tuple(pairs),
-        best_estimate=_best_estimate(claim.kind, usable),
+        best_estimate=_best_estimate(claim, usable),
         image_interval=interval,
         drawn_from=drawn_from,
         pending=_names(usable, ("waiting", "running")),
@@ -202,18 +225,28 @@ def measure_window(num_epochs: int, share: float) -> int:
     return max(1, round(num_epochs * share))
 
 
-def final_miou(trial: ReportedTrial, share: float, *, until: int | None = None) -> float:
-    """Return the mean mIoU (percent) of a trial's last epochs, or of those up to `until`; NaN if it has none.
-
-    Epochs that diverged do not count.
-    """
+def final_epochs(trial: ReportedTrial, share: float, *, until: int | None = None) -> list[Epoch]:
+    """Return a trial's last epochs, or those up to `until`, that its measure is the mean of; diverged ones left out."""
     window = measure_window(trial.run.num_epochs, share)
     sound = [epoch for epoch in trial.epochs if not epoch.diverged and epoch.epoch <= (until or epoch.epoch)]
-    return _mean_miou(sound[-window:])
+    return sound[-window:]
 
 
-def _mean_miou(epochs: Sequence[Epoch]) -> float:
-    return math.fsum(epoch.miou for epoch in epochs) / len(epochs) if epochs else math.nan
+def final_miou(trial: ReportedTrial, share: float, *, until: int | None = None, classes: Collection[str] = ()) -> float:
+    """Return the mean mIoU (percent) of a trial's `final_epochs`, or that of `classes` alone; NaN if it has none."""
+    return _mean_miou(final_epochs(trial, share, until=until), classes)
+
+
+def _mean_miou(epochs: Sequence[Epoch], classes: Collection[str] = ()) -> float:
+    return math.fsum(_miou(epoch, classes) for epoch in epochs) / len(epochs) if epochs else math.nan
+
+
+def _miou(epoch: Epoch, classes: Collection[str]) -> float:
+    """Return the mean IoU of those of `classes` that occur, NaN if none does; mIoU if no classes are named."""
+    if not classes:
+        return epoch.miou
+    named = [iou for name, iou in zip(CLASS_NAMES, epoch.iou, strict=True) if name in classes and iou is not None]
+    return math.fsum(named) / len(named) if named else math.nan
 
 
 def _pair(claim: Claim, own: ReportedTrial, bar: ReportedTrial, share: float) -> Pair | None:
@@ -224,7 +257,7 @@ def _pair(claim: Claim, own: ReportedTrial, bar: ReportedTrial, share: float) ->
     reference: float | None = None
     match claim.kind:
         case "gain":
-            value, bar_value = (final_miou(trial, share, until=until) for trial in (own, bar))
+            value, bar_value = (final_miou(trial, share, until=until, classes=claim.classes) for trial in (own, bar))
             reference, effect = bar_value, value - bar_value
         case "miou":
             value = effect = final_miou(own, share)
@@ -261,12 +294,13 @@ def _first_epoch_at(trial: ReportedTrial, level: float, share: float) -> float:
     return float(trial.run.num_epochs + 1)
 
 
-def _best_estimate(kind: Kind, usable: Sequence[tuple[ReportedTrial, ReportedTrial]]) -> float | None:
-    if kind == "sooner" or not all(trial.epochs for pair in usable for trial in pair) or not usable:
+def _best_estimate(claim: Claim, usable: Sequence[tuple[ReportedTrial, ReportedTrial]]) -> float | None:
+    if claim.kind == "sooner" or not all(trial.epochs for pair in usable for trial in pair) or not usable:
         return None
     ends = [min(own.reached, bar.reached) for own, bar in usable]
-    best = [(own.best(end).miou, bar.best(end).miou) for (own, bar), end in zip(usable, ends, strict=True)]
-    return math.fsum(own - bar if kind == "gain" else own for own, bar in best) / len(best)
+    best = [[_miou(trial.best(end), claim.classes) for trial in pair] for pair, end in zip(usable, ends, strict=True)]
+    mean = math.fsum(own - bar if claim.kind == "gain" else own for own, bar in best) / len(best)
+    return mean if math.isfinite(mean) else None
 
 
 def _over_images(own: ReportedTrial, bar: ReportedTrial) -> tuple[Range | None, str]:
@@ -313,7 +347,7 @@ def judge_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]
             if high < least - claim.margin:
                 return "broken", "a gain, but less than expected" if low > 0 else "less than expected"
             if low > most:
-                return "exceeded", "more than expected"
+                return "exceeded", "more than expected" if most else "a gain where none was expected"
             if low >= least - claim.margin and (low > 0 or least <= 0):
                 return "kept", ""
             return ("gained", "a gain; its size is open") if low > 0 else ("open", "the interval is too wide")
@@ -332,9 +366,9 @@ def judge_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """Return every setting that decides how a row is trained, by a name such as `optimizer lr`."""
+    """Return every setting that decides how a row is trained, but for chance, by a name such as `optimizer lr`."""
     leaves: dict[str, Any] = {}
-    for name, value in run.model_dump(exclude={"name", "seed", "expect"}).items():
+    for name, value in run.model_dump(exclude={"name", "seed", "stream", "expect"}).items():
         leaves |= {f"{name} {key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
     return leaves | {"image_size": format_size(run.image_size)}
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tune_bisenet.data.classes import CLASS_NAMES, CLASSES, VOID, palette
+from tune_bisenet.classes import CLASS_NAMES, CLASSES, VOID, palette
 from tune_bisenet.records import BestPredictions
 from tune_bisenet.report.claims import Claim, Kind
 from tune_bisenet.report.leaderboard import best_first
@@ -233,7 +233,7 @@ def _row_traces(
 
 
 AXIS_TITLES: Final[dict[Kind, str]] = {
-    "gain": "Gain in percentage points of mIoU",
+    "gain": "Gain in percentage points",
     "miou": "mIoU in %",
     "sooner": "Epochs saved",
 }
@@ -256,9 +256,9 @@ def intervals(judgement: Judgement) -> list[Figure]:
                 "type": "scatter",
                 "mode": "markers",
                 "x": [claim.estimate for claim in claims],
-                "y": [claim.run for claim in claims],
+                "y": [_axis_label(claim) for claim in claims],
                 "error_x": {"type": "data", "array": [reach / 2 for reach in reaches]},
-                "text": [f"{claim.run}: {claim.verdict}" for claim in claims],
+                "text": [f"{_axis_label(claim)}: {claim.verdict}" for claim in claims],
                 "hovertemplate": "%{text}, %{x:.2f}<extra></extra>",
                 "marker": {"color": BASELINE_COLOUR, "size": 9},
             }
@@ -282,10 +282,14 @@ def _extent(claims: Sequence[Claim]) -> list[float]:
     return [low - margin, high + margin]
 
 
+def _axis_label(claim: Claim) -> str:
+    return f"{claim.run}, {claim.measure}" if claim.classes else claim.run
+
+
 def _expected_trace(claim: Claim) -> Trace:
     ends = claim.expected or ()
     line = {"color": COLOURS[0], "width": 14}
-    trace = {"type": "scatter", "mode": "lines", "x": list(ends), "y": [claim.run] * len(ends), "line": line}
+    trace = {"type": "scatter", "mode": "lines", "x": list(ends), "y": [_axis_label(claim)] * len(ends), "line": line}
     return trace | {"opacity": 0.35, "hoverinfo": "skip"}
 
 

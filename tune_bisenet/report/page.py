@@ -20,7 +20,9 @@ from typing import Final
 
 import jinja2
 
+from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.report import figures, sampled, tables
+from tune_bisenet.report.claims import format_measure
 from tune_bisenet.report.figures import Block, Plots, PythonSource, Section, plots
 from tune_bisenet.report.pairing import mixed_pairs, unequal_pairs
 from tune_bisenet.report.read import SearchRecord, read_search
@@ -98,6 +100,7 @@ class Report:
         curves = figures.curves(search)
         heatmap, confusion = figures.iou_heatmap(search), figures.confusion_matrix(search)
         gallery, notes = figures.gallery(search)
+        noise = tables.noise_table(search)
         curve_text = (
             "Lines are means over seeds, bands reach from the lowest to the highest. A mean may jump where a seed was "
             "stopped. Losses of rows with different losses do not compare."
@@ -105,6 +108,7 @@ class Report:
         return [
             *(self._study_sections() if search.is_sampled else []),
             *([self._verdicts()] if self.judgement.claims or not search.is_sampled else []),
+            *([Section("noise", "How much repeats differ", [noise])] if noise.lines else []),
             Section("settings", "What the rows are", [tables.settings_table(search)]),
             Section(
                 "curves",
@@ -168,6 +172,7 @@ class Report:
         sentences = [
             f"A trial is measured by the mean mIoU of its last epochs ({share:.0%} of them, at least one); gains are "
             "points, paired by seed. Intervals hold together: in 95 % of searches no verdict of the table is false.",
+            *self._second_measure_sentences(),
             *self._look_sentences(),
             f"Repeats of {counted(noise.num_rows, 'row')} differ by {noise.within_sd:.2f} points (sd), "
             f"{noise.sd:.2f} without what equal seeds share."
@@ -176,6 +181,17 @@ class Report:
             published_levels(self.search.rows, manifest.config, num_train=manifest.data.train_images),
         ]
         return " ".join(filter(None, sentences))
+
+    def _second_measure_sentences(self) -> list[str]:
+        classes = self.search.manifest.space.second_measure
+        if not classes:
+            return []
+        left_out = [name for name in CLASS_NAMES if name not in classes]
+        are = f"all but {', '.join(left_out)}" if 0 < len(left_out) < len(classes) else ", ".join(classes)
+        return [
+            f"Gains are judged a second time by the {format_measure(classes)} ({are}), declared before the search. "
+            "Both measures share the error."
+        ]
 
     def _look_sentences(self) -> list[str]:
         """Say at which look the table was judged, and whether its error is still that of a plan."""

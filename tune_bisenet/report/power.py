@@ -48,11 +48,13 @@ class Power:
     """The fewest seeds of all rows that show it in 80 % of searches; None above MOST_SEEDS, or without a number."""
 
 
-def powers(rows: Sequence[Run], seeds: Mapping[str, Collection[int]], *, proxy: bool) -> list[Power]:
+def powers(
+    rows: Sequence[Run], seeds: Mapping[str, Collection[int]], *, proxy: bool, spent: float = 1.0
+) -> list[Power]:
     """Return the power of every claim that this search can judge, in declared order. `seeds` are those of each row.
 
     Trials differ by ASSUMED_SD, none of it shared by equal seeds. How soon a row reaches a level is expected without a
-    number. Nothing is stopped early.
+    number. Nothing is stopped early. `spent` is the share of the error that these claims may use up.
     """
     measured = [claims_of(row, (), measured_share=MEASURED_SHARE, proxy=proxy) for row in rows]
     claims = [claim for of_row in measured for claim in of_row if claim.is_judged]
@@ -62,11 +64,12 @@ def powers(rows: Sequence[Run], seeds: Mapping[str, Collection[int]], *, proxy: 
     names = sorted({name for claim in simulated for name in trained_rows(claim)})
     numbers = sorted({seed for name in names for seed in seeds.get(name, ())})
     present = np.array([[seed in seeds.get(name, ()) for seed in numbers] for name in names], dtype=bool)
-    now = _shares(simulated, names, present, families=families)
+    now = _shares(simulated, names, present, families=families, spent=spent)
 
     @cache
     def shares_with(num_seeds: int) -> list[float]:
-        return _shares(simulated, names, np.ones((len(names), num_seeds), dtype=bool), families=families)
+        present = np.ones((len(names), num_seeds), dtype=bool)
+        return _shares(simulated, names, present, families=families, spent=spent)
 
     def seeds_for_80(index: int) -> int | None:
         candidates = range(2, MOST_SEEDS + 1)
@@ -86,7 +89,7 @@ def powers(rows: Sequence[Run], seeds: Mapping[str, Collection[int]], *, proxy: 
 
 
 def _shares(
-    claims: Sequence[Claim], names: Sequence[str], present: Flags, *, families: Mapping[Kind, int]
+    claims: Sequence[Claim], names: Sequence[str], present: Flags, *, families: Mapping[Kind, int], spent: float
 ) -> list[float]:
     """Return the share of simulated searches that show each claim. Rows `names` have the trials `present`, R x N."""
     if not present.size:
@@ -94,7 +97,7 @@ def _shares(
     num_searches = max(SIMULATED_SEARCHES // (1 + present.size // 1000), 200)
     noise = np.random.default_rng(0).normal(0, ASSUMED_SD, (num_searches, *present.shape))
     values = np.where(present, noise + _truths(claims, names)[:, None], np.nan)
-    verdicts = judge_values(values, claims, names, families=families)
+    verdicts = judge_values(values, claims, names, families=families, spent=spent)
     return [float(np.isin(verdicts[:, index], SHOWN).mean()) for index in range(len(claims))]
 
 
@@ -124,12 +127,18 @@ def judge_values(
 
 
 def judge_at_looks(
-    values: Floats, claims: Sequence[Claim], names: Sequence[str], looks: Sequence[int], *, decides: bool
+    values: Floats,
+    claims: Sequence[Claim],
+    names: Sequence[str],
+    looks: Sequence[int],
+    *,
+    decides: bool,
+    spent: float = 1.0,
 ) -> tuple[Verdicts, Trials]:
     """Judge S simulated searches at planned looks; return verdicts, looks x S x claims, and the trials of each search.
 
     `values`, S x R x N, are what each row would measure at each seed. With `decides`, only open claims get the seeds of
-    the next look, as by `--decide`; else all rows do.
+    the next look, as by `--decide`; else all rows do. All looks together may use up the share `spent` of the error.
     """
     families = Counter(claim.kind for claim in claims)
     needed = np.array([[name in trained_rows(claim) for name in names] for claim in claims])
@@ -141,8 +150,8 @@ def judge_at_looks(
             here = np.flatnonzero((num_seeds == pattern).all(1))
             has_trial = np.arange(look) < pattern[:, None]
             seen = np.where(has_trial, values[here, :, :look], np.nan)
-            spent = error_share(look, num_looks=len(looks))
-            found = judge_values(seen, claims, names, families=families, spent=spent)
+            share = spent * error_share(look, num_looks=len(looks))
+            found = judge_values(seen, claims, names, families=families, spent=share)
             before = verdicts[here]
             stands = ~np.isin(before, UNDECIDED) | ((before == "gained") & (found == "open"))
             verdicts[here] = np.where(stands, before, found)
@@ -164,7 +173,9 @@ class ExpectedTrials:
     """If every row gets all seeds."""
 
 
-def expected_trials(rows: Sequence[Run], looks: Sequence[int], *, proxy: bool) -> ExpectedTrials | None:
+def expected_trials(
+    rows: Sequence[Run], looks: Sequence[int], *, proxy: bool, spent: float = 1.0
+) -> ExpectedTrials | None:
     """Return what `--decide` is expected to take; None for rows that claim nothing on mIoU. Claims on speed add to it.
 
     Trials differ by ASSUMED_SD, none of it shared by equal seeds.
@@ -178,7 +189,7 @@ def expected_trials(rows: Sequence[Run], looks: Sequence[int], *, proxy: bool) -
     noise = np.random.default_rng(0).normal(0, ASSUMED_SD, (SIMULATED_DECISIONS, len(names), looks[-1]))
     levels = np.full(len(names), next((_middle(claim) for claim in claims if claim.kind == "miou"), 0.0))
     kept, equal = (
-        float(judge_at_looks(noise + truths[:, None], claims, names, looks, decides=True)[1].mean())
+        float(judge_at_looks(noise + truths[:, None], claims, names, looks, decides=True, spent=spent)[1].mean())
         + num_others * looks[0]
         for truths in (_truths(claims, names), levels)
     )

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tune_bisenet.classes import NUM_CLASSES
 from tune_bisenet.config import Run
-from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
     KNOWN,

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from tune_bisenet.data.classes import CLASS_NAMES
+from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.records import best_of, to_plain
-from tune_bisenet.report.claims import Claim, Verdict, differences, format_setting, settings
+from tune_bisenet.report.claims import Claim, Verdict, differences, format_measure, format_setting, settings
 from tune_bisenet.report.leaderboard import (
     NOTE,
     best_first,
@@ -29,6 +29,7 @@ from tune_bisenet.report.leaderboard import (
     ranked,
     seed_table,
 )
+from tune_bisenet.report.noise import RepeatNoise, repeat_noise
 from tune_bisenet.report.pairing import environment_parts
 from tune_bisenet.report.read import ReportedTrial, SearchRecord
 from tune_bisenet.report.verdicts import (
@@ -39,6 +40,7 @@ from tune_bisenet.report.verdicts import (
     format_measured,
     format_sample_size,
     format_verdict,
+    judged_trials,
 )
 from tune_bisenet.text import counted, format_duration
 
@@ -131,6 +133,38 @@ def verdict_table(search: SearchRecord, judgement: Judgement, price: float | Non
             }
         )
     return Table(lines=lines, numbers=("measured", "interval", "seeds", "best epochs"), style="verdicts")
+
+
+def noise_table(search: SearchRecord) -> Table:
+    """Return how much repeats differ, by class; nothing where nothing repeats."""
+    noise = _noise_of(search)
+    if noise is None:
+        return Table()
+    most = noise.classes[0]
+    sentences = [
+        f"Repeats of {counted(noise.num_rows, 'row')} ({noise.num_trials} trials) differ by {noise.sd:.2f} points of "
+        f"mIoU (sd over seeds within a row, over the epochs that verdicts use). {most.share:.0f} % of it is "
+        f"{most.name}.",
+        "A class's share is its part of the variance: all sum to 100 %, and one below 0 makes up for others.",
+        f"Left out, as some of these epochs lack them: {', '.join(noise.left_out)}." if noise.left_out else "",
+    ]
+    shares = {of.name: f"{of.share:z.0f} %" for of in noise.classes}
+    lines = [
+        {"measure": measure, "sd, points": f"{sd:.2f}", "share": shares.get(measure, "")}
+        for measure, sd in _noise_sds(search, noise).items()
+    ]
+    return Table(text=" ".join(filter(None, sentences)), lines=lines, numbers=("sd, points", "share"))
+
+
+def _noise_of(search: SearchRecord) -> RepeatNoise | None:
+    space = search.manifest.space
+    return repeat_noise(judged_trials(search), space.measured_share, space.second_measure)
+
+
+def _noise_sds(search: SearchRecord, noise: RepeatNoise) -> dict[str, float]:
+    """Return the spread over seeds of mIoU, of the second measure if there is one, and of each class."""
+    second = {} if noise.second_sd is None else {format_measure(search.manifest.space.second_measure): noise.second_sd}
+    return {"mIoU": noise.sd} | second | {of.name: of.sd for of in noise.classes}
 
 
 def settings_table(search: SearchRecord) -> Table:
@@ -383,6 +417,7 @@ def file_tables(search: SearchRecord, judgement: Judgement) -> dict[str, list[Fi
             for trial, best in bests
             for name, value in zip(CLASS_NAMES, best.iou, strict=True)
         ],
+        "noise": _noise_lines(search),
         "settings": [identity[trial] | settings(record.run) for trial, record in search.trials.items()],
         "params": _param_lines(search),
     }
@@ -394,7 +429,8 @@ def _verdict_line(claim: Claim, judgement: Judgement) -> FileRow:
     high = {f"{name}_high": ends and ends[1] for name, ends in bounds.items()}
     size = claim.sample_size
     return {
-        **{name: getattr(claim, name) for name in ("run", "kind", "reference", "estimate", "best_estimate", "margin")},
+        **{name: getattr(claim, name) for name in ("run", "kind", "measure", "reference")},
+        **{name: getattr(claim, name) for name in ("estimate", "best_estimate", "margin")},
         **low,
         **high,
         "num_seeds": len(claim.pairs),
@@ -405,6 +441,24 @@ def _verdict_line(claim: Claim, judgement: Judgement) -> FileRow:
         "hours_of": judgement.unit,
         "remarks": "; ".join(claim.remarks),
     }
+
+
+def _noise_lines(search: SearchRecord) -> list[FileRow]:
+    """Return the spread over seeds by measure and by class, with the class's share of the variance in percent."""
+    noise = _noise_of(search)
+    if noise is None:
+        return []
+    shares = {of.name: of.share for of in noise.classes}
+    return [
+        {
+            "measure": measure,
+            "sd": sd,
+            "variance_share": shares.get(measure),
+            "num_rows": noise.num_rows,
+            "num_trials": noise.num_trials,
+        }
+        for measure, sd in _noise_sds(search, noise).items()
+    ]
 
 
 def _param_lines(search: SearchRecord) -> list[FileRow]:

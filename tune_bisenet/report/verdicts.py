@@ -17,6 +17,8 @@ the last tenth of its epochs, or what share the space declares. The rules, of wh
   above high, *gained* if above 0 with its size open, *broken* if below low less the margin, or at or under 0.
 - **A level** is *kept* if its interval lies within the range, give or take the margin; *above* or *below* if beyond it.
   On a proxy a level is not judged.
+- **A second measure**, if the space declares one, is the mean IoU of some classes, quieter than mIoU. Gains are judged
+  by it, too, by a noise of its own; both measures share the error, so every interval of the table uses half of it.
 - **Sooner** counts epochs saved: when each trial's running mean came near its own end, as near as the lower of the two
   is above the level that the row names. *Kept* above 0, *broken* below.
 - **Open** is everything else. A trial that the scheduler stopped is described, never judged: it was stopped for being
@@ -29,7 +31,7 @@ import math
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -155,18 +157,13 @@ class Judgement:
 
 
 def judge_search(search: SearchRecord) -> Judgement:
-    """Judge the declared rows; what a sampler made up expects nothing.
-
-    A row that got fresh seeds because it looked best is judged by them alone: the seed it was chosen by flatters.
-    """
+    """Judge the declared rows; what a sampler made up expects nothing."""
     devices, unit = search.devices_per_trial
-    fresh = search.fresh_trials
-    chosen = {record.run.name for record in fresh.values()} - {search.baseline}
-    trials = [record for name, record in search.trials.items() if name in fresh or record.run.name not in chosen]
     return judge(
         search.declared_rows,
-        trials,
+        judged_trials(search),
         measured_share=search.manifest.space.measured_share,
+        second_measure=search.manifest.space.second_measure,
         looks=search.manifest.config.looks,
         proxy=search.manifest.proxy is not None,
         devices_per_trial=devices,
@@ -174,11 +171,22 @@ def judge_search(search: SearchRecord) -> Judgement:
     )
 
 
+def judged_trials(search: SearchRecord) -> list[ReportedTrial]:
+    """Return the trials that rows are judged by.
+
+    A row that got fresh seeds because it looked best is judged by them alone: the seed it was chosen by flatters.
+    """
+    fresh = search.fresh_trials
+    chosen = {record.run.name for record in fresh.values()} - {search.baseline}
+    return [record for name, record in search.trials.items() if name in fresh or record.run.name not in chosen]
+
+
 def judge(
     rows: Sequence[Run],
     trials: Sequence[ReportedTrial],
     *,
     measured_share: float = MEASURED_SHARE,
+    second_measure: tuple[str, ...] = (),
     looks: Sequence[int] = (),
     proxy: bool = False,
     devices_per_trial: float = 1.0,
@@ -186,51 +194,62 @@ def judge(
 ) -> Judgement:
     """Judge the rows of a search (one Run each, or one a seed) by its trials, in the order in which it got them.
 
-    `looks` are the planned numbers of seeds; without any, all seeds are judged at once. `devices_per_trial` is the
-    share of a GPU, or of the machine, that a trial has to itself.
+    `second_measure` names the classes by whose mean IoU gains are judged, too. `looks` are the planned numbers of
+    seeds; without any, all seeds are judged at once. `devices_per_trial` is the share of a GPU, or of the machine, that
+    a trial has to itself.
     """
     declared = {row.name: row for row in rows}
     seeds = tuple(dict.fromkeys(trial.run.seed for trial in trials))
     hours = _hours_per_seed(declared.values(), trials, devices_per_trial=devices_per_trial)
     judgement = Judgement(claims=(), noise=None, seeds=seeds, looks=tuple(looks), hours_per_seed=hours, unit=unit)
+    measures = ((), second_measure) if second_measure else ((),)
+
+    def spent(num_seeds: int) -> float:
+        return error_share(num_seeds, num_looks=len(looks)) / len(measures)
+
     claims: list[Claim] = []
-    noise = None
+    noises: dict[tuple[str, ...], NoiseSummary | None] = dict.fromkeys(measures)
     for look in sorted({*(number for number in looks if number < judgement.looked_at), judgement.looked_at}):
         seen = [trial for trial in trials if trial.run.seed in seeds[:look]]
         measured = [
             claim
             for row in declared.values()
-            for claim in claims_of(row, seen, measured_share=measured_share, proxy=proxy)
+            for claim in claims_of(row, seen, measured_share=measured_share, proxy=proxy, second_measure=second_measure)
         ]
-        measured, noise = _with_intervals(measured, seen, measured_share, error_share(look, num_looks=len(looks)))
+        for classes in measures:
+            measured, noises[classes] = _with_intervals(measured, seen, measured_share, classes, spent(look))
         now = [decided(claim) for claim in measured]
         claims = [latest(*both) for both in zip(claims, now, strict=True)] if claims else now
-    size = partial(
-        _sample_size,
-        families=Counter(claim.kind for claim in claims),
-        noise=noise,
-        num_rows=noise.num_rows if noise else len(declared),
-        num_looks=len(looks),
-    )
+    families = Counter(claim.kind for claim in claims if not claim.classes)
     confounded = confounded_rows(declared)
+
+    def sample_size(claim: Claim) -> SampleSize | None:
+        noise = noises[claim.classes]
+        num_rows = noise.num_rows if noise else len(declared)
+        return _sample_size(claim, families, noise, num_rows=num_rows, spent=spent, hours_per_seed=hours)
+
     return replace(
         judgement,
-        noise=noise,
+        noise=noises[()],
         claims=tuple(
-            replace(claim, sample_size=size(claim, hours_per_seed=hours), confounded=confounded[claim.run])
-            for claim in claims
+            replace(claim, sample_size=sample_size(claim), confounded=confounded[claim.run]) for claim in claims
         ),
     )
 
 
 def _with_intervals(
-    claims: Sequence[Claim], trials: Sequence[ReportedTrial], measured_share: float, spent: float
+    all_claims: Sequence[Claim],
+    trials: Sequence[ReportedTrial],
+    measured_share: float,
+    classes: tuple[str, ...],
+    spent: float,
 ) -> tuple[list[Claim], NoiseSummary | None]:
-    """Return the claims with their intervals where nothing stands against judging them, and the noise."""
-    values, names = _measures(trials, measured_share)
+    """Return the claims and the noise of one measure: its claims have intervals where they can be judged."""
+    values, names = _measures(trials, measured_share, classes)
     if not names:
-        return list(claims), None
+        return list(all_claims), None
     noise = fit_noise(values)
+    claims = [claim for claim in all_claims if claim.classes == classes]
     families = {kind: sum(claim.is_judged and claim.kind == kind for claim in claims) for kind in ("gain", "miou")}
     index = {name: number for number, name in enumerate(names)}
     gains = [claim for claim in claims if claim.kind == "gain" and {claim.run, claim.reference} <= index.keys()]
@@ -246,6 +265,7 @@ def _with_intervals(
     }
     noisy = {name for name, is_noisy in zip(names, noise.is_noisy[0], strict=True) if is_noisy}
     num_sooner = sum(claim.kind == "sooner" for claim in claims)
+    most_saved = float(max(trial.run.num_epochs for trial in trials))
 
     def interval(claim: Claim) -> Range | None:
         if claim.obstacle:
@@ -253,7 +273,8 @@ def _with_intervals(
         if claim.kind == "sooner":
             effects = [pair.effect for pair in claim.pairs]
             error = strictness(len(effects)).sooner_error * spent
-            return student_interval(effects, error=error, family=num_sooner, least_sd=EPOCHS_SD)
+            ends = student_interval(effects, error=error, family=num_sooner, least_sd=EPOCHS_SD)
+            return ends and (max(ends[0], -most_saved), min(ends[1], most_saved))
         mean, half_width = intervals.get((claim.run, claim.kind), (math.nan, math.nan))
         is_known = half_width > NO_SPREAD  # False for NaN
         return (float(mean - half_width), float(mean + half_width)) if is_known else None
@@ -264,7 +285,9 @@ def _with_intervals(
             interval=interval(claim),
             is_noisy=claim.kind != "sooner" and bool(noisy & {claim.run, claim.reference}),
         )
-        for claim in claims
+        if claim.classes == classes
+        else claim
+        for claim in all_claims
     ]
     if not noise.variance[0] > NO_SPREAD**2:
         return judged, None
@@ -276,12 +299,15 @@ def _with_intervals(
     return judged, summary
 
 
-def _measures(trials: Sequence[ReportedTrial], measured_share: float) -> tuple[Floats, list[str]]:
+def _measures(
+    trials: Sequence[ReportedTrial], measured_share: float, classes: tuple[str, ...]
+) -> tuple[Floats, list[str]]:
     """Return 1 x R x N measures of the trials that completed, and the names of the R rows: those with two or more."""
     measured: dict[str, dict[int, float]] = {}
     for trial in trials:
-        if trial.state.status == "finished":
-            measured.setdefault(trial.run.name, {})[trial.run.seed] = final_miou(trial, measured_share)
+        miou = final_miou(trial, measured_share, classes=classes)
+        if trial.state.status == "finished" and math.isfinite(miou):
+            measured.setdefault(trial.run.name, {})[trial.run.seed] = miou
     repeated = {name: by_seed for name, by_seed in measured.items() if len(by_seed) > 1}
     seeds = sorted({seed for by_seed in repeated.values() for seed in by_seed})
     values = np.full((1, len(repeated), len(seeds)), np.nan)
@@ -297,7 +323,7 @@ def _sample_size(
     noise: NoiseSummary | None,
     *,
     num_rows: int,
-    num_looks: int,
+    spent: Callable[[int], float],
     hours_per_seed: Mapping[str, float],
 ) -> SampleSize | None:
     """Return the seeds that would decide a claim of a table of `num_rows` rows; None if seeds are not what is missing.
@@ -314,7 +340,7 @@ def _sample_size(
     def standard_error(total: int) -> float:
         return spread * math.sqrt(num_means / total)
 
-    critical = partial(_critical, claim.kind, families[claim.kind], num_rows=num_rows, num_looks=num_looks)
+    critical = partial(_critical, claim.kind, families[claim.kind], num_rows=num_rows, spent=spent)
     most = MOST_SEEDS + number
     total = seeds_for_power(_distance(claim), standard_error=standard_error, critical=critical, most=most)
     more = MOST_SEEDS if total is None else max(total - number, 1)
@@ -339,18 +365,20 @@ def _spread(claim: Claim, noise: NoiseSummary | None) -> float | None:
     return noise.sd if claim.kind == "gain" else noise.within_sd
 
 
-def _critical(kind: Kind, family: int, num_seeds: int, *, num_rows: int, num_looks: int) -> tuple[float, float]:
+def _critical(
+    kind: Kind, family: int, num_seeds: int, *, num_rows: int, spent: Callable[[int], float]
+) -> tuple[float, float]:
     """Return the quantile that a balanced table of so many seeds is judged by, and its degrees of freedom."""
-    rule, spent = strictness(num_seeds), error_share(num_seeds, num_looks=num_looks)
+    rule, share = strictness(num_seeds), spent(num_seeds)
     match kind:
         case "gain":
             freedom = float(max(num_rows - 1, 1) * (num_seeds - 1))
-            return dunnett(family, freedom, rule.gain_error * spent, 0.5), freedom
+            return dunnett(family, freedom, rule.gain_error * share, 0.5), freedom
         case "miou":
             error, freedom = rule.level_error, float(num_rows * (num_seeds - 1))
         case "sooner":
             error, freedom = rule.sooner_error, float(num_seeds - 1)
-    return float(special.stdtrit(freedom, 1 - error * spent / (2 * family))), freedom
+    return float(special.stdtrit(freedom, 1 - error * share / (2 * family))), freedom
 
 
 def _distance(claim: Claim) -> float:
@@ -400,11 +428,12 @@ def format_range(bounds: Range, form: str) -> str:
 
 
 def format_expected(claim: Claim) -> str:
-    """Format as `+0.3 to +0.5 over r01`, `mIoU 55 to 57 %` or `sooner than r01`."""
+    """Format as `+0.3 to +0.5 over r01`, `mIoU 55 to 57 %` or `sooner than r01`; names a second measure."""
     if claim.expected is None:
         return f"sooner than {claim.reference}"
     if claim.kind == "gain":
-        return f"{format_range(claim.expected, '+g')} over {claim.reference}"
+        measure = f", {claim.measure}" if claim.classes else ""
+        return f"{format_range(claim.expected, '+g')} over {claim.reference}{measure}"
     return f"mIoU {format_range(claim.expected, 'g')} %"
 
 

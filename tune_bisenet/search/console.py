@@ -22,6 +22,7 @@ from tune_bisenet.config import Resources, format_size, trial_name
 from tune_bisenet.options import NO_BACKBONE
 from tune_bisenet.records import Epoch, TrialState
 from tune_bisenet.report import leaderboard
+from tune_bisenet.report.claims import format_measure
 from tune_bisenet.report.page import Report
 from tune_bisenet.report.power import Power
 from tune_bisenet.report.sampled import best_lines
@@ -87,6 +88,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         *([("risk", bearers)] if bearers else []),
         *([("published", published)] if published else []),
         *([("looks", _looks(estimate))] if config.looks else []),
+        *([("measures", _measures(search))] if search.space.second_measure else []),
         *_speed_lines(estimate),
         ("disk", _disk(estimate)),
         *[("note", caption) for caption in search.captions],
@@ -117,6 +119,10 @@ def _looks(estimate: Estimate) -> str:
         f"{expected.if_equal:.0f} if all rows are equal, {expected.most} at most. Time and cost below are the first "
         "look's"
     )
+
+
+def _measures(search: PreparedSearch) -> str:
+    return f"mIoU, and for gains also the {format_measure(search.space.second_measure)}; each has half of the error"
 
 
 def _speed_lines(estimate: Estimate) -> list[tuple[str, str]]:

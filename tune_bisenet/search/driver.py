@@ -209,7 +209,10 @@ def _make_manifest(search: PreparedSearch, resources: Resources, command: Sequen
         name=search.name,
         config=config,
         space=SpaceInfo(
-            title=search.space.title, baseline=search.space.baseline, measured_share=search.space.measured_share
+            title=search.space.title,
+            baseline=search.space.baseline,
+            measured_share=search.space.measured_share,
+            second_measure=search.space.second_measure,
         ),
         data=DataInfo(digests=pack_digests(search.packs), train_images=facts.num_train, val_images=facts.num_val),
         backbone_digest=search.backbone_digest,

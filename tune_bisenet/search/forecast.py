@@ -227,7 +227,7 @@ class Estimate:
         seeds: dict[str, set[int]] = {}
         for run in self.workload.runs:
             seeds.setdefault(run.name, set()).add(run.seed)
-        return powers(self.rows, seeds, proxy=self.search.config.proxy)
+        return powers(self.rows, seeds, proxy=self.search.config.proxy, spent=self._spent)
 
     @property
     def rows(self) -> list[Run]:
@@ -238,7 +238,14 @@ class Estimate:
     def expected_trials(self) -> ExpectedTrials | None:
         """Return how many trials `--decide` is expected to take in all; None for other searches."""
         config = self.search.config
-        return expected_trials(self.rows, config.looks, proxy=config.proxy) if config.decide else None
+        if not config.decide:
+            return None
+        return expected_trials(self.rows, config.looks, proxy=config.proxy, spent=self._spent)
+
+    @property
+    def _spent(self) -> float:
+        """Return the share of the error that claims on mIoU may use up: a second measure has the other half."""
+        return 0.5 if self.search.space.second_measure else 1.0
 
 
 def estimate_search(search: PreparedSearch, resources: Resources, states: Sequence[TrialState]) -> Estimate:

@@ -183,7 +183,7 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
         earlier = _attempt(problems, lambda: _find_search(options, folder, name))
     restored = _attempt(problems, lambda: _restore_config(options, earlier)) if earlier else None
     config = restored or resolve_options(options, default_data=os.environ.get(DATASET_VARIABLE) or STREETS)
-    space = _attempt(problems, lambda: spaces.load_space(config.space))
+    space = _attempt(problems, lambda: _load_space(config))
     rows = None
     if space:
         if isinstance(space, Sampled) and config.limits.is_empty:
@@ -213,6 +213,12 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
         backbone_digest=backbone_digest,
         earlier=earlier,
     )
+
+
+def _load_space(config: SearchConfig) -> Space:
+    """Return the space, with the row of `--control` if that is asked for."""
+    space = spaces.load_space(config.space)
+    return spaces.with_control(space) if config.control and isinstance(space, Grid) else space
 
 
 def add_trials(search: PreparedSearch, rows: tuple[str, ...], seeds: tuple[int, ...]) -> PreparedSearch:
@@ -267,9 +273,12 @@ def _flag_problems(options: Options, config: SearchConfig, space: Space | None) 
         if given := _given(options, "trials", "sampler", "objectives", "warm_start", "study", "confirm"):
             problems.append(f"{given}: {config.space} is a grid of declared rows, not a space to sample from.")
         problems += _look_problems(config)
+        if options.control and options.runs and spaces.CONTROL not in options.runs:
+            runs = ",".join([*options.runs, spaces.CONTROL])
+            problems.append(f"--runs leaves out the row that --control adds: give --runs {runs}.")
     if not isinstance(space, Sampled):
         return problems
-    if given := _given(options, "looks", "decide"):
+    if given := _given(options, "looks", "decide", "control"):
         problems.append(f"{given}: only a grid is judged. --confirm K trains the best of a study with fresh seeds.")
     problems += sampler_problems(config.sampler, config.objectives)
     if len(config.groups[0].seeds) > 1:
@@ -341,12 +350,14 @@ def _check_resumable(search: PreparedSearch, earlier: Manifest) -> None:
     A changed row would continue with the old one's results. What is expected of it may change.
     """
     options, runs = search.options, {(run.name, run.seed): run for run in search.runs}
-    now, then = search.space.measured_share, earlier.space.measured_share
-    if now != then:
-        raise ValueError(
-            f"measured_share of the space is {now:g}, but was {then:g} when this search was started. A measure is "
-            "declared before results are seen: restore it, or start another search under another --name."
-        )
+    for name in ("measured_share", "second_measure"):
+        now, then = getattr(search.space, name), getattr(earlier.space, name)
+        if now != then:
+            now, then = (", ".join(value) or "none" if isinstance(value, tuple) else value for value in (now, then))
+            raise ValueError(
+                f"{name} of the space is {now}, but was {then} when this search was started. A measure is declared "
+                "before results are seen: restore it, or start another search under another --name."
+            )
     before = {(run.name, run.seed): run.fingerprint() for run in earlier.trials.values()}
     if options.add and runs.keys() <= before.keys():
         raise ValueError("--add: this search has all these rows and seeds already. Name seeds or rows that are new.")

@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 import torch
 
+from tune_bisenet.classes import NUM_CLASSES
 from tune_bisenet.config import Precision, Resources, Run, WarmupPoly
-from tune_bisenet.data.classes import NUM_CLASSES
 from tune_bisenet.data.packed import Packed, PackedSplit
 from tune_bisenet.records import Latency
 from tune_bisenet.text import counted

@@ -66,7 +66,7 @@ def begin(
     run: Run, data: Packed, *, device: torch.device, precision: Precision, backbone: dict[str, Tensor] | None
 ) -> Training:
     """Return a run before its first epoch, its weights drawn from its seed, or from `backbone` for the ResNet-18."""
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.random_seed)
     model = BiSeNet(head_width=run.head_width)
     if backbone is not None:
         model.context.resnet.load_state_dict(backbone)
@@ -108,8 +108,8 @@ def _train_epoch(training: Training, epoch: int) -> dict[str, float]:
     started = time.perf_counter()
     run = training.run
     training.model.train()
-    order = epoch_order(len(training.train), seed=run.seed, epoch=epoch)
-    draw = epoch_draw(run.augment, len(order), seed=run.seed, epoch=epoch).to(training.device)
+    order = epoch_order(len(training.train), seed=run.random_seed, epoch=epoch)
+    draw = epoch_draw(run.augment, len(order), seed=run.random_seed, epoch=epoch).to(training.device)
     num_iterations = training.iterations_per_epoch
     loss_sums = torch.zeros(4, device=training.device)
     norms = []

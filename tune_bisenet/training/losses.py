@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tune_bisenet.classes import VOID
 from tune_bisenet.config import OHEM, CrossEntropy, Loss, WeightedCrossEntropy
-from tune_bisenet.data.classes import VOID
 from tune_bisenet.training.model import Logits, upsample
 
 BAND_ELEMENTS: Final = {"cpu": 2**20, "cuda": 2**25}

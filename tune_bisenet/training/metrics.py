@@ -7,7 +7,7 @@ a class that occurs neither in labels nor in predictions has no IoU and no part 
 import torch
 from torch import Tensor
 
-from tune_bisenet.data.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import NUM_CLASSES, VOID
 
 
 def confusion(predictions: Tensor, labels: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+from tune_bisenet.classes import NUM_CLASSES
 from tune_bisenet.config import check_image_size
-from tune_bisenet.data.classes import NUM_CLASSES
 
 
 class Logits(NamedTuple):

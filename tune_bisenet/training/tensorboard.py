@@ -20,8 +20,8 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from tune_bisenet.classes import CLASS_NAMES, VOID, palette
 from tune_bisenet.config import Run
-from tune_bisenet.data.classes import CLASS_NAMES, VOID, palette
 from tune_bisenet.records import Epoch
 from tune_bisenet.storage import Storage, StorageError
 

@@ -95,3 +95,8 @@ def test_trials_are_planned_if_they_reach_a_look_and_no_further() -> None:
     single = resolve_options(Options(), default_data="streets")
     assert single.is_planned
     assert not single.with_group(runs=None, seeds=(1,)).is_planned
+
+
+def test_the_control_is_among_the_rows_that_are_named() -> None:
+    assert resolve_options(Options(runs=("r01",), control=True), default_data="streets").groups[0].runs == ("r01", "aa")
+    assert resolve_options(Options(control=True), default_data="streets").groups[0].runs is None

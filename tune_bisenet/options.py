@@ -30,6 +30,8 @@ STUDY_VARIABLE: Final = "TUNE_BISENET_STUDY"
 """Holds the address of a study's database, so that its password stands on no command line."""
 DEFAULT_TRIALS: Final = 40
 """The trials of a sampled search that is given no limit at all."""
+CONTROL: Final = "aa"
+"""The row of `--control`."""
 DEFAULT_LOOKS: Final = (3, 5, 8, 12)
 """Numbers of seeds at which `--decide` judges."""
 EPILOG: Final = """\
@@ -407,7 +409,7 @@ def resolve_options(options: Options, *, default_data: str) -> SearchConfig:
         "space": "runs10",
         "data": make_absolute("data", default_data),
         "backbone": NO_BACKBONE if streets else "imagenet",
-        "groups": (TrialGroup(runs=options.runs, seeds=seeds),),
+        "groups": (TrialGroup(runs=selected_rows(options, control=bool(options.control)), seeds=seeds),),
         "proxy": streets,
         "scheduler": "fifo" if is_never_stopped else "asha",
         "looks": looks,
@@ -415,6 +417,11 @@ def resolve_options(options: Options, *, default_data: str) -> SearchConfig:
         "limits": Limits().updated(options),
     }
     return SearchConfig.model_validate(defaults | given)
+
+
+def selected_rows(options: Options, *, control: bool) -> tuple[str, ...] | None:
+    """Return the rows that were named, and the control; None for all."""
+    return tuple(dict.fromkeys([*options.runs, CONTROL])) if options.runs and control else options.runs
 
 
 def given_choices(options: Options) -> dict[str, Any]:

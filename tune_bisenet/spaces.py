@@ -21,14 +21,12 @@ from pydantic import ValidationError
 import search_spaces
 from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import OHEM, SGD, AdamW, CrossEntropy, Expect, Param, Run, WeightedCrossEntropy
-from tune_bisenet.options import STREETS, InputError, SearchConfig
+from tune_bisenet.options import CONTROL, STREETS, InputError, SearchConfig
 from tune_bisenet.text import counted, markdown_table
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
-CONTROL: Final = "aa"
-"""The row of `--control`."""
 
 MEASURED_SHARE: Final = 0.1
 """A tenth of the epochs."""

@@ -27,9 +27,18 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import search_spaces
 import tune_bisenet
-from tune_bisenet.options import NO_BACKBONE, STREETS, STUDY_VARIABLE, InputError, Options, build_parser, parse_options
+from tune_bisenet.options import (
+    CONTROL,
+    NO_BACKBONE,
+    STREETS,
+    STUDY_VARIABLE,
+    InputError,
+    Options,
+    build_parser,
+    parse_options,
+)
 from tune_bisenet.records import COMMIT_VARIABLE, project_commit
-from tune_bisenet.spaces import CONTROL, load_space, select_rows
+from tune_bisenet.spaces import load_space, select_rows
 from tune_bisenet.storage import RETRY_VARIABLE
 from tune_bisenet.text import has_secret, is_ambiguous, redact
 

@@ -27,6 +27,7 @@ from tune_bisenet.options import (
     SearchConfig,
     given_choices,
     resolve_options,
+    selected_rows,
 )
 from tune_bisenet.records import (
     KNOWN,
@@ -273,9 +274,6 @@ def _flag_problems(options: Options, config: SearchConfig, space: Space | None) 
         if given := _given(options, "trials", "sampler", "objectives", "warm_start", "study", "confirm"):
             problems.append(f"{given}: {config.space} is a grid of declared rows, not a space to sample from.")
         problems += _look_problems(config)
-        if options.control and options.runs and spaces.CONTROL not in options.runs:
-            runs = ",".join([*options.runs, spaces.CONTROL])
-            problems.append(f"--runs leaves out the row that --control adds: give --runs {runs}.")
     if not isinstance(space, Sampled):
         return problems
     if given := _given(options, "looks", "decide", "control"):
@@ -332,7 +330,7 @@ def _restore_config(options: Options, earlier: Manifest) -> SearchConfig:
     changed = [name for name, value in given_choices(options).items() if value != getattr(before, name)]
     if not options.add:
         first = before.groups[0]
-        changed += ["runs"] if options.runs not in (None, first.runs) else []
+        changed += ["runs"] if selected_rows(options, control=before.control) not in (None, first.runs) else []
         changed += ["seeds"] if options.seeds not in (None, first.seeds) else []
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)

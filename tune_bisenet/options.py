@@ -260,6 +260,11 @@ class Options(Frozen):
     images_per_second: PositiveFloat | None = _flag(
         PLANNING, "X", "training speed of one trial, as a report or TensorBoard shows it"
     )
+    noise_from: str | None = _flag(
+        PLANNING,
+        "DIR_OR_URI",
+        "forecast verdicts with the noise that repeats of that search had (default: repeats differ by 1 point)",
+    )
     price_per_gpu_hour: PositiveFloat | None = _flag(PLANNING, "X", "also show the cost, in any currency")
 
     @property

@@ -18,7 +18,7 @@ from tune_bisenet.report.claims import Claim, SampleSize, confounded_rows, diffe
 from tune_bisenet.report.power import Power, expected_trials, judge_at_looks, judge_values, powers
 from tune_bisenet.report.read import ReportedTrial
 from tune_bisenet.report.statistics import strictness
-from tune_bisenet.report.verdicts import ASSUMED_SD, Judgement, judge
+from tune_bisenet.report.verdicts import ASSUMED_SD, Judgement, NoiseSummary, judge
 from tune_bisenet.spaces import DataFacts, RowOverrides, resolve_runs
 
 DATA = DataFacts(num_train=2975, num_val=500, suggested_image_size=(512, 1024))
@@ -222,6 +222,27 @@ def searched(rng: np.random.Generator, num_seeds: int) -> list[ReportedTrial]:
         if run.expect
         for seed in range(num_seeds)
     ]
+
+
+def test_power_follows_the_noise_and_what_seeds_share_hides_no_gain() -> None:
+    rows = [row("r01", Expect(miou=(55, 57))), row("x", Expect(gain=(1, 1), over="r01"))]
+    seeds = {of.name: range(5) for of in rows}
+
+    def shares(sd: float, within_sd: float) -> list[float]:
+        noise = NoiseSummary(sd=sd, within_sd=within_sd, num_rows=10)
+        return [power.share or 0.0 for power in powers(rows, seeds, proxy=False, noise=noise)]
+
+    quiet, shared, loud = shares(0.25, 0.25), shares(0.25, 1.0), shares(1.0, 1.0)
+    assert quiet[0] > shared[0] + 0.2, "a level has all of the noise"
+    assert quiet[1] == pytest.approx(shared[1], abs=1e-9)
+    assert shared[1] > loud[1] + 0.2
+    few, many = (
+        expected_trials(rows, (3, 5, 8), proxy=False, noise=NoiseSummary(sd=sd, within_sd=sd, num_rows=10))
+        for sd in (0.1, 1.0)
+    )
+    assert few is not None
+    assert many is not None
+    assert few.if_kept < many.if_kept - 3
 
 
 @pytest.mark.parametrize("num_seeds", [3, 8])

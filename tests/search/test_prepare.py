@@ -13,9 +13,12 @@ from tune_bisenet import run
 from tune_bisenet.config import Resources
 from tune_bisenet.options import parse_options
 from tune_bisenet.records import SavedState, read_manifest, to_json
+from tune_bisenet.report.read import read_search
+from tune_bisenet.report.verdicts import judge_search
 from tune_bisenet.search import driver
 from tune_bisenet.search.prepare import CACHE_VARIABLE, DATASET_VARIABLE, PreparedSearch, prepare_search
 from tune_bisenet.search.state import SessionOutcome
+from tune_bisenet.storage import Storage
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,8 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return message
 
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
 AROUND = ["--space", "around10", "--data", "frames", "--backbone", "none", "--proxy"]
 """A sampled search whose few frames are packed at once, for what is found only then."""
 
@@ -61,6 +66,7 @@ MISTAKES = {
     "fewer seeds than the first look": (["--decide", "--seeds", "0,1"], ["2 seeds", "looks first at 3"]),
     "a control row that is not trained": (["--control", "--runs", "r01,r05"], ["--runs r01,r05,aa"]),
     "a control row of a study": ([*AROUND, "--control"], ["--control", "only a grid"]),
+    "noise from nowhere": (["--noise-from", "gone"], ["--noise-from gone", "no search", "STORAGE/NAME"]),
     "looks at a study": ([*AROUND, "--looks", "3,5"], ["--looks", "--confirm"]),
     "a sampler for a grid": (["--sampler", "tpe", "--trials", "3"], ["--trials, --sampler", "grid"]),
     "an unknown sampler": (["--space", "around10", "--sampler", "best"], ["--sampler best", "tpe", "cmaes", "qmc"]),
@@ -354,6 +360,17 @@ def test_a_measure_is_declared_before_results_are_seen(
     flags = {"space": str(place / "space.py"), "data": str(place / "frames"), "backbone": "none"}
     other = prepared(**flags, storage=str(place / "kept"), name="other")
     assert driver._make_manifest(other, RESOURCES, COMMAND).space.second_measure == ("sky", "road")
+
+
+def test_noise_is_taken_from_a_search_with_repeats_alone(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch
+) -> None:
+    message = refused(capsys, "--space", "smoke", "--noise-from", str(search.folder.local_path))
+    assert "no two rows" in message
+    assert "--add --seeds" in message
+    measured = prepared(space="smoke", noise_from=str(FIXTURES / "grid"), name="other", storage=str(search.folder.path))
+    assert measured.noise == judge_search(read_search(Storage.at(str(FIXTURES / "grid")))).noise
+    assert "noise_from" not in type(measured.config).model_fields
 
 
 def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], search: PreparedSearch) -> None:

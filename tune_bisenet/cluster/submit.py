@@ -213,7 +213,7 @@ def _misplaced(options: Options, *, has_storage: bool) -> Iterator[str]:
 
 def _paths(options: Options) -> dict[str, str]:
     """Return the flags whose values are paths, not URIs or names."""
-    values = {name: getattr(options, name) for name in ("storage", "data", "backbone", "warm_start")}
+    values = {name: getattr(options, name) for name in ("storage", "data", "backbone", "warm_start", "noise_from")}
     return {
         "--" + name.replace("_", "-"): value.removeprefix("file://")
         for name, value in values.items()

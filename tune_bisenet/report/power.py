@@ -4,10 +4,11 @@ Searches are simulated and judged by the rules and statistics of `verdicts`: tho
 """
 
 import bisect
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from tune_bisenet.config import Run
 from tune_bisenet.report.claims import UNDECIDED, Claim, Kind, Verdict, claims_of, judge_interval
 from tune_bisenet.report.statistics import POWER, Flags, Floats, compare_rows, error_share, estimate_levels, fit_noise
-from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, trained_rows
+from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, NoiseSummary, trained_rows
 from tune_bisenet.spaces import MEASURED_SHARE
 
 SIMULATED_SEARCHES: Final = 2000
@@ -27,6 +28,9 @@ SIMULATED_DECISIONS: Final = 200
 
 MOST_CLAIMS: Final = 50
 """Only the first claims of a longer table are simulated, to bound memory."""
+
+ASSUMED_NOISE: Final = NoiseSummary(sd=ASSUMED_SD, within_sd=ASSUMED_SD, num_rows=0)
+"""Noise of which equal seeds share nothing."""
 
 Verdicts = NDArray[np.object_]
 Trials = NDArray[np.int_]
@@ -49,12 +53,17 @@ class Power:
 
 
 def powers(
-    rows: Sequence[Run], seeds: Mapping[str, Collection[int]], *, proxy: bool, spent: float = 1.0
+    rows: Sequence[Run],
+    seeds: Mapping[str, Collection[int]],
+    *,
+    proxy: bool,
+    noise: NoiseSummary = ASSUMED_NOISE,
+    spent: float = 1.0,
 ) -> list[Power]:
     """Return the power of every claim that this search can judge, in declared order. `seeds` are those of each row.
 
-    Trials differ by ASSUMED_SD, none of it shared by equal seeds. How soon a row reaches a level is expected without a
-    number. Nothing is stopped early. `spent` is the share of the error that these claims may use up.
+    Trials differ by `noise`, and nothing is stopped early. How soon a row reaches a level is expected without a number.
+    `spent` is the share of the error that these claims may use up.
     """
     measured = [claims_of(row, (), measured_share=MEASURED_SHARE, proxy=proxy) for row in rows]
     claims = [claim for of_row in measured for claim in of_row if claim.is_judged]
@@ -64,12 +73,12 @@ def powers(
     names = sorted({name for claim in simulated for name in trained_rows(claim)})
     numbers = sorted({seed for name in names for seed in seeds.get(name, ())})
     present = np.array([[seed in seeds.get(name, ()) for seed in numbers] for name in names], dtype=bool)
-    now = _shares(simulated, names, present, families=families, spent=spent)
+    shares = partial(_shares, simulated, names, families=families, noise=noise, spent=spent)
+    now = shares(present)
 
     @cache
     def shares_with(num_seeds: int) -> list[float]:
-        present = np.ones((len(names), num_seeds), dtype=bool)
-        return _shares(simulated, names, present, families=families, spent=spent)
+        return shares(np.ones((len(names), num_seeds), dtype=bool))
 
     def seeds_for_80(index: int) -> int | None:
         candidates = range(2, MOST_SEEDS + 1)
@@ -89,16 +98,31 @@ def powers(
 
 
 def _shares(
-    claims: Sequence[Claim], names: Sequence[str], present: Flags, *, families: Mapping[Kind, int], spent: float
+    claims: Sequence[Claim],
+    names: Sequence[str],
+    present: Flags,
+    *,
+    families: Mapping[Kind, int],
+    noise: NoiseSummary,
+    spent: float,
 ) -> list[float]:
     """Return the share of simulated searches that show each claim. Rows `names` have the trials `present`, R x N."""
     if not present.size:
         return [0.0] * len(claims)
     num_searches = max(SIMULATED_SEARCHES // (1 + present.size // 1000), 200)
-    noise = np.random.default_rng(0).normal(0, ASSUMED_SD, (num_searches, *present.shape))
-    values = np.where(present, noise + _truths(claims, names)[:, None], np.nan)
+    drawn = _draw_noise(noise, (num_searches, *present.shape))
+    values = np.where(present, drawn + _truths(claims, names)[:, None], np.nan)
     verdicts = judge_values(values, claims, names, families=families, spent=spent)
     return [float(np.isin(verdicts[:, index], SHOWN).mean()) for index in range(len(claims))]
+
+
+def _draw_noise(noise: NoiseSummary, shape: tuple[int, int, int]) -> Floats:
+    """Return S x R x N draws: a residual for each trial, and what the rows of a seed share."""
+    num_searches, _num_rows, num_seeds = shape
+    rng = np.random.default_rng(0)
+    residuals = rng.normal(0, noise.sd, shape)
+    shared_sd = math.sqrt(max(noise.within_sd**2 - noise.sd**2, 0.0))
+    return residuals + rng.normal(0, shared_sd, (num_searches, 1, num_seeds))
 
 
 def judge_values(
@@ -174,11 +198,16 @@ class ExpectedTrials:
 
 
 def expected_trials(
-    rows: Sequence[Run], looks: Sequence[int], *, proxy: bool, spent: float = 1.0
+    rows: Sequence[Run],
+    looks: Sequence[int],
+    *,
+    proxy: bool,
+    noise: NoiseSummary = ASSUMED_NOISE,
+    spent: float = 1.0,
 ) -> ExpectedTrials | None:
     """Return what `--decide` is expected to take; None for rows that claim nothing on mIoU. Claims on speed add to it.
 
-    Trials differ by ASSUMED_SD, none of it shared by equal seeds.
+    `noise` and `spent` are as in `powers`.
     """
     measured = [claims_of(row, (), measured_share=MEASURED_SHARE, proxy=proxy) for row in rows]
     claims = [claim for of_row in measured for claim in of_row if claim.is_judged and claim.expected][:MOST_CLAIMS]
@@ -186,10 +215,10 @@ def expected_trials(
         return None
     names = sorted({name for claim in claims for name in trained_rows(claim)})
     num_others = len({row.name for row in rows} - set(names))  # they get the seeds of the first look
-    noise = np.random.default_rng(0).normal(0, ASSUMED_SD, (SIMULATED_DECISIONS, len(names), looks[-1]))
+    drawn = _draw_noise(noise, (SIMULATED_DECISIONS, len(names), looks[-1]))
     levels = np.full(len(names), next((_middle(claim) for claim in claims if claim.kind == "miou"), 0.0))
     kept, equal = (
-        float(judge_at_looks(noise + truths[:, None], claims, names, looks, decides=True, spent=spent)[1].mean())
+        float(judge_at_looks(drawn + truths[:, None], claims, names, looks, decides=True, spent=spent)[1].mean())
         + num_others * looks[0]
         for truths in (_truths(claims, names), levels)
     )

@@ -32,7 +32,7 @@ from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, checkpoint_by
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.search.state import SessionOutcome
 from tune_bisenet.spaces import published_levels
-from tune_bisenet.text import counted, format_bytes, format_duration
+from tune_bisenet.text import counted, format_bytes, format_duration, redact
 
 TITLE_WIDTH: Final = 11
 
@@ -183,10 +183,18 @@ def _print_page(console: Console, lines: Iterable[tuple[str, str]], estimate: Es
         console.print(_power_table(powers))
         _print(
             console,
-            f"Shown: how likely a gain is shown, or a level kept, if the claim is true at its middle, repeats differ "
-            f"by {ASSUMED_SD:g} point (assumed) and none is stopped early. One seed shows nothing.",
+            "Shown: how likely a gain is shown, or a level kept, if the claim is true at its middle, repeats differ by "
+            f"{_noise(estimate.search)} and none is stopped early. One seed shows nothing.",
         )
     console.print()
+
+
+def _noise(search: PreparedSearch) -> str:
+    noise, source = search.noise, search.options.noise_from
+    if noise is None or source is None:
+        return f"{ASSUMED_SD:g} point (assumed)"
+    repeats = max(noise.sd, noise.within_sd)
+    return f"{repeats:.2f} points, as measured in {redact(source)} over {counted(noise.num_rows, 'row')},"
 
 
 def _power_table(powers: Sequence[Power]) -> Table:

@@ -16,7 +16,8 @@ from tune_bisenet import rungs, spaces
 from tune_bisenet.config import SGD, Resources, Run, format_size
 from tune_bisenet.data.packed import FORMAT_VERSION, Header
 from tune_bisenet.records import ENDED_WELL, TrialState
-from tune_bisenet.report.power import ExpectedTrials, Power, expected_trials, powers
+from tune_bisenet.report.power import ASSUMED_NOISE, ExpectedTrials, Power, expected_trials, powers
+from tune_bisenet.report.verdicts import NoiseSummary
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.spaces import DataFacts
 
@@ -227,7 +228,7 @@ class Estimate:
         seeds: dict[str, set[int]] = {}
         for run in self.workload.runs:
             seeds.setdefault(run.name, set()).add(run.seed)
-        return powers(self.rows, seeds, proxy=self.search.config.proxy, spent=self._spent)
+        return powers(self.rows, seeds, proxy=self.search.config.proxy, noise=self._noise, spent=self._spent)
 
     @property
     def rows(self) -> list[Run]:
@@ -240,7 +241,11 @@ class Estimate:
         config = self.search.config
         if not config.decide:
             return None
-        return expected_trials(self.rows, config.looks, proxy=config.proxy, spent=self._spent)
+        return expected_trials(self.rows, config.looks, proxy=config.proxy, noise=self._noise, spent=self._spent)
+
+    @property
+    def _noise(self) -> NoiseSummary:
+        return self.search.noise or ASSUMED_NOISE
 
     @property
     def _spent(self) -> float:

@@ -40,12 +40,13 @@ from tune_bisenet.records import (
     read_sound_trial,
 )
 from tune_bisenet.report.read import read_search
+from tune_bisenet.report.verdicts import NoiseSummary, judge_search
 from tune_bisenet.spaces import DataFacts, Grid, RowOverrides, Sampled, Space
 from tune_bisenet.storage import Storage, StorageError
 from tune_bisenet.study.sampling import SearchSpace, check_rows, sample_at, sampler_problems
 from tune_bisenet.study.study import StudySetup, study_database
 from tune_bisenet.study.warm_start import warm_start
-from tune_bisenet.text import counted
+from tune_bisenet.text import counted, redact
 
 STREETS_EPOCHS: Final = 8
 """Enough on the built-in streets for mIoU to rise clearly, few enough for a first try on two cores."""
@@ -73,6 +74,8 @@ class PreparedSearch:
     backbone_digest: str
     earlier: Manifest | None
     """The manifest of the search that is resumed."""
+    noise: NoiseSummary | None = None
+    """The noise of an earlier search, which the forecast goes by; None to assume one."""
     study: StudySetup | None = None
     """What a sampled search samples from; None for a grid."""
     packs: dict[FrameSize, Packed] = field(default_factory=dict)
@@ -195,6 +198,7 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     _attempt(problems, lambda: _check_precision(config.precision, options))
     backbone_digest = _attempt(problems, lambda: _check_backbone(config.backbone, may_fetch=not options.plan))
     data = _attempt(problems, lambda: _open_data(config.data))
+    noise = _attempt(problems, partial(_measured_noise, options.noise_from)) if options.noise_from else None
     runs = None
     if rows is not None and data and not mistyped:
         runs = _attempt(problems, partial(_resolve_runs, rows, config, data[1]))
@@ -213,6 +217,7 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
         cache_dir=cache_dir(),
         backbone_digest=backbone_digest,
         earlier=earlier,
+        noise=noise,
     )
 
 
@@ -220,6 +225,21 @@ def _load_space(config: SearchConfig) -> Space:
     """Return the space, with the row of `--control` if that is asked for."""
     space = spaces.load_space(config.space)
     return spaces.with_control(space) if config.control and isinstance(space, Grid) else space
+
+
+def _measured_noise(earlier: str) -> NoiseSummary:
+    """Return the noise that an earlier search measured. ValueError, saying what to do, if it has measured none."""
+    flag = f"--noise-from {redact(earlier)}"
+    try:
+        noise = judge_search(read_search(Storage.at(earlier, fail_fast=True))).noise
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag} cannot be used: {error}") from error
+    if noise is None:
+        raise ValueError(
+            f"{flag}: no two rows of that search have completed at the same two seeds, so it does not know how repeats "
+            "differ. Add seeds to it by --add --seeds, or leave --noise-from out to assume 1 point."
+        )
+    return noise
 
 
 def add_trials(search: PreparedSearch, rows: tuple[str, ...], seeds: tuple[int, ...]) -> PreparedSearch:
@@ -276,7 +296,7 @@ def _flag_problems(options: Options, config: SearchConfig, space: Space | None) 
         problems += _look_problems(config)
     if not isinstance(space, Sampled):
         return problems
-    if given := _given(options, "looks", "decide", "control"):
+    if given := _given(options, "looks", "decide", "control", "noise_from"):
         problems.append(f"{given}: only a grid is judged. --confirm K trains the best of a study with fresh seeds.")
     problems += sampler_problems(config.sampler, config.objectives)
     if len(config.groups[0].seeds) > 1:

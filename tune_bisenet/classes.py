@@ -3,10 +3,11 @@
 Source: Cordts et al., The Cityscapes Dataset (2016), and the label table of cityscapesScripts.
 """
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class StreetClass(NamedTuple):
@@ -47,16 +48,20 @@ VOID: Final = 255
 MAX_LABEL_ID: Final = 33
 
 
-def train_id_table() -> NDArray[np.uint8]:
+def train_id_table() -> "NDArray[np.uint8]":
     """Return the look-up table `labelId -> trainId`, 256 entries; ids that are not scored give `VOID`."""
+    import numpy as np  # late: a space needs names alone
+
     table = np.full(256, VOID, dtype=np.uint8)
     for train_id, street_class in enumerate(CLASSES):
         table[street_class.label_id] = train_id
     return table
 
 
-def palette() -> NDArray[np.uint8]:
+def palette() -> "NDArray[np.uint8]":
     """Return RGB colours by trainId, shape (256, 3); void is black."""
+    import numpy as np  # late, as above
+
     colours = np.zeros((256, 3), dtype=np.uint8)
     colours[:NUM_CLASSES] = [street_class.colour for street_class in CLASSES]
     return colours

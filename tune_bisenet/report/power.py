@@ -59,11 +59,12 @@ def powers(
     proxy: bool,
     noise: NoiseSummary = ASSUMED_NOISE,
     spent: float = 1.0,
+    num_looks: int = 1,
 ) -> list[Power]:
     """Return the power of every claim that this search can judge, in declared order. `seeds` are those of each row.
 
     Trials differ by `noise`, and nothing is stopped early. How soon a row reaches a level is expected without a number.
-    `spent` is the share of the error that these claims may use up.
+    `spent` is the share of the error that these claims may use up at all of their looks.
     """
     measured = [claims_of(row, (), measured_share=MEASURED_SHARE, proxy=proxy) for row in rows]
     claims = [claim for of_row in measured for claim in of_row if claim.is_judged]
@@ -73,7 +74,7 @@ def powers(
     names = sorted({name for claim in simulated for name in trained_rows(claim)})
     numbers = sorted({seed for name in names for seed in seeds.get(name, ())})
     present = np.array([[seed in seeds.get(name, ()) for seed in numbers] for name in names], dtype=bool)
-    shares = partial(_shares, simulated, names, families=families, noise=noise, spent=spent)
+    shares = partial(_shares, simulated, names, families=families, noise=noise, spent=spent, num_looks=num_looks)
     now = shares(present)
 
     @cache
@@ -105,6 +106,7 @@ def _shares(
     families: Mapping[Kind, int],
     noise: NoiseSummary,
     spent: float,
+    num_looks: int,
 ) -> list[float]:
     """Return the share of simulated searches that show each claim. Rows `names` have the trials `present`, R x N."""
     if not present.size:
@@ -112,6 +114,7 @@ def _shares(
     num_searches = max(SIMULATED_SEARCHES // (1 + present.size // 1000), 200)
     drawn = _draw_noise(noise, (num_searches, *present.shape))
     values = np.where(present, drawn + _truths(claims, names)[:, None], np.nan)
+    spent *= error_share(present.shape[1], num_looks=num_looks)
     verdicts = judge_values(values, claims, names, families=families, spent=spent)
     return [float(np.isin(verdicts[:, index], SHOWN).mean()) for index in range(len(claims))]
 

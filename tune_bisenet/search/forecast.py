@@ -228,7 +228,9 @@ class Estimate:
         seeds: dict[str, set[int]] = {}
         for run in self.workload.runs:
             seeds.setdefault(run.name, set()).add(run.seed)
-        return powers(self.rows, seeds, proxy=self.search.config.proxy, noise=self._noise, spent=self._spent)
+        config = self.search.config
+        num_looks = max(len(config.looks), 1)
+        return powers(self.rows, seeds, proxy=config.proxy, noise=self._noise, spent=self._spent, num_looks=num_looks)
 
     @property
     def rows(self) -> list[Run]:

@@ -62,6 +62,16 @@ def test_a_cluster_that_does_not_exist_yet_can_be_planned_for(place: Path, capsy
     assert halves["device"] == "4 trials at once, 0.5 GPU, 2 CPU cores each, fp32"
 
 
+def test_a_plan_says_what_deciding_takes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--gpus", "4", "--images-per-second", "1", "--decide", "--looks", "2,4"]
+    page = page_of(capsys, *on_frames(place), *flags)
+    assert re.search(r"about \d+ trials if every claim .*, 20 at most$", page["looks"])
+    first, _, rest = page["cost"].partition(" without them; with them about ")
+    *fewer, most = [float(number) for number in re.findall(r"([\d.]+) GPU-hours", rest)]
+    assert float(first.split()[0]) <= min(fewer) <= max(fewer) <= most
+    assert most == pytest.approx(2 * float(first.split()[0]), rel=0.02)
+
+
 def test_a_plan_says_what_was_published_where_a_row_expects_a_level(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

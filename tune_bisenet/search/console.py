@@ -116,8 +116,7 @@ def _looks(estimate: Estimate) -> str:
         return text
     return (
         f"{text}: about {expected.if_kept:.0f} trials if every claim on mIoU is true at its middle, "
-        f"{expected.if_equal:.0f} if all rows are equal, {expected.most} at most. Time and cost below are the first "
-        "look's"
+        f"{expected.if_equal:.0f} if all rows are equal, {expected.most} at most"
     )
 
 
@@ -147,6 +146,11 @@ def _speed_lines(estimate: Estimate) -> list[tuple[str, str]]:
             share = 1 - estimate.stopping.epochs_share_saved
             time_text += f"; {format_duration(estimate.wall_seconds * share)} if asha saves {1 - share:.0%}"
             cost_text += f"; {_cost(hours * share, estimate)} if asha saves {1 - share:.0%}"
+        if expected := estimate.expected_trials:
+            counts = (expected.if_kept, expected.if_equal, expected.most)
+            kept, equal, most = (_cost(count * hours / len(seconds), estimate) for count in counts)
+            time_text += ", without the looks to come"
+            cost_text += f" without them; with them about {kept} if claims are true, {equal} if not, {most} at most"
         lines += [("time", time_text), ("cost", cost_text)]
     if benchmark is None:
         return [*lines, ("memory", "not known: --plan measures it where it times a trial")]

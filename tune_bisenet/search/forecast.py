@@ -237,7 +237,7 @@ class Estimate:
         """Return each row of the search once."""
         return list({run.name: run for run in self.workload.runs}.values())
 
-    @property
+    @cached_property
     def expected_trials(self) -> ExpectedTrials | None:
         """Return how many trials `--decide` is expected to take in all; None for other searches."""
         config = self.search.config

@@ -1,5 +1,6 @@
 """Claims by hand, seed by seed: what keeps them, what breaks them, what leaves them open."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -273,11 +274,16 @@ def rising(name: str, *firsts: int, end: float = 60.0) -> list[ReportedTrial]:
 
 
 def test_epochs_saved_are_counted_to_the_level_that_the_row_names() -> None:
-    # 55 is five points below the ends, five epochs before them: 9 - 4, 9 - 3, 10 - 3 all the same. sd 1, error 0.57735.
-    found = sooner_claim(rising("x", 7, 7, 6), rising("r01", 9, 10, 10))
-    assert [(pair.own, pair.reference, pair.effect) for pair in found.pairs] == [(2, 4, 2), (2, 5, 3), (1, 5, 4)]
-    half = float(stats.t.ppf(1 - strictness(3).sooner_error / 2, 2)) / 3**0.5
-    assert found.interval == pytest.approx((3 - half, 3 + half))
+    # 55 is five points below the ends, five epochs before them: 9 - 4, 9 - 3, 10 - 3 all the same.
+    found = sooner_claim(rising("x", 7, 7, 6, 7, 7), rising("r01", 9, 10, 10, 9, 10))
+    assert [(pair.own, pair.reference, pair.effect) for pair in found.pairs[:3]] == [(2, 4, 2), (2, 5, 3), (1, 5, 4)]
+    effects = [2, 3, 4, 2, 3]
+    half = float(stats.t.ppf(1 - strictness(5).sooner_error / 2, 4)) * statistics.stdev(effects) / 5**0.5
+    assert found.interval == pytest.approx((2.8 - half, 2.8 + half))
+
+
+def test_no_more_epochs_can_be_saved_than_a_run_has() -> None:
+    assert sooner_claim(rising("x", 7, 6), rising("r01", 9, 10)).interval == (-10, 10)
 
 
 def test_a_row_that_ends_below_the_level_is_measured_at_its_own_end() -> None:

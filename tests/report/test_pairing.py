@@ -51,7 +51,7 @@ def test_rows_without_any_difference_are_equal_to_the_last_epoch() -> None:
     assert "by less than 0.01 points" in sentence
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"accumulation": 2}, {"lr": 0.02}])
+@pytest.mark.parametrize("other", [{"seed": 1}, {"stream": 1}, {"accumulation": 2}, {"lr": 0.02}])
 def test_other_rows_and_other_seeds_may_differ(other: dict[str, int]) -> None:
     assert unequal_pairs([trained("r01"), trained("x", [11, 21, 31, 41], **other)]) == []  # type: ignore[arg-type]
 

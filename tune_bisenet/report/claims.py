@@ -11,11 +11,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, assert_never
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import Run, format_size
 from tune_bisenet.records import Epoch, Status
 from tune_bisenet.report.read import ReportedTrial
-from tune_bisenet.report.statistics import NO_SPREAD, image_interval
+from tune_bisenet.report.statistics import NO_SPREAD, Floats, image_interval
 
 Kind = Literal["gain", "miou", "sooner"]
 Verdict = Literal["kept", "exceeded", "gained", "above", "below", "broken", "blew up", "open", "not judged"]
@@ -339,28 +342,42 @@ def latest(earlier: Claim, later: Claim) -> Claim:
 
 def judge_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]:
     """Return the verdict, and its reason, on a claim whose interval has these ends; the rules are in `verdicts`."""
+    found = ((verdict, reason) for holds, verdict, reason in _rules(claim, low, high) if holds)
+    return next(found, ("open", "the interval is too wide"))
+
+
+def judge_intervals(claim: Claim, low: Floats, high: Floats) -> NDArray[np.object_]:
+    """Return the verdicts on a claim by the ends of its interval in many simulated searches; NaN leaves it open."""
+    conditions, verdicts, _reasons = zip(*_rules(claim, low, high), strict=True)
+    selected: NDArray[np.object_] = np.select(conditions, verdicts, "open").astype(object)
+    return selected
+
+
+def _rules(claim: Claim, low: Any, high: Any) -> list[tuple[Any, Verdict, str]]:
+    """Return, in order, what makes which verdict, and why: the first that holds counts; where none does it is open.
+
+    The ends are numbers or arrays; a condition is of the same shape.
+    """
     least, most = claim.expected or (0.0, 0.0)
+    bar = least - claim.margin
     match claim.kind:
         case "gain":
-            if least > 0 and high <= 0:
-                return "broken", "no gain"
-            if high < least - claim.margin:
-                return "broken", "a gain, but less than expected" if low > 0 else "less than expected"
-            if low > most:
-                return "exceeded", "more than expected" if most else "a gain where none was expected"
-            if low >= least - claim.margin and (low > 0 or least <= 0):
-                return "kept", ""
-            return ("gained", "a gain; its size is open") if low > 0 else ("open", "the interval is too wide")
+            return [
+                ((least > 0) & (high <= 0), "broken", "no gain"),
+                ((high < bar) & (low > 0), "broken", "a gain, but less than expected"),
+                (high < bar, "broken", "less than expected"),
+                (low > most, "exceeded", "more than expected" if most else "a gain where none was expected"),
+                ((low >= bar) & ((low > 0) | (least <= 0)), "kept", ""),
+                (low > 0, "gained", "a gain; its size is open"),
+            ]
         case "miou":
-            if low >= least - claim.margin and high <= most + claim.margin:
-                return "kept", ""
-            if low > most:
-                return "above", "more than expected"
-            return ("below", "less than expected") if high < least else ("open", "the interval is too wide")
+            return [
+                ((low >= bar) & (high <= most + claim.margin), "kept", ""),
+                (low > most, "above", "more than expected"),
+                (high < least, "below", "less than expected"),
+            ]
         case "sooner":
-            if low > 0:
-                return "kept", ""
-            return ("broken", "later") if high < 0 else ("open", "the interval is too wide")
+            return [(low > 0, "kept", ""), (high < 0, "broken", "later")]
         case _:
             assert_never(claim.kind)
 

@@ -48,7 +48,7 @@ def unequal_pairs(trials: Iterable[ReportedTrial]) -> list[str]:
     alike: dict[object, list[ReportedTrial]] = {}
     for trial in trials:
         same = {name: value for name, value in settings(trial.run).items() if name != SWITCH}
-        alike.setdefault((trial.run.seed, *same.items()), []).append(trial)
+        alike.setdefault((trial.run.random_seed, *same.items()), []).append(trial)
     pairs = [(own, bar) for group in alike.values() for bar, own in combinations(group, 2)]
     return [sentence for own, bar in pairs if (sentence := _parting(own, bar))]
 

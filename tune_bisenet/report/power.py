@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tune_bisenet.config import Run
-from tune_bisenet.report.claims import UNDECIDED, Claim, Kind, Verdict, claims_of, judge_interval
+from tune_bisenet.report.claims import UNDECIDED, Claim, Kind, Verdict, claims_of, judge_intervals
 from tune_bisenet.report.statistics import POWER, Flags, Floats, compare_rows, error_share, estimate_levels, fit_noise
 from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, NoiseSummary, trained_rows
 from tune_bisenet.spaces import MEASURED_SHARE
@@ -145,11 +145,9 @@ def judge_values(
     level_rows = [rows[index] for index in levels]
     of_levels = estimate_levels(values, level_rows, noise, family=families["miou"], spent=spent)
     for indices, (mean, half_width) in ((gains, of_gains), (levels, of_levels)):
-        low, high = (mean - half_width).tolist(), (mean + half_width).tolist()
         for column, index in enumerate(indices):
-            for search in np.flatnonzero(half_width[:, column] > 0):
-                ends = low[search][column], high[search][column]
-                verdicts[search, index] = judge_interval(claims[index], *ends)[0]
+            ends = (mean - half_width)[:, column], (mean + half_width)[:, column]
+            verdicts[:, index] = judge_intervals(claims[index], *ends)
     return verdicts
 
 

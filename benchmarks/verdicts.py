@@ -158,7 +158,7 @@ def looks(searches: int, planned: Sequence[int]) -> None:
             by_look, _ = judge_at_looks(values, CLAIMS, NAMES, planned, decides=decides)
             wrong = [false_statements(verdicts, gains, levels).any(1) for verdicts in by_look]
             worst = max(worst, (float(np.any(wrong, axis=0).mean()), str(cell)))
-        who = "open rows go on" if decides else "all rows go on"
+        who = "open rows continue" if decides else "all rows go on"
         print(f"  {who:15} {noise:8} {worst[0]:6.2%} ({worst[1]})", flush=True)
 
 

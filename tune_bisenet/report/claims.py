@@ -335,7 +335,7 @@ def decided(claim: Claim) -> Claim:
 
 
 def latest(earlier: Claim, later: Claim) -> Claim:
-    """Return which of a claim's verdicts stands, of two looks: a decided one, or a gain once it was shown."""
+    """Return which of a claim's verdicts at two looks is final: a decided one, or a gain once it was shown."""
     is_less = later.verdict == "open" and earlier.verdict == "gained"
     return earlier if earlier.verdict not in UNDECIDED or is_less else later
 

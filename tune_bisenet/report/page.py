@@ -199,7 +199,7 @@ class Report:
         sentences = []
         if config.looks:
             looks = ", ".join(map(str, config.looks))
-            sentences.append(f"Looks were planned at {looks} seeds and share the error; what one decides stands.")
+            sentences.append(f"Looks were planned at {looks} seeds and share the error; what one decides is final.")
             waiting = len(judgement.seeds) - judgement.looked_at
             if waiting or not judgement.looked_at:
                 sentences.append(f"The last look was at {judgement.looked_at}; {counted(waiting, 'seed')} more wait.")

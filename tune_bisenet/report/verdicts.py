@@ -11,7 +11,7 @@ the last tenth of its epochs, or what share the space declares. The rules, of wh
   statements in a table, of either sign, one or more is false in at most 5 % of searches (`statistics.STRICTNESS`,
   benchmarks/verdicts.py). That holds for one look at the seeds, or for all planned looks together.
 - **Planned looks.** A table is judged at the first 3 seeds, say, then at the first 5, 8 and 12, each time with a share
-  of the error, small where seeds are few. What a look has decided stands; what it left open, or a gain whose size is
+  of the error, small where seeds are few. What a look has decided is final; what it left open, or a gain whose size is
   open, is judged again.
 - **A gain** of "low to high" is *kept* if its interval lies above low less the margin (and above 0), *exceeded* if
   above high, *gained* if above 0 with its size open, *broken* if below low less the margin, or at or under 0.

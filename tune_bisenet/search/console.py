@@ -111,7 +111,7 @@ def _looks(estimate: Estimate) -> str:
     text = f"judged at {', '.join(map(str, config.looks))} seeds, which share the error"
     if not config.decide:
         return text
-    text += "; after each, only open rows and what they are compared with go on"
+    text += "; after each, only open rows and what they are compared with get more"
     if expected is None:
         return text
     return (

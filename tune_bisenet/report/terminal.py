@@ -30,7 +30,7 @@ def format_table(table: Table, *, left_out: Sequence[str] = ()) -> RenderableTyp
 def format_verdicts(report: Report) -> RenderableType:
     """Return a line for each claim; the page has the rest of what is known of it."""
     table = verdict_table(report.search, report.judgement, report.price)
-    return format_table(table, left_out=("seeds", "best epochs", "remarks"))
+    return format_table(table, left_out=("to decide it", "seeds", "best epochs", "remarks"))
 
 
 def _text(cell: str) -> Text:

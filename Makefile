@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA ?= streets
 
 .DEFAULT_GOAL := help
-.PHONY: help setup runs10 around10 smoke test test-slow test-browser test-cluster test-postgres fixtures snapshots lint format lock tensorboard clean
+.PHONY: help setup runs10 around10 smoke test test-slow test-browser test-cluster test-namespaces test-postgres fixtures snapshots lint format lock tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -47,9 +47,11 @@ test-postgres: setup  ## the study in a real PostgreSQL; installs Debian's if it
 	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
 	$(BIN)/python -m pytest tests/study/test_postgres.py
 
-test-cluster: setup  ## clusters, jobs, mock clouds and object storage; as root also autoscaling, in Linux namespaces
-	$(BIN)/python -m pytest -m "cluster and not namespaces"
-	test "$$(id -u)" != 0 || $(BIN)/python -m pytest -m namespaces
+test-cluster: setup  ## clusters, jobs, mock clouds and object storage
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "cluster and not namespaces"
+
+test-namespaces: setup  ## clusters that grow, in Linux namespaces: needs root
+	$(BIN)/python -m pytest -m namespaces
 
 fixtures: setup  ## write the two small searches in tests/fixtures again; then run make snapshots
 	$(BIN)/python tests/write_fixtures.py

@@ -83,7 +83,7 @@ Published repeats of small real-time nets on Cityscapes differ by 0.1 to 1.2 (Re
 
 @dataclass(frozen=True, kw_only=True)
 class MoreSeeds:
-    """What would decide every claim that up to 100 more seeds can decide."""
+    """Names rows, each of which is to be trained with each of these seeds."""
 
     runs: tuple[str, ...]
     seeds: tuple[int, ...]

@@ -99,7 +99,7 @@ def one_ray() -> Iterator[None]:
 
 def in_ray(test: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that runs in the Ray of this module."""
-    return pytest.mark.ray(pytest.mark.usefixtures("one_ray")(test))
+    return pytest.mark.ray(pytest.mark.slow(pytest.mark.usefixtures("one_ray")(test)))
 
 
 @in_ray

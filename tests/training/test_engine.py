@@ -159,6 +159,7 @@ def test_every_one_of_the_ten_runs_trains(name: str, small_data: Packed) -> None
     assert all(not torch.equal(before[key], weight) for key, weight in weights_of(training).items())
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_much_as_float32_does(run: Run, small_data: Packed) -> None:
     run = run.model_copy(update={"num_epochs": 1})
     exact, rounded = (next(engine.fit(begin(run, small_data, precision))).epoch for precision in ("fp32", "bf16"))

@@ -69,6 +69,7 @@ def assert_same_state(left: Training, right: Training) -> None:
         assert [key for key, value in found.items() if value != expected[key]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", STATEFUL_RUNS.values(), ids=STATEFUL_RUNS)
 def test_a_resumed_run_equals_one_never_stopped(
     run: Run, small_data: Packed, folder: Storage, changes: dict[str, Any]

@@ -199,6 +199,12 @@ def test_while_a_trial_runs_its_claim_is_open() -> None:
     assert (found.verdict, found.interval, found.sample_size, found.pending) == ("open", None, None, ("x-s2",))
 
 
+def test_a_reason_names_a_few_trials_and_counts_the_others() -> None:
+    waiting = [trial(name, seed, [], of=2, status="waiting") for name in ("r01", "x") for seed in (1, 2)]
+    found = claim(judge(gaining(1, 2), [*trials("r01", [55]), *trials("x", [56]), *waiting]))
+    assert found.reason == "not ended: x-s1, r01-s1, x-s2 and 1 more"
+
+
 def test_a_failed_trial_is_left_out_and_named() -> None:
     measured = trials("r01", [55, 56, 57, 58]) + trials("x", [55.79, 56.8, 57.81])
     measured.append(trial("x", 3, [20], status="failed", of=2))

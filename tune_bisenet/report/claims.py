@@ -28,6 +28,9 @@ UNDECIDED: Final[tuple[Verdict, ...]] = ("open", "gained")
 """Verdicts that more seeds may change."""
 
 
+MOST_NAMED: Final = 3
+"""Trials that a reason names."""
+
 ENOUGH_GROUPS: Final = 10
 """Cities or sequences over which a bootstrap covers nearly what it says: 90 % of 200 simulations; over three 75 %."""
 
@@ -124,11 +127,11 @@ class Claim:
     def obstacle(self) -> str:
         """Return why the claim cannot be judged, whatever was measured; empty if it can."""
         if self.pending:
-            return f"not ended: {', '.join(self.pending)}"
+            return f"not ended: {_named(self.pending)}"
         if self.blown_up:
-            return f"blew up: {', '.join(self.blown_up)}"
+            return f"blew up: {_named(self.blown_up)}"
         if self.stopped:
-            return f"stopped early, so described but not judged: {', '.join(self.stopped)}"
+            return f"stopped early, so described but not judged: {_named(self.stopped)}"
         if not self.pairs:
             return f"no {self.reference} to compare with at a same seed" if self.reference else "no trial"
         return "one seed has no spread to judge by" if len(self.pairs) == 1 else ""
@@ -144,7 +147,7 @@ class Claim:
         size = self.sample_size
         remarks = {
             f"compared at epoch {self.compared_at_epoch}": self.compared_at_epoch,
-            f"failed, left out: {', '.join(self.failed)}": self.failed,
+            f"failed, left out: {_named(self.failed)}": self.failed,
             f"no interval over images: all are of {self.drawn_from}": self.drawn_from and not self.image_interval,
             "far noisier than the other rows, so judged by its own noise": self.is_noisy,
             f"spread of {size.spread if size else 0:g} points assumed": size and size.is_assumed,
@@ -157,6 +160,12 @@ class Claim:
 def format_measure(classes: Collection[str]) -> str:
     """Format as `mean IoU of 16 classes`, or `mIoU` if none are named."""
     return f"mean IoU of {len(classes)} class{'' if len(classes) == 1 else 'es'}" if classes else "mIoU"
+
+
+def _named(trials: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    shown = ", ".join(trials[:MOST_NAMED])
+    return shown + (f" and {len(trials) - MOST_NAMED} more" if len(trials) > MOST_NAMED else "")
 
 
 def claims_of(

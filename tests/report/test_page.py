@@ -315,6 +315,20 @@ def test_a_page_follows_what_trials_leave_on_storage(tmp_path: Path) -> None:
     assert SECONDS_BETWEEN_PAGES < 60 - 10  # never older than a minute, with the seconds that a page may take
 
 
+def test_the_page_says_which_looks_were_planned_and_what_the_next_takes(tmp_path: Path) -> None:
+    page_of(write_search(tmp_path, config=CONFIG | {"looks": [2, 3]}))
+    text = markdown_of(Storage.at(str(tmp_path)))
+    assert "Looks were planned at 2, 3 seeds" in text
+    assert "The next look takes 1 more seed of each of r01, r02" in text
+    assert "no longer guarded" not in text
+
+
+def test_the_page_says_where_trials_were_added_outside_the_plan(tmp_path: Path) -> None:
+    groups = [{"runs": None, "seeds": [0]}, {"runs": None, "seeds": [1]}]
+    page_of(write_search(tmp_path, config=CONFIG | {"groups": groups}))
+    assert "no longer guarded" in markdown_of(Storage.at(str(tmp_path)))
+
+
 def test_a_page_that_cannot_be_written_harms_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     nothing = Storage.at(str(tmp_path / "nothing"))
     with caplog.at_level(logging.WARNING), refreshed(nothing, every_seconds=0.01):

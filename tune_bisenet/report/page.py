@@ -154,9 +154,10 @@ class Report:
         if self.next_command and more:
             hours = "" if more.hours is None else f": {more.hours:.3g} {self.judgement.unit}"
             cost = "" if more.hours is None or self.price is None else f", cost {more.hours * self.price:,.2f}"
+            what = "The next look" if self.judgement.looks else "What up to 100 more seeds can decide, at 80 % power,"
+            rows = ", ".join(more.runs)
             blocks += [
-                f"What up to 100 more seeds can decide, at 80 % power, takes {len(more.seeds)} more of each of "
-                f"{', '.join(more.runs)}{hours}{cost}.",
+                f"{what} takes {counted(len(more.seeds), 'more seed')} of each of {rows}{hours}{cost}.",
                 PythonSource(self.next_command),
             ]
         drawn = figures.intervals(self.judgement)

@@ -60,11 +60,13 @@ def test_a_gain_that_mious_noise_hides_is_shown_by_the_quiet_classes() -> None:
 def test_both_measures_share_the_error() -> None:
     """As if there were two looks: each of them has half of the error, as each measure has."""
     rows = [*gaining(0.5, 1), row("y", Expect(miou=(50, 60), sooner_than="r01"))]
-    trials = searched([0.5, 1, 2], [50, 51, 49]) + [trained("y", seed, 52 + seed, loud=50) for seed in range(3)]
+    gains = [0.5, 1, 2, 1.5, 0.7, 1.1, 0.9, 1.3]
+    trials = searched(gains, [50 + seed % 3 for seed in range(8)])
+    trials += [trained("y", seed, 52 + seed, loud=50) for seed in range(8)]
     shared, alone, halved = (
         judge(rows, trials, second_measure=QUIET),
         judge(rows, trials),
-        judge(rows, trials, looks=(3, 5)),
+        judge(rows, trials, looks=(8, 12)),
     )
     for kind, run in (("gain", "x"), ("miou", "y"), ("sooner", "y")):
         (found,) = [of for of in shared.claims if (of.kind, of.run, of.classes) == (kind, run, ())]

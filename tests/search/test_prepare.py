@@ -64,7 +64,6 @@ MISTAKES = {
     "resuming what is missing": (["--resume", "--name", "x"], ["no search x", "--storage"]),
     "deciding among rows that may be stopped": (["--decide", "--scheduler", "asha"], ["--scheduler asha", "fifo"]),
     "fewer seeds than the first look": (["--decide", "--seeds", "0,1"], ["2 seeds", "looks first at 3"]),
-    "a control row that is not trained": (["--control", "--runs", "r01,r05"], ["--runs r01,r05,aa"]),
     "a control row of a study": ([*AROUND, "--control"], ["--control", "only a grid"]),
     "noise from nowhere": (["--noise-from", "gone"], ["--noise-from gone", "no search", "STORAGE/NAME"]),
     "looks at a study": ([*AROUND, "--looks", "3,5"], ["--looks", "--confirm"]),

@@ -1,13 +1,16 @@
 """From parameters to runs and back; what a space may get wrong is found before a search."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import optuna
 import pytest
 from helpers.light_search import ROWS, SPACE, UNLUCKY, point, row, sample, search_space
 from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.trial import BaseTrial
 
 from tune_bisenet.config import Param, Run, Sampler
@@ -109,3 +112,48 @@ def test_only_cmaes_cannot_search_for_two_objectives() -> None:
     for sampler in get_args(Sampler):
         assert not sampling.sampler_problems(sampler, ("miou",))
         assert bool(sampling.sampler_problems(sampler, ("miou", "latency"))) == (sampler == "cmaes")
+
+
+# --- CMA-ES, whose state Optuna keeps as a pickle ---------------------------------------------------------------------
+
+
+def cmaes_study(*, num_trials: int) -> optuna.Study:
+    study = optuna.create_study(sampler=sampling.build_sampler("cmaes", seed=0))
+    study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2 + trial.suggest_float("y", -1, 1), num_trials)
+    return study
+
+
+def test_cmaes_continues_from_its_state_as_optunas_own_does() -> None:
+    study = cmaes_study(num_trials=20)
+    last = max(trial.system_attrs.get("cma:generation", 0) for trial in study.trials)
+    assert last > 1
+    trials = [trial for trial in study.trials if trial.system_attrs]
+    own = optuna.samplers.CmaEsSampler(seed=0)._restore_optimizer(trials)
+    ours = sampling.PlainCmaEsSampler(seed=0)._restore_optimizer(trials)
+    assert own is not None
+    assert pickle.dumps(ours) == pickle.dumps(own)
+
+
+class Exploit:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return (Path.touch, (self.trace,))
+
+
+def test_code_in_a_database_does_not_run(tmp_path: Path) -> None:
+    trace = tmp_path / "the code ran"
+    hostile = pickle.dumps(Exploit(trace)).hex()
+    study = cmaes_study(num_trials=8)
+    ranges = {"x": FloatDistribution(-1, 1), "y": FloatDistribution(-1, 1)}
+    study._storage.set_trial_system_attr(study.ask(ranges)._trial_id, "cma:optimizer:0", hostile)
+    study.tell(8, 0.0)
+    optuna.samplers.CmaEsSampler(seed=0)._restore_optimizer(study.trials)
+    assert trace.exists(), "the exploit works"
+    trace.unlink()
+    with pytest.raises(StorageInternalError, match=r"trial 8 .*pathlib\.Path"):
+        study.ask(ranges)
+    assert not trace.exists()

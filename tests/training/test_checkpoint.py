@@ -1,10 +1,12 @@
 """A state is restored exactly as it was saved, or not at all; backbone weights load, or the error says what to do."""
 
+import hashlib
 import io
 import math
 import pickle
 import random
 import socket
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from tune_bisenet.options import InputError
 from tune_bisenet.records import BEST_WEIGHTS, LAST, PREVIOUS, Epoch
 from tune_bisenet.storage import Storage
 from tune_bisenet.training import checkpoint
-from tune_bisenet.training.checkpoint import CheckpointError, from_bytes, to_bytes
+from tune_bisenet.training.checkpoint import CheckpointError, DamagedError, from_bytes, to_bytes
 from tune_bisenet.training.engine import Training
 
 folder = pytest.fixture(trial_folder)
@@ -200,19 +202,40 @@ class Exploit:
         return (Path.touch, (self.trace,))
 
 
-def test_code_in_a_state_is_refused_and_does_not_run(training: Training, folder: Storage, tmp_path: Path) -> None:
+def test_code_in_a_state_does_not_run_and_the_state_before_replaces_it(
+    training: Training, folder: Storage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trace = tmp_path / "the code ran"
     pickle.loads(pickle.dumps(Exploit(trace)))
     assert trace.exists(), "the exploit works"
     trace.unlink()
 
-    content = to_bytes(small_state() | {"extra": Exploit(trace)})
-    with pytest.raises(CheckpointError, match="not a state of plain values"):
-        from_bytes(content)
-    folder.write(LAST, content)
-    with pytest.raises(CheckpointError, match="plain values"):
-        checkpoint.resume(training, folder, identity="one")
+    save_epochs(training, folder, 2)
+    hostile = {
+        "in a state": to_bytes(small_state() | {"extra": Exploit(trace)}),
+        "a pickle": sealed(pickle.dumps(Exploit(trace), protocol=2)),
+        "nothing at all": sealed(b""),
+        "half an archive": sealed(to_bytes(small_state())[:1000]),
+    }
+    for kind, content in hostile.items():
+        with pytest.raises(DamagedError, match="not a state of plain values") as refused:
+            from_bytes(content)
+        shown = "".join(traceback.format_exception(refused.value))
+        assert "weights_only" not in shown, f"{kind}: torch's advice is to run it"
+        folder.write(LAST, content)
+        assert len(checkpoint.resume(training, folder, identity="one")) == 1, f"{kind}: previous.pt replaces it"
+        assert mark_of(training) == 1.0
+    assert caplog.text.count("last.pt.damaged: not a state of plain values") == len(hostile)
     assert not trace.exists()
+    for name in (LAST, PREVIOUS):
+        folder.write(name, hostile["a pickle"])
+    assert checkpoint.resume(training, folder, identity="one") == [], "begins again"
+    assert not trace.exists()
+
+
+def sealed(content: bytes) -> bytes:
+    """Return what has a right checksum, whatever it is."""
+    return content + hashlib.sha256(content).digest()
 
 
 def test_the_state_of_another_run_is_refused_saying_what_to_do(training: Training, folder: Storage) -> None:
@@ -230,6 +253,14 @@ def test_the_state_of_another_run_is_refused_saying_what_to_do(training: Trainin
 def test_another_format_is_refused(state: Any) -> None:
     with pytest.raises(CheckpointError, match=f"not of format {checkpoint.FORMAT}"):
         from_bytes(to_bytes(state))
+
+
+def test_a_state_of_another_format_is_left_alone_saying_what_to_do(training: Training, folder: Storage) -> None:
+    save_epochs(training, folder, 2)
+    folder.write(LAST, to_bytes({"format": checkpoint.FORMAT + 1}))
+    with pytest.raises(CheckpointError, match=r"last\.pt is not of format .* --name"):
+        checkpoint.resume(training, folder, identity="one")
+    assert folder.exists(LAST)
 
 
 def test_the_best_weights_come_with_their_score(training: Training, folder: Storage) -> None:
@@ -323,8 +354,10 @@ def test_code_in_a_file_does_not_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     path.write_bytes(pickle.dumps(Exploit(trace), protocol=2))
     for file in (str(path), saved(tmp_path, {"conv1.weight": Exploit(trace)})):
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="nothing else is loaded") as refused:
             checkpoint.load_backbone(file)
+        shown = "".join(traceback.format_exception(refused.value))
+        assert "weights_only" not in shown, "torch's advice is to run it"
     assert not trace.exists()
 
 

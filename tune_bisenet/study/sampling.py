@@ -3,10 +3,12 @@
 Knows Optuna's trials and samplers, not how a study is stored.
 """
 
+import io
+import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import optuna
 from optuna.distributions import (
@@ -16,8 +18,9 @@ from optuna.distributions import (
     IntDistribution,
     distribution_to_json,
 )
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.trial import BaseTrial, FixedTrial
+from optuna.trial import BaseTrial, FixedTrial, FrozenTrial
 from pydantic import ValidationError
 
 from tune_bisenet import spaces
@@ -31,6 +34,15 @@ if TYPE_CHECKING:
 
 NUM_TEST_DRAWS: Final = 200
 """Random draws before a search: they find in a second what would otherwise fail after hours."""
+
+CMAES_GLOBALS: Final = {
+    ("cmaes._cma", "CMA"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+}
+"""What the state of CMA-ES is made of: the optimizer, with arrays and numbers."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -204,6 +216,32 @@ def _condition(name: str, draws: Sequence[Mapping[str, Param]]) -> str:
     return ", ".join(f"{other} {having[0][other]}" for other in choices) or "sometimes"
 
 
+class _CmaEsUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in CMAES_GLOBALS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+class PlainCmaEsSampler(CmaEsSampler):
+    """CMA-ES that runs no code out of a database: Optuna keeps its state there as a pickle, and loads any."""
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
+        """Return the latest state; None before the first. Raise StorageInternalError if it is more than numbers."""
+        for trial in reversed(completed_trials):
+            attributes = trial.system_attrs
+            parts = {key: attributes[key] for key in attributes if key.startswith(self._attr_key_optimizer)}
+            if not parts:
+                continue
+            try:
+                return _CmaEsUnpickler(io.BytesIO(bytes.fromhex(self._concat_optimizer_attrs(parts)))).load()
+            except Exception as error:  # a damaged pickle can fail in any way
+                raise StorageInternalError(
+                    f"the state of CMA-ES in trial {trial.number} is not loaded: {error}"
+                ) from None
+        return None
+
+
 def build_sampler(kind: Sampler, *, seed: int) -> BaseSampler:
     """Return Optuna's sampler of that name. Built for each trial from its own seed, it draws the same after a crash."""
     with warnings.catch_warnings():
@@ -212,5 +250,5 @@ def build_sampler(kind: Sampler, *, seed: int) -> BaseSampler:
             return TPESampler(multivariate=True, group=True, seed=seed)
         if kind == "random":
             return RandomSampler(seed=seed)
-        others: dict[str, Callable[..., BaseSampler]] = {"gp": GPSampler, "cmaes": CmaEsSampler, "qmc": QMCSampler}
+        others: dict[str, Callable[..., BaseSampler]] = {"gp": GPSampler, "cmaes": PlainCmaEsSampler, "qmc": QMCSampler}
         return others[kind](seed=seed, warn_independent_sampling=False)

@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 
 
 class DamagedError(CheckpointError):
-    """The file's bytes are not those that were written."""
+    """The file's bytes are not those that were written, or hold more than `save` writes."""
 
 
 def save(training: Training, history: list[Epoch], folder: Storage, *, identity: str) -> None:
@@ -70,8 +70,9 @@ def _state(training: Training, identity: str) -> dict[str, Any]:
 def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]:
     """Restore `training` from `folder` and return its epochs so far; an empty list if there is no state.
 
-    A damaged `last.pt` costs one epoch: `previous.pt` replaces it; if both are damaged, the run starts again. Raises
-    CheckpointError if the state belongs to another run, which must never be continued under this one's name.
+    A damaged `last.pt`, or one that holds code, costs one epoch: `previous.pt` replaces it; if both are, the run starts
+    again. Raises CheckpointError if the state is of another format, or belongs to another run, which must never be
+    continued under this one's name.
     """
     for name in (LAST, PREVIOUS):
         content = folder.read(name)
@@ -83,9 +84,14 @@ def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]
             _log.warning("%s/%s is renamed to %s%s: %s", folder.path, name, name, DAMAGED_SUFFIX, error)
             folder.move(name, f"{name}{DAMAGED_SUFFIX}")  # else the next save would replace the good one with it
             continue
-        if state["identity"] != identity:
+        except CheckpointError as error:
             raise CheckpointError(
-                f"{folder.path}/{name} was written by another run (identity {state['identity']}, this one is "
+                f"{folder.path}/{name} is {error}: another version of tune_bisenet wrote it. Resume with that version, "
+                "give this search another --name, or move that folder away."
+            ) from None
+        if state.get("identity") != identity:
+            raise CheckpointError(
+                f"{folder.path}/{name} was written by another run (identity {state.get('identity')}, this one is "
                 f"{identity}): its settings, data, backbone or precision differ. Give this search another --name, or "
                 "move that folder away."
             )
@@ -106,14 +112,16 @@ def to_bytes(state: dict[str, Any]) -> bytes:
 
 
 def from_bytes(content: bytes) -> dict[str, Any]:
-    """Return the state passed to `to_bytes`, without running its code. DamagedError, or CheckpointError if foreign."""
+    """Return the state passed to `to_bytes`. Raises DamagedError, also for code; CheckpointError for another format."""
     digest_size = hashlib.sha256().digest_size
     if hashlib.sha256(memoryview(content)[:-digest_size]).digest() != content[-digest_size:]:
         raise DamagedError("damaged: its SHA-256 does not match")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError("not a state of plain values, and nothing else is loaded") from error
+    except Exception as error:  # a hostile pickle can fail in any way; torch then advises to load it all the same
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
+        raise DamagedError("not a state of plain values, and nothing else is loaded") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"not of format {FORMAT}")
     return state
@@ -156,12 +164,18 @@ def _load_imagenet() -> dict[str, Tensor]:
     except Exception as error:  # from the network, or as in `_load_file`
         cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(_WEIGHTS.url).name
         if cached.exists():
-            raise InputError(f"{cached} cannot be read ({error}): delete it to fetch it again.") from error
+            raise InputError(f"{cached} cannot be read ({_reason(error)}): delete it to fetch it again.") from None
         raise InputError(
             f"torchvision's ImageNet weights cannot be fetched from {_WEIGHTS.url} ({error}). Without a network, "
             "pass --backbone FILE with a ResNet-18 saved elsewhere, or --backbone none to train from scratch."
         ) from error
     return weights
+
+
+def _reason(error: Exception) -> str:
+    """Return why weights were not loaded, without torch's advice, which is to run the code that is in the file."""
+    is_refused = isinstance(error, pickle.UnpicklingError)
+    return "it does not hold tensors alone, and nothing else is loaded" if is_refused else str(error)
 
 
 def _load_file(path: Path) -> dict[str, Tensor]:
@@ -170,7 +184,7 @@ def _load_file(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise InputError(f"--backbone {path}: there is no such file. Pass imagenet, none or a file.") from error
     except Exception as error:  # a file of another kind is read as a pickle, which can fail in any way
-        raise InputError(f"--backbone {path} cannot be read as weights saved by torch.save: {error}") from error
+        raise InputError(f"--backbone {path} cannot be read as weights saved by torch.save: {_reason(error)}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"--backbone {path} does not hold a state dict of tensors.")
     return weights

@@ -1,10 +1,21 @@
 """Flags: durations as people write them, limits that are kept over sessions, defaults, and trials that are added."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tune_bisenet.options import Limits, Options, SearchConfig, TrialGroup, parse_options, resolve_options
+from tune_bisenet.options import (
+    NAME_PATTERN,
+    Limits,
+    Options,
+    SearchConfig,
+    TrialGroup,
+    default_name,
+    parse_options,
+    resolve_options,
+)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5h", 5400), ("30m1h", 5400), ("2d12h", 216000)])
@@ -100,3 +111,13 @@ def test_trials_are_planned_if_they_reach_a_look_and_no_further() -> None:
 def test_the_control_is_among_the_rows_that_are_named() -> None:
     assert resolve_options(Options(runs=("r01",), control=True), default_data="streets").groups[0].runs == ("r01", "aa")
     assert resolve_options(Options(control=True), default_data="streets").groups[0].runs is None
+
+
+@pytest.mark.parametrize("space", [None, "smoke", "spaces/what?now.py", "/x/_ .py", "é" * 200 + ".py", "x" * 200])
+def test_a_search_without_a_name_gets_one_that_can_be_resumed(space: str | None) -> None:
+    assert re.fullmatch(NAME_PATTERN, default_name(space))
+
+
+def test_paths_are_told_from_addresses_by_how_they_begin() -> None:
+    config = resolve_options(Options(data="/data/s3://x", warm_start="what?token=1"), default_data="streets")
+    assert (config.data, config.warm_start) == ("/data/s3:/x", str(Path.cwd() / "what?token=1"))

@@ -100,6 +100,52 @@ def test_a_folder_is_named_below_its_uri(tmp_path: Path) -> None:
     assert Storage.at((Storage.at(tmp_path.as_uri()) / "a").uri).path == str(tmp_path / "a")
 
 
+ODD_NAMES = [
+    "what?now",
+    "50%",
+    "%3F",
+    "two words",
+    "#1",
+    "{x}",
+    "[1]*",
+    "a:b",
+    "é",
+    "it's",
+    "~no one",
+    "$HOME",
+    "new\nline",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_local_path_is_a_path_whatever_characters_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Storage.at(name) / "a"
+    folder.make()
+    folder.write("file", b"content")
+    assert (tmp_path / name / "a" / "file").read_bytes() == b"content"
+    assert Storage.at(folder.uri).read("file") == b"content"
+    assert (folder.name, folder.parent) == ("a", Storage.at(str(tmp_path / name)))
+    folder.check_writable()
+    assert [path.name for path in tmp_path.rglob("*")] == [name, "a", "file"]
+
+
+def test_a_path_with_a_scheme_inside_is_no_address(tmp_path: Path) -> None:
+    assert Storage.at(f"{tmp_path}/s3://x").local_path == tmp_path / "s3:" / "x"
+
+
+def test_bytes_that_are_not_utf8_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"caf\\udce9' has bytes that are not UTF-8"):
+        Storage.at(f"{tmp_path}/caf\udce9")
+
+
+def test_options_of_an_address_stay_where_they_are() -> None:
+    folder = Storage(pyarrow.fs.LocalFileSystem(), "bucket/searches/a", "s3://bucket/searches/a?region=eu-central-1")
+    assert (folder.name, folder.parent.uri) == ("a", "s3://bucket/searches?region=eu-central-1")
+
+
 @pytest.mark.parametrize(
     "address", ["nosuch://bucket/x", "s3//x://", "file://relative path", "s3://bucket/x?region=us-east-1&nosuch=1"]
 )

@@ -6,6 +6,7 @@ what `search.json` keeps: nothing open, and the same in every session.
 
 import argparse
 import re
+import time
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -22,7 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from tune_bisenet.config import Frozen, Objective, Precision, Sampler, check_image_size
-from tune_bisenet.text import format_duration, redact
+from tune_bisenet.text import absolute_path, format_duration, is_uri, redact
 
 STREETS: Final = "streets"
 NO_BACKBONE: Final = "none"
@@ -429,6 +430,12 @@ def selected_rows(options: Options, *, control: bool) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys([*options.runs, CONTROL])) if options.runs and control else options.runs
 
 
+def default_name(space: str | None) -> str:
+    """Return the name of a search that is given none: its space, in the characters of a name, and the time."""
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(space or "runs10").stem).lstrip("_.-")[:80] or "space"
+    return f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def given_choices(options: Options) -> dict[str, Any]:
     """Return the fields of `SearchConfig` that were given as flags of the same name, paths made absolute."""
     values = {name: getattr(options, name, None) for name in SearchConfig.model_fields}
@@ -437,9 +444,9 @@ def given_choices(options: Options) -> dict[str, Any]:
 
 def make_absolute(name: str, value: Any) -> Any:
     """Make a path absolute, so that it holds when a search is resumed from another folder; redact an address."""
-    if name == "data" and "://" in value:
+    if name == "data" and is_uri(value):
         return value
-    if name in ("study", "warm_start") and "://" in value:
+    if name == "study" or (name == "warm_start" and is_uri(value)):
         return redact(value)
     is_path = (
         name == "warm_start"
@@ -447,4 +454,4 @@ def make_absolute(name: str, value: Any) -> Any:
         or (name == "backbone" and value not in (NO_BACKBONE, "imagenet"))
         or (name == "space" and (value.endswith(".py") or "/" in value))
     )
-    return str(Path(value).expanduser().absolute()) if is_path else value
+    return str(absolute_path(value)) if is_path else value

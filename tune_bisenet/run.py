@@ -5,12 +5,10 @@ torch and Ray are imported late: `--show` and a mistyped flag must not wait for 
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tune_bisenet.options import InputError, Options, build_parser, parse_options
+from tune_bisenet.options import InputError, Options, build_parser, default_name, parse_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +44,7 @@ def _search(options: Options, mistyped: dict[str, str], console: "Console", argu
         if done == total or (done * 10) // total > ((done - 1) * 10) // total:
             console.print(f"packing frames, once for this data and size: {done} of {total}", highlight=False)
 
-    search = prepare_search(options, mistyped, default_name=_default_name(options), progress=show)
+    search = prepare_search(options, mistyped, default_name=default_name(options.space), progress=show)
     from tune_bisenet.search.driver import run_search
     from tune_bisenet.search.resources import RESTARTABLE
 
@@ -62,15 +60,11 @@ def _plan(options: Options, mistyped: dict[str, str], console: "Console", _argum
     """Print what a search would take. Raises InputError."""
     from tune_bisenet.search.prepare import survey_search
 
-    search = survey_search(options, mistyped, default_name=_default_name(options))
+    search = survey_search(options, mistyped, default_name=default_name(options.space))
     from tune_bisenet.search.driver import OK, print_plan_page
 
     print_plan_page(console, search)
     return OK
-
-
-def _default_name(options: Options) -> str:
-    return f"{Path(options.space or 'runs10').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _show(flags: dict[str, Any]) -> int:

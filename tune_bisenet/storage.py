@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 import pyarrow.fs
 
-from tune_bisenet.text import has_secret, is_ambiguous, one_line
+from tune_bisenet.text import absolute_path, has_secret, is_ambiguous, is_uri, one_line
 
 RETRY_VARIABLE: Final = "TUNE_BISENET_RETRY_SECONDS"
 RETRY_SECONDS: Final = 600.0
@@ -172,12 +172,12 @@ class Storage:
     def at(cls, address: str, *, fail_fast: bool = False) -> Self:
         """Open a local path or a URI such as `s3://bucket/searches`; `fail_fast` where a person waits for it.
 
-        ValueError if the scheme is unknown, or the URI holds a key. StorageError if it does not answer.
+        ValueError if the scheme is unknown, the URI holds a key, or the path has bytes that are not UTF-8. StorageError
+        if it does not answer.
         """
         seconds = FAIL_FAST_SECONDS if fail_fast else retry_seconds()
-        root = re.match(r"[^:]+://[^/?#]*", address)
-        if "://" not in address or root is None:
-            path = str(Path(address).expanduser().absolute())
+        if not is_uri(address):
+            path = str(absolute_path(address))
             return cls(pyarrow.fs.LocalFileSystem(), path, path, RetryPolicy(path, seconds))
         if has_secret(address) or is_ambiguous(address):  # addresses are written into files and logs
             raise ValueError(
@@ -185,7 +185,8 @@ class Storage:
                 "into files and logs. Leave it out: use a role of the machine, a profile ($AWS_PROFILE), or the "
                 "environment ($AWS_ACCESS_KEY_ID and $AWS_SECRET_ACCESS_KEY)."
             )
-        retry = RetryPolicy(root[0], seconds)
+        scheme, _, rest = address.partition("://")
+        retry = RetryPolicy(f"{scheme}://{re.split('[/?#]', rest)[0]}", seconds)
         try:
             filesystem, path = retry(lambda: _open_file_system(address))
         except StorageError:
@@ -195,8 +196,24 @@ class Storage:
         return cls(filesystem, path.rstrip("/"), address, retry)
 
     def __truediv__(self, name: str) -> Self:
-        base, query, options = self.uri.partition("?")
-        return replace(self, path=f"{self.path}/{name}", uri=f"{base.rstrip('/')}/{name}{query}{options}")
+        base, query = self._split_uri()
+        return replace(self, path=f"{self.path}/{name}", uri=f"{base}/{name}{query}")
+
+    @property
+    def name(self) -> str:
+        """Return the folder's own name."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Self:
+        """Return the folder that it is in."""
+        base, query = self._split_uri()
+        return replace(self, path=self.path.rpartition("/")[0], uri=f"{base.rpartition('/')[0]}{query}")
+
+    def _split_uri(self) -> tuple[str, str]:
+        """Return the URI without and from its question mark on; in a local path that is a character like others."""
+        base, mark, options = self.uri.partition("?") if is_uri(self.uri) else (self.uri, "", "")
+        return base.rstrip("/"), mark + options
 
     @property
     def local_path(self) -> Path | None:

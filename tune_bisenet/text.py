@@ -1,7 +1,9 @@
-"""Format numbers, tables and errors as text, and hide passwords in addresses."""
+"""Format numbers, tables and errors as text; tell paths from addresses, and hide passwords in these."""
 
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 HIDDEN: Final = "***"
@@ -52,6 +54,30 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num
     ]
     ruler = ["-" * (width + 1) + (":" if is_right else "-") for width, is_right in zip(widths, right, strict=True)]
     return "\n".join([lines[0], f"|{'|'.join(ruler)}|", *lines[1:]])
+
+
+def is_uri(text: str) -> bool:
+    """Return whether `text` is an address such as `s3://bucket/x`; anything else is a local path."""
+    return "://" in text and not text.startswith(("/", ".", "~"))
+
+
+def absolute_path(text: str) -> Path:
+    """Return a local path, absolute. A `~` that names the home of no user is a character like others.
+
+    ValueError if it has bytes that are not UTF-8: neither Arrow nor JSON can hold them.
+    """
+    path = Path(text)
+    with suppress(RuntimeError):
+        path = path.expanduser()
+    path = path.absolute()
+    if not is_utf8(str(path)):
+        raise ValueError(f"{str(path)!a} has bytes that are not UTF-8: rename the folder, or link to it.")
+    return path
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether `text`, which may be a name that the system gave, can be written as UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def redact(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -191,6 +192,15 @@ def test_a_search_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     assert Elements(page_of(folder)).sections == [name for name in SECTIONS if name != "noise"], "nothing repeats"
     study = Elements(page_of(write_study(tmp_path / "study", trials=0, latency=True)))
     assert study.sections[:5] == STUDY_SECTIONS
+
+
+@pytest.mark.parametrize("name", ["what?now", "it's", "$HOME"])
+def test_the_next_command_holds_for_any_folder(tmp_path: Path, name: str) -> None:
+    write_search(tmp_path / name / "small")
+    command = Report.of(Storage.at(str(tmp_path / name / "small"))).next_command
+    assert command
+    words = shlex.split(command)
+    assert words[words.index("--storage") + 1] == str(tmp_path / name)
 
 
 def test_the_next_command_names_search_and_storage(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_on_a_disk_it_is_a_file_that_is_made_when_the_search_starts(folder: Stor
     assert optuna.load_study(study_name="search", storage=f"sqlite:///{folder.path}/{STUDY}").trials == []
 
 
+@pytest.mark.parametrize("name", ["what?now", "50%", "{x}", "two #words"])
+def test_the_file_of_a_search_may_lie_in_any_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    database = study_database(Storage.at(str(tmp_path / name)), address=None, secret=None, cache_dir=tmp_path / "cache")
+    optuna.create_study(storage=database.open(), study_name="search")
+    assert optuna.load_study(study_name="search", storage=database.shown).trials == [], "as a dashboard opens it"
+    assert [path.name for path in tmp_path.rglob("*")] == [name, STUDY]
+
+
 def test_in_object_storage_the_copy_counts_and_not_the_file_on_this_machine(bucket: Storage, tmp_path: Path) -> None:
     database = study_database(bucket, address=None, secret=None, cache_dir=tmp_path / "cache")
     study = optuna.create_study(storage=database.open(), study_name="search")

@@ -32,7 +32,7 @@ import pyarrow.fs
 
 from tune_bisenet.records import STUDY
 from tune_bisenet.storage import Storage
-from tune_bisenet.text import one_line
+from tune_bisenet.text import absolute_path, one_line
 
 METADATA_URLS: Final = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
 
@@ -173,13 +173,15 @@ def drain(notice: Notice, *, address: str, node_id: str | None) -> str:
 
 def serve_dashboards(storage_uri: str, local: str, tensorboard_port: int, optuna_port: int) -> int:
     """Serve until SIGTERM or SIGINT. Return the exit code."""
+    from tune_bisenet.study.study import sqlite_address  # late: a watcher does not wait for Optuna
+
     try:
         storage = Storage.at(storage_uri)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended, too
-    folder = storage.local_path or Path(local).expanduser()
+    folder = storage.local_path or absolute_path(local)
     folder.mkdir(parents=True, exist_ok=True)
     commands = {"tensorboard": ["--logdir", str(folder), "--port", str(tensorboard_port)]}
     servers: dict[str, subprocess.Popen[bytes]] = {}
@@ -191,7 +193,7 @@ def serve_dashboards(storage_uri: str, local: str, tensorboard_port: int, optuna
                 _log.warning("storage cannot be read now: %s", one_line(error))
             else:
                 if studies:
-                    commands["optuna-dashboard"] = [f"sqlite:///{studies[-1]}", "--port", str(optuna_port)]
+                    commands["optuna-dashboard"] = [sqlite_address(studies[-1]), "--port", str(optuna_port)]
             _keep_serving(servers, commands)
             time.sleep(REFRESH_SECONDS)
     except KeyboardInterrupt:

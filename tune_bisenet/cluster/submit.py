@@ -35,12 +35,13 @@ from tune_bisenet.options import (
     InputError,
     Options,
     build_parser,
+    default_name,
     parse_options,
 )
 from tune_bisenet.records import COMMIT_VARIABLE, project_commit
 from tune_bisenet.spaces import load_space, select_rows
 from tune_bisenet.storage import RETRY_VARIABLE
-from tune_bisenet.text import has_secret, is_ambiguous, redact
+from tune_bisenet.text import has_secret, is_ambiguous, is_uri, redact
 
 COMMAND: Final = "python -m tune_bisenet.cluster.submit"
 
@@ -177,7 +178,7 @@ def prepare_submission(words: Sequence[str]) -> Submission:
         problems.append(str(error))
     if problems:
         raise InputError(*problems)
-    name = options.name or f"{space.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = options.name or default_name(options.space)
     run = ["python", "-m", "tune_bisenet.run", "--address", "auto", *words]
     run += ["--name", name] if options.name is None else []
     run += ["--space", space.stem] if space_files else []  # which replaces the path: the last one counts
@@ -217,7 +218,7 @@ def _paths(options: Options) -> dict[str, str]:
     return {
         "--" + name.replace("_", "-"): value.removeprefix("file://")
         for name, value in values.items()
-        if value and value not in (STREETS, NO_BACKBONE, "imagenet") and "://" not in value.removeprefix("file://")
+        if value and value not in (STREETS, NO_BACKBONE, "imagenet") and not is_uri(value.removeprefix("file://"))
     }
 
 

@@ -47,6 +47,7 @@ from tune_bisenet.data.source import SPLITS, Source, Split
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.options import STREETS, InputError
 from tune_bisenet.storage import Storage
+from tune_bisenet.text import is_uri
 
 BATCH_BYTES: Final = 64 * 2**20
 MAX_BATCH_ROWS: Final = 64
@@ -71,7 +72,7 @@ def open_source(name: str) -> Source:
 
 def check_reachable(name: str) -> None:
     """Raise InputError, within seconds, if `name` lies in object storage that refuses or does not answer."""
-    if "://" not in name:
+    if not is_uri(name):
         return
     try:
         Storage.at(name, fail_fast=True).check_readable()
@@ -183,7 +184,7 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
 def _pack_name(source: Source, image_size: FrameSize) -> str:
     """Return the folder's name: source and size for people, and a hash of everything that decides the content."""
     identity = [FORMAT_VERSION, source.name, source.fingerprint, image_size]
-    address = source.name.partition("?")[0] if "://" in source.name else source.name
+    address = source.name.partition("?")[0] if is_uri(source.name) else source.name
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", Path(address).name).strip("-")[:40] or "source"
     return f"{slug}-{format_size(image_size)}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
 

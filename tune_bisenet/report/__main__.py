@@ -75,7 +75,9 @@ def _print(search: SearchRecord, table: RenderableType, lines: Sequence[str] = (
     console.print(table)
     notes = [f"note: {note}" for note in search.all_notes]
     for text in [*([search.manifest.proxy] if search.manifest.proxy else []), *notes, *lines]:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)  # unbroken: a path must survive copying
+        console.print(
+            text, highlight=False, markup=False, emoji=False, soft_wrap=True
+        )  # unbroken: a path must survive copying
     return OK
 
 

@@ -66,10 +66,8 @@ class Report:
         """
         if self.search.is_sampled:
             return None
-        base, query, options = self.search.folder.uri.partition("?")
-        parent, _, name = base.rstrip("/").rpartition("/")
-        space = self.search.manifest.config.space
-        return self.judgement.next_command(space=space, name=name, storage=f"{parent}{query}{options}")
+        folder, space = self.search.folder, self.search.manifest.config.space
+        return self.judgement.next_command(space=space, name=folder.name, storage=folder.parent.uri)
 
     def write(self, out: Storage) -> str:
         """Write page, Markdown and tables; return the page's URI."""

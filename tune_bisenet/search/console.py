@@ -45,10 +45,10 @@ def print_plan(console: Console, search: PreparedSearch, resources: Resources, s
         left_out = "".join(f"; without {name}: {reason}" for name, reason in study.left_out.items())
         known = f"{counted(len(study.known), 'trial')} of {search.config.warm_start}{left_out}"
         lines += [("known", known)] if search.config.warm_start else []
-        lines += [("study", f"optuna-dashboard {study.database.shown}")]
+        lines += [("study", f"optuna-dashboard {shlex.quote(study.database.shown)}")]
     lines += [
         ("results", search.folder.uri),
-        ("watch", f"tensorboard --logdir {search.folder.uri}"),
+        ("watch", f"tensorboard --logdir {shlex.quote(search.folder.uri)}"),
         ("resume", f"python -m tune_bisenet.run {_resume_flags(search)}"),
     ]
     _print_page(console, lines, estimate)
@@ -371,4 +371,4 @@ def _resume_flags(search: PreparedSearch) -> str:
 
 def _print(console: Console, line: str | Text) -> None:
     """Print a line unbroken: a path or a command must survive copying, also out of a log."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)

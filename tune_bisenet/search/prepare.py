@@ -26,6 +26,7 @@ from tune_bisenet.options import (
     Options,
     SearchConfig,
     given_choices,
+    make_absolute,
     resolve_options,
     selected_rows,
 )
@@ -46,7 +47,7 @@ from tune_bisenet.storage import Storage, StorageError
 from tune_bisenet.study.sampling import SearchSpace, check_rows, sample_at, sampler_problems
 from tune_bisenet.study.study import StudySetup, study_database
 from tune_bisenet.study.warm_start import warm_start
-from tune_bisenet.text import counted, redact
+from tune_bisenet.text import absolute_path, counted, redact
 
 STREETS_EPOCHS: Final = 8
 """Enough on the built-in streets for mIoU to rise clearly, few enough for a first try on two cores."""
@@ -186,7 +187,9 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     if folder and "name" not in mistyped:
         earlier = _attempt(problems, lambda: _find_search(options, folder, name))
     restored = _attempt(problems, lambda: _restore_config(options, earlier)) if earlier else None
-    config = restored or resolve_options(options, default_data=os.environ.get(DATASET_VARIABLE) or STREETS)
+    default_data = os.environ.get(DATASET_VARIABLE) or STREETS
+    default_data = _attempt(problems, partial(make_absolute, "data", default_data)) or STREETS
+    config = restored or resolve_options(options, default_data=default_data)
     space = _attempt(problems, lambda: _load_space(config))
     rows = None
     if space:
@@ -199,12 +202,13 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     backbone_digest = _attempt(problems, lambda: _check_backbone(config.backbone, may_fetch=not options.plan))
     data = _attempt(problems, lambda: _open_data(config.data))
     noise = _attempt(problems, partial(_measured_noise, options.noise_from)) if options.noise_from else None
+    packs_dir = _attempt(problems, cache_dir)
     runs = None
     if rows is not None and data and not mistyped:
         runs = _attempt(problems, partial(_resolve_runs, rows, config, data[1]))
     if problems:
         raise InputError(*problems)
-    assert folder and space and backbone_digest and data and runs is not None  # noqa: PT018
+    assert folder and space and backbone_digest and data and packs_dir and runs is not None  # noqa: PT018
     return PreparedSearch(
         name=name,
         folder=folder,
@@ -214,7 +218,7 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
         runs=runs,
         source=data[0],
         facts=data[1],
-        cache_dir=cache_dir(),
+        cache_dir=packs_dir,
         backbone_digest=backbone_digest,
         earlier=earlier,
         noise=noise,
@@ -483,8 +487,8 @@ def _open_data(data: str) -> tuple[Source, DataFacts]:
 
 
 def cache_dir() -> Path:
-    """Return the folder where each node keeps packs."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/tune_bisenet").expanduser().absolute()
+    """Return the folder where each node keeps packs. ValueError if its name is not UTF-8."""
+    return absolute_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/tune_bisenet")
 
 
 def _pack_frames(

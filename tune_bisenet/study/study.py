@@ -67,7 +67,7 @@ class StudyDatabase:
     @property
     def shown(self) -> str:
         """Return the address without its password."""
-        return _without_password(self.url).render_as_string()
+        return _format_address(_without_password(self.url))
 
     def check(self, name: str, *, is_new: bool) -> None:
         """Raise InputError if a user's database does not answer, or has a study of that name before a new search.
@@ -120,7 +120,7 @@ class StudyDatabase:
         if self.url.get_backend_name() == "sqlite":
             options["connect_args"] = {"timeout": 60}  # seconds that a writer waits for a file a dashboard reads
         try:
-            return get_storage(RDBStorage(self.url.render_as_string(hide_password=False), engine_kwargs=options))
+            return get_storage(RDBStorage(_format_address(self.url), engine_kwargs=options))
         except (*DATABASE_ERRORS, RuntimeError) as error:  # RuntimeError for tables of another version of Optuna
             raise self.error(error) from None
 
@@ -145,9 +145,7 @@ def study_database(folder: Storage, *, address: str | None, secret: str | None, 
         return StudyDatabase(url=url, folder=folder, is_own=False)
     local = folder.local_path
     file = local / STUDY if local is not None else cache_dir / "studies" / f"{fingerprint(folder.uri)}.db"
-    return StudyDatabase(
-        url=URL.create("sqlite", database=str(file)), folder=folder, is_own=True, file=None if local else file
-    )
+    return StudyDatabase(url=_sqlite_url(file), folder=folder, is_own=True, file=None if local else file)
 
 
 def is_outage(error: BaseException) -> bool:
@@ -169,6 +167,20 @@ def _parse_address(source: str, address: str) -> URL:
             "In a password, write characters such as @ : / percent-encoded, as in %40 for @."
         )
     return url
+
+
+def sqlite_address(file: Path) -> str:
+    """Return the address of a database in `file`, as Optuna and its dashboard take it."""
+    return _format_address(_sqlite_url(file))
+
+
+def _sqlite_url(file: Path) -> URL:
+    return URL.create("sqlite", database=str(file))
+
+
+def _format_address(url: URL) -> str:
+    """Return the address with its password. Optuna fills in a number between braces, so a path's are encoded."""
+    return url.render_as_string(hide_password=False).replace("{", "%7B").replace("}", "%7D")
 
 
 def _without_password(url: URL) -> URL:

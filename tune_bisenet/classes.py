@@ -42,6 +42,13 @@ CLASSES: Final = (
 
 NUM_CLASSES: Final = len(CLASSES)
 CLASS_NAMES: Final = tuple(street_class.name for street_class in CLASSES)
+VOID_LABELS: Final = {
+    0: "unlabeled", 1: "ego vehicle", 2: "rectification border", 3: "out of roi", 4: "static", 5: "dynamic",
+    6: "ground", 9: "parking", 10: "rail track", 14: "guard rail", 15: "bridge", 16: "tunnel", 18: "polegroup",
+    29: "caravan", 30: "trailer",
+}  # fmt: skip
+"""The names of the labelIds that are not scored."""
+
 VOID: Final = 255
 """The trainId of pixels that are neither trained on nor scored."""
 

@@ -22,7 +22,7 @@ from PIL import Image
 from tune_bisenet.data import packed as packed_module
 from tune_bisenet.data import packing
 from tune_bisenet.data.packed import Packed, open_packed, suggested_image_size
-from tune_bisenet.data.packing import fetch_packed, open_source, prepare_packed, publish_packed
+from tune_bisenet.data.packing import check_labels, fetch_packed, open_source, prepare_packed, publish_packed
 from tune_bisenet.data.source import SPLITS, Frame, Split
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.options import InputError
@@ -48,6 +48,9 @@ class Noise:
 
     def names(self, split: Split) -> Sequence[str]:
         return NAMES[split]
+
+    def describe_labels(self, split: Split) -> str:
+        return f"They are {split} noise."
 
     def load(self, split: Split, index: int) -> Frame:
         if (split, index) in self.damaged:
@@ -129,6 +132,36 @@ def test_class_counts_are_of_the_train_labels_before_resizing_without_void(tmp_p
     counts = pack(tmp_path, Noise(frame=Frame(np.zeros((*SIZE, 3), np.uint8), label)), (8, 12)).class_counts
     assert counts.dtype == np.int64
     assert counts.tolist() == [7 * 5, *[0] * 17, 7 * 2]  # seven frames of train
+
+
+def test_what_the_labels_hold_is_told_by_share(tmp_path: Path) -> None:
+    label = np.full(SIZE, 255, np.uint8)  # 384 pixels
+    label[:12] = 0
+    label[0, :1], label[12, :12] = 18, 13
+    packed = pack(tmp_path, Noise(frame=Frame(np.zeros((*SIZE, 3), np.uint8), label)), (8, 12))
+    for split in SPLITS:
+        assert packed.describe_classes(split) == "road 75 %, car 3 %, bicycle under 1 %; 16 never; void 22 %"
+    every_class = pack(tmp_path / "noise").describe_classes("train")
+    assert every_class.count("%") == 6
+    assert "14 others; void 5 %" in every_class
+
+
+@pytest.mark.parametrize("num_labelled", [0, 1, 191, 192])
+def test_labels_without_a_scored_pixel_are_refused_and_few_are_told(tmp_path: Path, num_labelled: int) -> None:
+    label = np.full(SIZE, 255, np.uint8)
+    label.ravel()[:num_labelled] = 7
+    source = Noise(frame=Frame(np.zeros((*SIZE, 3), np.uint8), label))
+    packed = pack(tmp_path, source)
+    if num_labelled == 0:
+        with pytest.raises(InputError) as caught:
+            check_labels(source, packed)
+        train, val = caught.value.problems
+        assert "They are train noise." in train
+        assert "They are val noise." in val
+        return
+    warnings = check_labels(source, packed)
+    assert len(warnings) == (2 if num_labelled < 192 else 0)
+    assert all(f"{100 * num_labelled / 384:.2g} %" in warning for warning in warnings)
 
 
 # --- how it is read ---------------------------------------------------------------------------------------------

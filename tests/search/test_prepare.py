@@ -1,13 +1,17 @@
 """What can be wrong with the input: each mistake is named with its way out, all together, and nothing is started."""
 
+import io
 import json
 import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.rows import plain_state
 from helpers.searches import move_into, on_frames, write_frames, write_space
+from PIL import Image
+from rich.console import Console
 
 from tune_bisenet import run
 from tune_bisenet.config import Resources
@@ -16,6 +20,7 @@ from tune_bisenet.records import SavedState, read_manifest, to_json
 from tune_bisenet.report.read import read_search
 from tune_bisenet.report.verdicts import judge_search
 from tune_bisenet.search import driver
+from tune_bisenet.search.console import print_plan
 from tune_bisenet.search.prepare import CACHE_VARIABLE, DATASET_VARIABLE, PreparedSearch, prepare_search
 from tune_bisenet.search.state import SessionOutcome
 from tune_bisenet.storage import Storage
@@ -179,6 +184,44 @@ def test_a_frame_that_cannot_be_decoded_is_named(
         content[16:24] = struct.pack(">II", 60000, 60000)
     path.write_bytes(content)
     assert path.name in refused(capsys, *on_frames(place))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", ["labelIds", "labelTrainIds"])
+def test_a_split_without_a_scored_pixel_is_refused_with_its_ids(
+    capsys: pytest.CaptureFixture[str], frames: Path, split: str, kind: str
+) -> None:
+    for path in frames.glob("gtFine/*/town/*.png"):
+        is_void = path.parts[-3] == split
+        own_ids = np.arange(32 * 64, dtype=np.uint8).reshape(32, 64) % 7
+        void = own_ids if kind == "labelIds" else np.full((32, 64), 255, np.uint8)
+        Image.fromarray(void if is_void else np.full((32, 64), 7, np.uint8)).save(path)
+        path.rename(path.with_name(path.name.replace("labelTrainIds", kind)))
+    message = refused(capsys, "--data", str(frames), "--backbone", "none", "--proxy")
+    assert f"no pixel of the {split} labels in {frames}" in message
+    assert message.count("no pixel") == 1
+    if kind == "labelIds":
+        assert "the ids 0, 1, 2, 3, 4, 5, 6: as labelIds unlabeled, ego vehicle" in message
+        assert "as trainIds road, sidewalk, building, wall, fence, pole, traffic light" in message
+        assert "_gtFine_labelTrainIds.png" in message
+    else:
+        assert "the ids 255: as labelIds void; as trainIds void" in message
+
+
+def test_sparse_labels_are_told_in_the_plan(frames: Path) -> None:
+    for path in frames.glob("gtFine/val/town/*.png"):
+        label = np.full((32, 64), 255, np.uint8)
+        label[:8] = 13
+        Image.fromarray(label).save(path)
+    options, mistyped = parse_options({"data": str(frames), "backbone": "none", "proxy": True})
+    prepared = prepare_search(options, mistyped, default_name="x", progress=lambda _done, _total: None)
+    (warning,) = prepared.label_warnings
+    assert "only 25 % of the pixels in the val labels" in warning
+    screen = io.StringIO()
+    resources = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=1)
+    print_plan(Console(file=screen, width=1000), prepared, resources, [])
+    assert warning in screen.getvalue()
+    assert "validation: car 25 %; 18 never; void 75 %" in screen.getvalue()
 
 
 def test_a_variable_names_the_data_and_a_flag_overrides_it(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow.fs import FileType
 
-from tune_bisenet.classes import MAX_LABEL_ID, NUM_CLASSES, VOID, train_id_table
+from tune_bisenet.classes import CLASS_NAMES, CLASSES, MAX_LABEL_ID, NUM_CLASSES, VOID, VOID_LABELS, train_id_table
 from tune_bisenet.config import format_size
 from tune_bisenet.data.source import SPLITS, Frame, Split
 from tune_bisenet.options import InputError
@@ -38,6 +38,7 @@ ARCHIVES: Final = {IMAGES: "leftImg8bit_trainvaltest.zip", LABELS: "gtFine_train
 MAX_FRAME_PIXELS: Final = 64 * 2**20
 NUM_HEADER_THREADS: Final = 16  # in object storage a header costs a round trip
 MAX_HEADER_BYTES: Final = 2**16
+NUM_DESCRIBED_LABELS: Final = 20
 
 IMAGE_MODES: Final = {"RGB": "an image is 8-bit RGB"}
 LABEL_MODES: Final = dict.fromkeys(("L", "P"), "a label is one channel of 8-bit ids")
@@ -76,6 +77,22 @@ class Cityscapes:
 
     def names(self, split: Split) -> Sequence[str]:
         return self.frame_names[split]
+
+    def describe_labels(self, split: Split) -> str:
+        names = self.frame_names[split][:NUM_DESCRIBED_LABELS]
+        paths = [_label_path(split, name, self.label_format) for name in names]
+        ids = sorted({i for path in paths for i in set(_read_ids(self.root, path, self.label_format)[0])})
+        as_label_ids = dict(VOID_LABELS | {label.label_id: label.name for label in CLASSES})
+        meanings = [
+            f"as {kind} {', '.join(by_id.get(i, 'void') for i in ids)}"
+            for kind, by_id in (("labelIds", as_label_ids), ("trainIds", dict(enumerate(CLASS_NAMES))))
+        ]
+        return (
+            f"The first {len(paths)} *{self.label_format.suffix} hold the ids {', '.join(map(str, ids))}: "
+            f"{'; '.join(meanings)}. If they are trainIds, name the files *{LABEL_TRAIN_IDS.suffix}, if they are "
+            f"labelIds, *{LABEL_IDS.suffix}; map classes of your own to the ids of Cityscapes (road is labelId 7 and "
+            "trainId 0)."
+        )
 
     def load(self, split: Split, index: int) -> Frame:
         """Decode one frame. Raises InputError for what a header cannot show: damaged pixels and unknown ids."""
@@ -280,8 +297,8 @@ def _open_png(
         raise InputError(problem) from error
 
 
-def _decode_label(root: Storage, path: str, label_format: LabelFormat) -> NDArray[np.uint8]:
-    """Return trainIds, uint8 (H, W)."""
+def _read_ids(root: Storage, path: str, label_format: LabelFormat) -> tuple[bytes, int, int]:
+    """Return a label's ids as they are in its file, row by row, then height and width."""
     with _open_png(root, path, LABEL_MODES) as picture:
         counts = picture.histogram()
         ids = picture.tobytes()
@@ -293,4 +310,10 @@ def _decode_label(root: Storage, path: str, label_format: LabelFormat) -> NDArra
             f"and {VOID} for void. Replace it by the original, or map your own classes to these ids."
         )
         raise InputError(problem)
-    return np.frombuffer(ids.translate(label_format.train_ids), np.uint8).reshape(picture.height, picture.width)
+    return ids, picture.height, picture.width
+
+
+def _decode_label(root: Storage, path: str, label_format: LabelFormat) -> NDArray[np.uint8]:
+    """Return trainIds, uint8 (H, W)."""
+    ids, height, width = _read_ids(root, path, label_format)
+    return np.frombuffer(ids.translate(label_format.train_ids), np.uint8).reshape(height, width)

@@ -23,13 +23,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES
 from tune_bisenet.config import STRIDE, format_size
 from tune_bisenet.data.source import SPLITS, Split
 from tune_bisenet.options import InputError
+from tune_bisenet.text import counted
 
 FORMAT_VERSION: Final = 1
 MAX_SUGGESTED_SIZE: Final = (512, 1024)
+MAX_NAMED_CLASSES: Final = 5
 
 FrameSize = tuple[int, int]  # height, width
 ByteArray = NDArray[np.uint8]
@@ -64,9 +66,30 @@ class Packed:
     image_size: FrameSize
     label_size: FrameSize  # of `val`; the labels of `train` have `image_size`
     class_counts: ClassCounts  # of the train labels at the size of the source
+    val_class_counts: ClassCounts
     digest: str  # of names, pixels and counts: equal for equal frames, on any machine and path
     train: PackedSplit
     val: PackedSplit
+
+    def class_shares(self, split: Split) -> NDArray[np.float64]:
+        """Return each class's share (19,) of all pixels in a split's labels, before resizing; the rest is void."""
+        rows, counts = (self.train, self.class_counts) if split == "train" else (self.val, self.val_class_counts)
+        return counts / (len(rows) * math.prod(self.label_size))
+
+    def describe_classes(self, split: Split) -> str:
+        """Return what a split's labels hold, as `road 29 %, sky 9 %, 15 others; 2 never (rider, train); void 3 %`."""
+        shares = self.class_shares(split)
+        present = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index] > 0]
+        never = [name for name, share in zip(CLASS_NAMES, shares, strict=True) if share == 0]
+        named = [f"{CLASS_NAMES[index]} {_percent(shares[index])}" for index in present[:MAX_NAMED_CLASSES]]
+        more = [counted(len(present) - len(named), "other")] if len(present) > len(named) else []
+        missing = f"; {len(never)} never" if never else ""
+        missing += f" ({', '.join(never)})" if 0 < len(never) <= MAX_NAMED_CLASSES else ""
+        return f"{', '.join([*named, *more])}{missing}; void {_percent(1 - shares.sum())}"
+
+
+def _percent(share: float) -> str:
+    return "under 1 %" if 1e-9 < share < 0.01 else f"{100 * share:.0f} %"
 
 
 def suggested_image_size(frame_size: FrameSize) -> FrameSize:
@@ -126,6 +149,7 @@ def open_packed(path: Path) -> Packed:
         image_size=train.header.image_size,
         label_size=val.header.label_size,
         class_counts=train.class_counts,
+        val_class_counts=val.class_counts,
         digest=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         train=train.rows,
         val=val.rows,

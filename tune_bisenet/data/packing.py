@@ -5,6 +5,7 @@
                    -> _download                   or fetch the one that another node has made
                    -> _build -> _pack_rows        or decode and resize in threads, in order
                              -> _write_split      and write record batch by record batch
+    check_labels                                  refuse a split without a labelled pixel
     publish_packed                                copy a pack to storage; fetch_packed is its other end
 
 A pack in storage is `SHARED/NAME/{train,val}.arrow` and `SHARED/NAME/complete`, its digest, which is written last.
@@ -101,7 +102,10 @@ def prepare_packed(
             if shared is None or not _download(shared / folder.name, folder):
                 _log.info("packing %s at %s: %s", source.name, format_size(image_size), reason)
                 _build(source, image_size, folder, progress or (lambda _done, _total: None))
-        return open_packed(folder)
+        packed = open_packed(folder)
+    for split in SPLITS:
+        _log.info("classes of %s: %s", split, packed.describe_classes(split))
+    return packed
 
 
 def fetch_packed(name: str, *, shared: Storage, cache_dir: Path) -> Packed | None:
@@ -115,6 +119,30 @@ def fetch_packed(name: str, *, shared: Storage, cache_dir: Path) -> Packed | Non
             return open_packed(folder)
         except InputError:
             return open_packed(folder) if _download(shared / name, folder) else None
+
+
+def check_labels(source: Source, packed: Packed) -> tuple[str, ...]:
+    """Return a warning for each split of which less than half of the pixels are labelled.
+
+    Raises InputError if a split has no labelled pixel: it would train, or be scored, to nothing.
+    """
+    warnings, problems = [], []
+    for split in SPLITS:
+        share = packed.class_shares(split).sum()
+        if share == 0:
+            use = "trained on" if split == "train" else "scored"
+            problems.append(
+                f"no pixel of the {split} labels in {source.name} has one of the {NUM_CLASSES} classes, so nothing can "
+                f"be {use}. {source.describe_labels(split)}"
+            )
+        elif share < 0.5:
+            warnings.append(
+                f"only {100 * share:.2g} % of the pixels in the {split} labels have one of the {NUM_CLASSES} classes. "
+                f"{source.describe_labels(split)}"
+            )
+    if problems:
+        raise InputError(*problems)
+    return tuple(warnings)
 
 
 def publish_packed(pack: Path, shared: Storage) -> None:

@@ -82,6 +82,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         *([("sampler", f"{config.sampler}, for {' and '.join(config.objectives)}")] if search.study else []),
         *([("limits", "ends after " + " or ".join(bounds))] if bounds else []),
         ("data", f"{config.data}: {facts.num_train} training and {facts.num_val} validation images, {sizes}"),
+        *_label_lines(search),
         ("backbone", f"ResNet-18, {'from scratch' if config.backbone == NO_BACKBONE else config.backbone}"),
         ("device", f"{trials} at once{grows}, {gpus}{cores} each{threads}, {config.precision}"),
         ("scheduler", scheduler),
@@ -93,6 +94,15 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         ("disk", _disk(estimate)),
         *[("note", caption) for caption in search.captions],
     ]
+
+
+def _label_lines(search: PreparedSearch) -> list[tuple[str, str]]:
+    """Return what the labels hold; nothing before they are packed."""
+    if not search.packs:
+        return []
+    pack = next(iter(search.packs.values()))
+    classes = f"{pack.describe_classes('train')} | validation: {pack.describe_classes('val')}"
+    return [("classes", f"training: {classes}"), *(("warning", text) for text in search.label_warnings)]
 
 
 def _trials(search: PreparedSearch) -> str:

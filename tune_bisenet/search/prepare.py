@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 from tune_bisenet import spaces
 from tune_bisenet.config import Precision, Run, TrialContext, format_size, trial_name
 from tune_bisenet.data.packed import FrameSize, Packed, suggested_image_size
-from tune_bisenet.data.packing import PACKS, check_reachable, open_source, prepare_packed
+from tune_bisenet.data.packing import PACKS, check_labels, check_reachable, open_source, prepare_packed
 from tune_bisenet.data.source import Source
 from tune_bisenet.options import (
     DEFAULT_TRIALS,
@@ -81,6 +81,8 @@ class PreparedSearch:
     """What a sampled search samples from; None for a grid."""
     packs: dict[FrameSize, Packed] = field(default_factory=dict)
     """The packed data by image size; empty for a search that is only planned."""
+    label_warnings: tuple[str, ...] = ()
+    """What is doubtful about the labels; known once they are packed."""
     shared_packs: Storage | None = None
     """The folder where nodes find the packs of this one; None if each packs for itself."""
 
@@ -140,7 +142,8 @@ def prepare_search(
     shared = None if storage.local_path or search.config.data == STREETS else storage / PACKS
     try:
         packs = _pack_frames(search, progress, shared=shared)
-        search = replace(search, packs=packs, shared_packs=shared)
+        label_warnings = check_labels(search.source, next(iter(packs.values())))
+        search = replace(search, packs=packs, label_warnings=label_warnings, shared_packs=shared)
         before = search.earlier.data.digests if search.earlier else {}
         if any(before.get(size, digest) != digest for size, digest in pack_digests(packs).items()):
             raise ValueError(

@@ -208,6 +208,7 @@ def _noise(run: Run, frame_size: tuple[int, int], *, num_batches: int) -> Packed
         image_size=run.image_size,
         label_size=frame_size,
         class_counts=np.ones(NUM_CLASSES, dtype=np.int64),
+        val_class_counts=np.ones(NUM_CLASSES, dtype=np.int64),
         digest="",
         train=split(run.image_size),
         val=split(frame_size),

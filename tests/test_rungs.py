@@ -296,7 +296,7 @@ def test_every_seed_of_a_protected_row_is_recorded_but_never_stopped() -> None:
 def test_a_diverged_trial_stops_at_once_even_a_protected_one_and_is_not_recorded(rule: StoppingRule | None) -> None:
     stopper = stopper_of(rule, protected=frozenset({"r01"}))
     for run, epoch in ((row("r01"), 3), (row("r02"), 20)):
-        assert decide(stopper, run, epoch, 2.0, diverged=True).endswith(f"epoch {epoch}")
+        assert decide(stopper, run, epoch, math.nan, diverged=True).endswith(f"epoch {epoch}")
     assert stopper.to_json()["seen"] == []
 
 

@@ -77,13 +77,20 @@ class Epoch:
     grad_norm: Measurement
     """L2 norm over all parameters, before clipping."""
     miou: Measurement
+    """NaN if the epoch diverged, as is `pixel_accuracy`."""
     iou: tuple[float | None, ...]
-    """By trainId; None for a class that occurs neither in the labels nor in the predictions."""
+    """By trainId; None for a class that occurs neither in the labels nor in the predictions, or if it diverged."""
     pixel_accuracy: Measurement
     images_per_second: Measurement
     """Training only, validation left out."""
     train_seconds: Measurement
     val_seconds: Measurement
+
+    def __post_init__(self) -> None:
+        """Drop what a diverged epoch scored: its weights are no numbers, so its predictions mean nothing."""
+        if self.diverged:
+            for name, value in (("miou", math.nan), ("iou", (None,) * len(self.iou)), ("pixel_accuracy", math.nan)):
+                object.__setattr__(self, name, value)
 
     @property
     def seconds(self) -> float:
@@ -92,13 +99,14 @@ class Epoch:
 
     @property
     def diverged(self) -> bool:
-        """Return whether the loss or a gradient is no longer a number."""
-        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+        """Return whether the loss, a gradient or mIoU is no number; mIoU is none if the weights are not."""
+        return not all(map(math.isfinite, (self.loss, self.grad_norm, self.miou)))
 
 
-def best_of(history: Sequence[Epoch]) -> Epoch:
-    """Return the epoch of highest mIoU that did not diverge, the earliest of equals; the first if all diverged."""
-    return max(history, key=lambda epoch: (not epoch.diverged, epoch.miou, -epoch.epoch))
+def best_of(history: Iterable[Epoch]) -> Epoch | None:
+    """Return the epoch of highest mIoU, the earliest of equals; None if all diverged."""
+    measured = (epoch for epoch in history if not epoch.diverged)
+    return max(measured, key=lambda epoch: (epoch.miou, -epoch.epoch), default=None)
 
 
 Origin = Literal["row", "sampled", "confirm"]
@@ -157,16 +165,19 @@ class TrialState:
 
 
 def measure(history: Sequence[Epoch], *, latency_ms: float | None = None) -> dict[str, Any]:
-    """Return the fields of `TrialState` that follow from a trial's epochs; none of them without an epoch."""
+    """Return the fields of `TrialState` that follow from a trial's epochs; none of them without an epoch.
+
+    The last mIoU and accuracy are None if the last epoch diverged, the best ones if all did.
+    """
     if not history:
         return {}
     best, last = best_of(history), history[-1]
     return {
         "epochs": last.epoch,
-        "best_miou": best.miou,
-        "best_epoch": best.epoch,
-        "last_miou": last.miou,
-        "pixel_accuracy": last.pixel_accuracy,
+        "best_miou": best and best.miou,
+        "best_epoch": best and best.epoch,
+        "last_miou": None if last.diverged else last.miou,
+        "pixel_accuracy": None if last.diverged else last.pixel_accuracy,
         "seconds": sum(epoch.seconds for epoch in history),
         "latency_ms": latency_ms,
     }

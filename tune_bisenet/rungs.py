@@ -199,16 +199,17 @@ class Stopper:
     def decide(self, run: Run, trial: str, *, epoch: int, miou: float, diverged: bool = False) -> str:
         """Return why `trial` stops after `epoch`, empty if it continues; record its mIoU if the rule needs it.
 
+        A diverged epoch has no mIoU: it stops its trial, and no other trial is compared with it.
         Decisions are final: a restarted trial that reports an epoch again, or resumes where it was stopped, gets the
         same one. A trial that resumes beyond a rung is not recorded there with a later mIoU, which would stop good
         trials that come after it (ray-project/ray#30838).
         """
-        assert math.isfinite(miou), f"trial {trial} reported mIoU {miou} at epoch {epoch}"
         if trial in self.stops:
             return self.stops[trial]
         if diverged:
-            self.stops[trial] = f"the loss was no longer a number at epoch {epoch}"
+            self.stops[trial] = f"loss or weights were no longer numbers at epoch {epoch}"
             return self.stops[trial]
+        assert math.isfinite(miou), f"trial {trial} reported mIoU {miou} at epoch {epoch}"
         if self.rule is None or epoch not in self.rule.recorded_epochs(run, self.iterations_per_epoch(run)):
             return ""
         curves = self.seen.setdefault(run.num_epochs, {})

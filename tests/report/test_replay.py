@@ -217,6 +217,12 @@ def test_a_diverged_trial_is_neither_stopped_nor_cut_short_by_a_rule(tmp_path: P
     assert outcome_of(search, AshaRule()).stopped == ("d",)
 
 
+def test_a_trial_that_diverged_at_once_wins_under_no_rule(tmp_path: Path) -> None:
+    search = search_of(tmp_path, LOGS | {"e": history([99.0], diverges=True)})
+    assert {outcome.best_miou for outcome in replay(search)} == {60.0}
+    assert "The winner is c with 60.00 %" in replay_table(search).text
+
+
 def test_a_trial_that_was_stopped_early_is_cut_short_where_a_rule_continues_it(tmp_path: Path) -> None:
     search = search_of(tmp_path, LOGS | {"e": history([30.0, 30.0])})
     assert outcome_of(search, None).cut_short == ("e",)
@@ -244,7 +250,14 @@ def test_what_the_search_was_run_with_is_marked(tmp_path: Path, scheduler: str, 
 
 
 @pytest.mark.parametrize(
-    "logs", [{}, {"a": []}, {"a": [], "b": history([1.0] * 4)}, {"a": history([1.0], diverges=True)}]
+    "logs",
+    [
+        {},
+        {"a": []},
+        {"a": [], "b": history([1.0] * 4)},
+        {"a": history([1.0], diverges=True)},
+        {"a": history([1.0] * 5, diverges=True)},
+    ],
 )
 def test_until_a_trial_has_completed_there_is_nothing_to_replay(tmp_path: Path, logs: dict[str, list[Epoch]]) -> None:
     search = search_of(tmp_path, logs)

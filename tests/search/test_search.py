@@ -120,6 +120,8 @@ def test_trials_that_diverge_or_fail_leave_the_others_alone(search: History) -> 
         "hot-s1": "diverged",
         "mild-s1": "failed",
     }
+    hot = {key: board["hot-s0"][key] for key in ("epochs", "best_miou", "last_miou", "gain_over_good")}
+    assert hot == {"epochs": "1", "best_miou": "", "last_miou": "", "gain_over_good": ""}
     assert "another run" in board["mild-s1"]["error"]
     assert "mild-s1" in first.log
     assert first.code == 1

@@ -241,8 +241,9 @@ def test_a_diverged_trial_reports_it_and_keeps_its_last_good_weights(
     hot = run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"lr": 1e9})})
     reports = train(hot, context)
     assert [report["diverged"] for report in reports] == [False] * (len(reports) - 1) + [True]
-    assert math.isfinite(reports[-1]["miou"])
-    assert math.isfinite(reports[-1]["best_miou"])
+    assert math.isnan(reports[-1]["miou"])
+    assert (reports[-1]["best_miou"], reports[-1]["best_epoch"], reports[-1]["last_miou"]) == (None, None, None)
+    assert not (folder / "best.pt").exists()
     for path in folder.glob("*.pt"):
         weights = checkpoint.from_bytes(path.read_bytes())["model"]
         assert all(bool(value.isfinite().all()) for value in weights.values()), path.name

@@ -1,6 +1,7 @@
 """A study: what it asks for, what it is told, and how it agrees with the folders after a crash."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,13 @@ from helpers.light_search import (
     sample,
     setup_of,
 )
+from helpers.rows import plain_epoch
 from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from tune_bisenet.config import Objective, Run, Sampler
-from tune_bisenet.records import TrialRecord, TrialSpec
+from tune_bisenet.records import TrialRecord, TrialSpec, TrialState, measure
 from tune_bisenet.spaces import Sampled
 from tune_bisenet.storage import Storage
 from tune_bisenet.study.study import MAX_FAILED_DRAWS, Study, StudySetup, name_in_search
@@ -194,6 +196,24 @@ def test_a_trial_that_ended_early_is_pruned_with_its_last_miou_and_one_that_fail
     assert trial.user_attrs["checkpoint"] == "/search/a/best.pt"
 
 
+@pytest.mark.parametrize("before", [[], [30.0]])
+def test_a_diverged_epoch_is_told_as_no_number_and_is_no_value(url: str, before: list[float]) -> None:
+    study = open_study(url)
+    spec = ask(study)
+    history = [*(plain_epoch(1, miou) for miou in before), plain_epoch(len(before) + 1, 99.0, loss=math.nan)]
+    for epoch in history:
+        study.report(spec.trial, epoch.epoch, epoch.miou)
+    diverged = TrialState.of_run(spec.trial, spec.run, status="diverged", **measure(history))
+    study.tell(diverged)
+    trial = trial_at(url, "a")
+    assert (trial.state, trial.value) == (OptunaState.PRUNED, None)
+    assert trial.intermediate_values == pytest.approx({epoch.epoch: epoch.miou for epoch in history}, nan_ok=True)
+    (lost,) = study.ended_without(())
+    assert (lost.state.epochs, lost.state.best_miou) == (len(history), before[0] if before else None)
+    assert lost.state.last_miou is None
+    assert study.ask()
+
+
 def failed(spec: TrialSpec) -> TrialRecord:
     return record_of(spec, epochs=0, status="failed", error="no memory")
 
@@ -245,7 +265,8 @@ def test_trials_of_an_earlier_search_are_in_the_study_as_they_ended(url: str) ->
         finished = known.state.status == "finished"
         assert trial.state is (OptunaState.COMPLETE if finished else OptunaState.PRUNED)
         assert trial.value == (known.state.best_miou if finished else known.state.last_miou)
-        assert trial.intermediate_values == {epoch.epoch: epoch.miou for epoch in known.epochs}
+        curve = {epoch.epoch: epoch.miou for epoch in known.epochs}
+        assert trial.intermediate_values == pytest.approx(curve, nan_ok=True)
         assert trial.params == known.spec.params
         assert trial.user_attrs == {
             "trial": known.spec.trial,

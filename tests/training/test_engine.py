@@ -24,6 +24,7 @@ from tune_bisenet.spaces import DataFacts, RowOverrides, resolve_runs
 from tune_bisenet.training import engine
 from tune_bisenet.training.model import BiSeNet
 
+STEADY = WarmupPoly(warmup_iterations=0, power=0.9)
 STILL = Augment(min_scale=1.0, max_scale=1.0, flip=0.0, jitter=0.0)
 
 run = pytest.fixture(scope="session")(small)
@@ -146,7 +147,29 @@ def test_a_rate_far_too_high_is_told_as_diverged(run: Run, small_data: Packed) -
     last = trained(run, small_data)[-1].epoch
     assert last.diverged
     assert not (math.isfinite(last.loss) and math.isfinite(last.grad_norm))
-    assert math.isfinite(last.miou)  # Tune's schedulers must never be told NaN
+    assert math.isnan(last.miou)
+    assert math.isnan(last.pixel_accuracy)
+    assert set(last.iou) == {None}
+
+
+@pytest.mark.parametrize(
+    ("broken", "value"), [("lr", 1e12), ("running_var", math.inf), ("aux", math.nan)], ids=["step", "norm", "head"]
+)
+def test_an_epoch_whose_last_step_broke_the_weights_has_no_miou(
+    run: Run, small_data: Packed, broken: str, value: float
+) -> None:
+    """Its loss and gradient are numbers: they were measured before the step."""
+    training = begin(run.model_copy(update={"accumulation": 100, "schedule": STEADY}), small_data)
+    if broken == "lr":  # weights stay finite, but what they predict does not
+        training.run = training.run.model_copy(update={"optimizer": SGD(lr=value, momentum=0.0, weight_decay=1e-4)})
+    else:
+        spoilt = next(weight for name, weight in training.model.state_dict().items() if broken in name)
+        training.optimizer.register_step_post_hook(lambda *_: spoilt.fill_(value))
+    epoch = next(engine.fit(training)).epoch
+    assert math.isfinite(epoch.loss)
+    assert math.isfinite(epoch.grad_norm)
+    assert epoch.diverged
+    assert math.isnan(epoch.miou)
 
 
 @pytest.mark.parametrize("name", [run.name for run in spaces.load_space("runs10").runs])

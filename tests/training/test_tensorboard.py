@@ -55,7 +55,7 @@ def epoch(number: int, miou: float, loss: float = 1.0) -> Epoch:
 def write_epochs(tracker: TrialWriter, mious: list[float], *, first: int, best: float = 0.0) -> None:
     for number, miou in enumerate(mious, start=first):
         best = max(best, miou)
-        tracker.add_epoch(epoch(number, miou), best_miou=best)
+        tracker.add_epoch(epoch(number, miou), best=epoch(number, best))
 
 
 KILLED_WORKER = """
@@ -85,7 +85,8 @@ def search_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_epochs(tracker, MIOU["r02"][2:], first=3, best=15.0)
         tracker.end("stopped")
     with TrialWriter(root / "r03", run=TRIALS["r03"], trial="r03", completed_epochs=0) as tracker:
-        tracker.add_epoch(epoch(1, 1.0, loss=math.nan), best_miou=1.0)
+        tracker.add_epoch(epoch(1, 1.0), best=epoch(1, 1.0))
+        tracker.add_epoch(epoch(2, 99.0, loss=math.nan), best=epoch(1, 1.0))
         tracker.end("diverged")
     return root
 
@@ -166,7 +167,13 @@ def test_steps_are_epochs_and_those_of_a_killed_and_resumed_trial_are_shown_once
 
 def test_a_loss_that_is_nan_is_shown_and_how_each_trial_ended(board: Board) -> None:
     assert board.statuses() == {"r01": "STATUS_SUCCESS", "r02": "STATUS_SUCCESS", "r03": "STATUS_FAILURE"}
-    assert [str(value).lower() for _, value in board.points("r03", "loss/total")] == ["nan"]
+    assert [str(value).lower() for _, value in board.points("r03", "loss/total")] == ["1.0", "nan"]
+
+
+def test_a_diverged_epoch_has_no_scores(board: Board) -> None:
+    for tag in ("miou", "pixel_accuracy", f"iou/{CLASS_NAMES[0]}"):
+        assert [step for step, _ in board.points("r03", tag)] == [1]
+    assert board.points("r03", "best_miou") == [(1, 1.0), (2, 1.0)]
 
 
 def test_pictures_are_shown_by_epoch(board: Board) -> None:

@@ -307,11 +307,14 @@ def _first_epoch_at(trial: ReportedTrial, level: float, share: float) -> float:
 
 
 def _best_estimate(claim: Claim, usable: Sequence[tuple[ReportedTrial, ReportedTrial]]) -> float | None:
-    if claim.kind == "sooner" or not all(trial.epochs for pair in usable for trial in pair) or not usable:
+    if claim.kind == "sooner" or not usable:
         return None
-    ends = [min(own.reached, bar.reached) for own, bar in usable]
-    best = [[_miou(trial.best(end), claim.classes) for trial in pair] for pair, end in zip(usable, ends, strict=True)]
-    mean = math.fsum(own - bar if claim.kind == "gain" else own for own, bar in best) / len(best)
+    effects = []
+    for pair in usable:
+        end = min(trial.reached for trial in pair)
+        own, bar = (_mean_miou([best] if (best := trial.best(end)) else [], claim.classes) for trial in pair)
+        effects.append(own - bar if claim.kind == "gain" else own)
+    mean = math.fsum(effects) / len(effects)
     return mean if math.isfinite(mean) else None
 
 

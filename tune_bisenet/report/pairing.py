@@ -64,7 +64,9 @@ def _parting(own: ReportedTrial, bar: ReportedTrial) -> str:
             return ""
         if (ours.loss, ours.miou) != (theirs.loss, theirs.miou):
             mious = f"{ours.miou:.2f} against {theirs.miou:.2f} %"
-            if f"{ours.miou:.2f}" == f"{theirs.miou:.2f}":
+            if ours.diverged or theirs.diverged:
+                mious = "one diverged"
+            elif f"{ours.miou:.2f}" == f"{theirs.miou:.2f}":
                 mious = "by less than 0.01 points of mIoU"
             return (
                 f"{own.spec.trial} must equal {bar.spec.trial} until epoch {until}, but parts at epoch {ours.epoch} "

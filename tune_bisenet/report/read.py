@@ -74,8 +74,8 @@ class ReportedTrial:
         """Return the epoch it came to, if that is not its last."""
         return self.reached if self.reached < self.run.num_epochs else None
 
-    def best(self, until: int) -> Epoch:
-        return best_of([epoch for epoch in self.epochs if epoch.epoch <= until])
+    def best(self, until: int) -> Epoch | None:
+        return best_of(epoch for epoch in self.epochs if epoch.epoch <= until)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,10 +5,10 @@ search uses gets each in turn. A stopped trial frees its slot. Nothing is traine
 nothing is known: a trial that a rule would have continued is cut short there. Neither Ray nor torch.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from math import fsum
 from typing import Final
 
 from tune_bisenet.records import Epoch, best_of
@@ -50,7 +50,7 @@ class ReplayedRule:
 def replay(search: SearchRecord) -> list[ReplayedRule]:
     """Replay a search under every rule; nothing until a trial has completed: there is nothing to compare with."""
     trials = _trials(search)
-    if not any(record.ended_at is None for record in trials.values()):
+    if all(record.ended_at or record.epochs[-1].diverged for record in trials.values()):
         return []
     winner, train_images = _winner(trials), search.manifest.data.train_images
     known = [epoch for record in trials.values() for epoch in record.epochs]
@@ -75,7 +75,7 @@ def replay(search: SearchRecord) -> list[ReplayedRule]:
                 epochs_share_saved=len(untrained) / len(known),
                 hours_saved=_hours(untrained, search),
                 keeps_winner=winner not in stopped,
-                best_miou=max(best_of(record.epochs[: trained[name]]).miou for name, record in trials.items()),
+                best_miou=max(_best_miou(record.epochs[: trained[name]]) for name, record in trials.items()),
             )
         )
     return replayed
@@ -86,7 +86,13 @@ def _trials(search: SearchRecord) -> dict[str, ReportedTrial]:
 
 
 def _winner(trials: Mapping[str, ReportedTrial]) -> str:
-    return max(trials, key=lambda name: best_of(trials[name].epochs).miou)
+    return max(trials, key=lambda name: _best_miou(trials[name].epochs))
+
+
+def _best_miou(epochs: Sequence[Epoch]) -> float:
+    """Return the highest mIoU in percent; below everything measured if all epochs diverged."""
+    best = best_of(epochs)
+    return best.miou if best else -math.inf
 
 
 def _slots(search: SearchRecord) -> int:
@@ -131,7 +137,7 @@ def _ended_early(record: ReportedTrial) -> bool:
 def _hours(epochs: Iterable[Epoch], search: SearchRecord) -> float:
     """Return device hours."""
     devices, _ = search.devices_per_trial
-    return fsum(epoch.seconds for epoch in epochs) * devices / 3600
+    return math.fsum(epoch.seconds for epoch in epochs) * devices / 3600
 
 
 def replay_table(search: SearchRecord) -> Table:
@@ -140,7 +146,7 @@ def replay_table(search: SearchRecord) -> Table:
     if not replayed:
         return Table(text="No trial has completed yet, so there is nothing to replay.")
     trials, scheduler = _trials(search), search.manifest.config.scheduler
-    winner_miou = best_of(trials[_winner(trials)].epochs).miou
+    winner_miou = _best_miou(trials[_winner(trials)].epochs)
     lines = []
     for outcome in replayed:
         rule = outcome.rule
@@ -176,7 +182,7 @@ def _sentences(search: SearchRecord, replayed: Sequence[ReplayedRule]) -> list[s
     return [
         f"What each rule would have done to this search, from its log alone: {counted(len(trials), 'trial')}, "
         f"{_slots(search)} at once, {counted(len(epochs), 'epoch')}, {_hours(epochs, search):,.2f} {unit}.",
-        f"The winner is {winner} with {best_of(trials[winner].epochs).miou:.2f} % mIoU; the loss is in points below "
+        f"The winner is {winner} with {_best_miou(trials[winner].epochs):.2f} % mIoU; the loss is in points below "
         "that.",
         _advice(replayed),
         "Grace is the share of its epochs that a trial has before it is judged; with factor 3, about one in three "

@@ -402,7 +402,7 @@ def file_tables(search: SearchRecord, judgement: Judgement) -> dict[str, list[Fi
         for trial, record in search.trials.items()
     }
     epochs = [(trial, to_plain(epoch)) for trial, record in search.trials.items() for epoch in record.epochs]
-    bests = [(trial, best_of(record.epochs)) for trial, record in search.trials.items() if record.epochs]
+    bests = [(trial, best) for trial, record in search.trials.items() if (best := best_of(record.epochs))]
     return {
         "verdicts": [_verdict_line(claim, judgement) for claim in judgement.claims],
         "leaderboard": [
@@ -499,8 +499,8 @@ def mean_class_iou(search: SearchRecord) -> dict[str, list[float | None]]:
     """Return, by row, the IoU in percent of each class at the trials' best epochs, the mean over seeds that have it."""
     ious: dict[str, list[tuple[float | None, ...]]] = {}
     for record in search.trials.values():
-        if record.epochs:
-            ious.setdefault(record.run.name, []).append(best_of(record.epochs).iou)
+        if best := best_of(record.epochs):
+            ious.setdefault(record.run.name, []).append(best.iou)
     means = {}
     for row, by_seed in ious.items():
         known = [[value for value in values if value is not None] for values in zip(*by_seed, strict=True)]

@@ -298,7 +298,7 @@ class SearchProgress:
         state = self._states.get(trial)
         if state is None:
             return
-        measured = f"loss {epoch.loss:.3f}  mIoU {epoch.miou:.1f} %"
+        measured = f"loss {epoch.loss:.3f}  " + ("diverged" if epoch.diverged else f"mIoU {epoch.miou:.1f} %")
         if not _has_ended(state):  # a report may arrive after its trial was stopped
             self._num_done += epoch.epoch - state.epochs
             self._states[trial] = replace(state, status="running", epochs=epoch.epoch)

@@ -43,7 +43,7 @@ class Searcher(ABC):
         """Return a trial to start now; None if there is none now, or none any more."""
 
     def on_result(self, trial: str, *, epoch: int, miou: float) -> None:
-        """Take in the mIoU (percent) of one epoch."""
+        """Take in the mIoU (percent) of one epoch; NaN if it diverged."""
 
     def on_end(self, state: TrialState) -> None:
         """Take in how a trial ended, after the search's state has."""

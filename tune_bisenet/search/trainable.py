@@ -106,7 +106,7 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
 
 
 def make_report(history: Sequence[Epoch], latency: Latency | None) -> dict[str, Any]:
-    """Return what Tune is told after an epoch: its measurements, and the trial's so far. mIoU is always there."""
+    """Return what Tune is told after an epoch: its measurements, and the trial's so far."""
     last = history[-1]
     latency_ms = latency.median_ms if latency else None
     return asdict(last) | {"diverged": last.diverged} | measure(history, latency_ms=latency_ms)
@@ -150,8 +150,7 @@ def _save_epoch(
     training: Training, end: EpochEnd, history: list[Epoch], data: Packed, folder: Storage, *, identity: str
 ) -> None:
     """Write the epoch's state. Weights that are no longer numbers never replace good ones."""
-    # The last step may break weights or running statistics unseen by its loss.
-    if end.epoch.diverged or not all(bool(value.isfinite().all()) for value in training.model.state_dict().values()):
+    if end.epoch.diverged:
         return
     if best_of(history) is end.epoch:
         checkpoint.save_best(training, end.epoch, folder, identity=identity)
@@ -207,7 +206,7 @@ class _MirroredWriter:
     def add(self, end: EpochEnd, history: list[Epoch], data: Packed) -> None:
         """Write an epoch's scalars, now and then with pictures."""
         epoch = end.epoch.epoch
-        self._writer.add_epoch(end.epoch, best_miou=best_of(history).miou)
+        self._writer.add_epoch(end.epoch, best=best_of(history))
         if epoch % math.ceil(self._num_epochs / NUM_PICTURED_EPOCHS) == 0 or epoch == self._num_epochs:
             pictures = [
                 (data.val.names[index], triptych(data.val.images[index], data.val.labels[index], prediction.numpy()))

@@ -193,7 +193,8 @@ class TuneSearcher(RaySearcher):
 class StoppingScheduler(FIFOScheduler):
     """Starts trials first in, first out, and stops those that `stopper` decides to stop.
 
-    A result holds `epoch` (done, from 1), `miou` (percent, finite) and `diverged`; a trial's config is its `TrialSpec`.
+    A result holds `epoch` (done, from 1), `miou` (percent; NaN if it diverged) and `diverged`; a trial's config is its
+    `TrialSpec`.
     Tune keeps no scheduler's state over a restart, so the state is in the stopper.
     """
 

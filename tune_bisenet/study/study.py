@@ -8,6 +8,7 @@ Knows nothing of Ray: whoever trains calls `ask`, `report`, `tell` and `close`.
 """
 
 import logging
+import math
 import sqlite3
 import tempfile
 import warnings
@@ -262,7 +263,7 @@ class Study:
         raise RuntimeError(f"{MAX_FAILED_DRAWS} draws from the space in a row cannot be trained; the study has why.")
 
     def report(self, trial: str, epoch: int, miou: float) -> None:
-        """Store a trial's mIoU in percent after `epoch`. Repeating it changes nothing."""
+        """Store a trial's mIoU in percent after `epoch`, NaN if it diverged. Repeating it changes nothing."""
         self._storage.set_trial_intermediate_value(self._ids[trial], epoch, miou)
 
     def tell(self, trial_state: TrialState) -> None:
@@ -300,16 +301,16 @@ class Study:
             spec = self._spec(trial, self._setup.space.sample_run(FixedTrial(trial.params)))
             curve, status = trial.intermediate_values, _status(trial)
             last = max(curve, default=None)
-            sound = [epoch for epoch in curve if status != "diverged" or epoch != last] or list(curve)
-            best = max(sound, key=lambda epoch: (curve[epoch], -epoch), default=None)
+            measured = {epoch: miou for epoch, miou in curve.items() if math.isfinite(miou)}
+            best = max(measured, key=lambda epoch: (measured[epoch], -epoch), default=None)
             state = TrialState.of_run(
                 name,
                 spec.run,
                 status=status,
                 epochs=last or 0,
-                best_miou=None if best is None else curve[best],
+                best_miou=None if best is None else measured[best],
                 best_epoch=best,
-                last_miou=None if last is None else curve[last],
+                last_miou=None if last is None else measured.get(last),
                 latency_ms=dict(zip(self._objectives, trial.values or (), strict=False)).get("latency"),
             )
             records.append(TrialRecord(spec=spec, state=state))

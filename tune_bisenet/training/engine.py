@@ -164,15 +164,21 @@ def _step(training: Training, lr: float) -> Tensor:
 
 
 def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
-    """Score whole validation images at the resolution of their labels. `measured` is what training gave."""
+    """Score whole validation images at the resolution of their labels. `measured` is what training gave.
+
+    The last step may break weights or running statistics unseen by its loss: then there is no mIoU.
+    """
     started = time.perf_counter()
     wanted = set(training.sample_indices)
+    is_sound = torch.stack([value.isfinite().all() for value in training.model.state_dict().values()]).all()
     matrices, samples = [], {}
     for first in range(0, len(training.val), training.run.batch_size):
         indices = torch.arange(first, min(first + training.run.batch_size, len(training.val)))
         images, labels = training.val.batch(indices)
         size = (labels.shape[1], labels.shape[2])
-        predictions = predict(training.model, images, size, precision=training.precision)
+        logits = _main_logits(training.model, images, precision=training.precision)
+        is_sound &= logits.isfinite().all()
+        predictions = losses.argmax(logits, size)
         matrices.append(metrics.confusion(predictions, labels))
         for index in wanted.intersection(indices.tolist()):
             samples[index] = predictions[index - first].cpu()
@@ -183,7 +189,7 @@ def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
     epoch = Epoch(
         epoch=training.epochs_done,
         iterations=training.epochs_done * training.iterations_per_epoch,
-        miou=metrics.mean_iou(iou),
+        miou=metrics.mean_iou(iou) if is_sound else math.nan,
         iou=tuple(iou),
         pixel_accuracy=metrics.pixel_accuracy(matrix),
         val_seconds=val_seconds,
@@ -192,16 +198,22 @@ def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
     return EpochEnd(epoch, confusion, samples)
 
 
-@torch.no_grad()
 def predict(model: BiSeNet, images: Tensor, size: tuple[int, int], *, precision: Precision) -> Tensor:
     """Return the likeliest trainId of each pixel: uint8 B x 3 x H x W to uint8 B x h x w, `size` being (h, w).
 
     `images` are on the device of `model`, which is left in evaluation mode.
     """
+    return losses.argmax(_main_logits(model, images, precision=precision), size)
+
+
+@torch.no_grad()
+def _main_logits(model: BiSeNet, images: Tensor, *, precision: Precision) -> Tensor:
+    """Return the main head's logits, at its own resolution: uint8 B x 3 x H x W to B x C x H/8 x W/8."""
     model.eval()
     with _autocast(images.device, precision):
         logits = model(normalise(images).to(memory_format=_memory_format(images.device)))
-    return losses.argmax(logits.main, size)
+    main: Tensor = logits.main
+    return main
 
 
 def place(model: BiSeNet, device: torch.device) -> None:

@@ -73,9 +73,15 @@ class TrialWriter:
     def __exit__(self, *_error: object) -> None:
         self._records.close()
 
-    def add_epoch(self, epoch: Epoch, *, best_miou: float) -> None:
-        """Write all scalars of an epoch as one record, on disk when this returns. All scores are in percent."""
+    def add_epoch(self, epoch: Epoch, *, best: Epoch | None) -> None:
+        """Write all scalars of an epoch as one record, on disk when this returns. All scores are in percent.
+
+        `best` is the trial's best epoch so far. A diverged epoch has no scores.
+        """
         self._epoch = epoch.epoch
+        scores = {"best_miou": best.miou} if best else {}
+        if not epoch.diverged:
+            scores |= {"miou": epoch.miou, "pixel_accuracy": epoch.pixel_accuracy}
         iou = {f"iou/{name}": value for name, value in zip(CLASS_NAMES, epoch.iou, strict=True) if value is not None}
         scalars = {
             "loss/total": epoch.loss,
@@ -84,12 +90,10 @@ class TrialWriter:
             "loss/aux2": epoch.loss_aux2,
             "lr": epoch.lr,
             "grad_norm": epoch.grad_norm,
-            "miou": epoch.miou,
-            "best_miou": best_miou,
-            "pixel_accuracy": epoch.pixel_accuracy,
             "speed/images_per_second": epoch.images_per_second,
             "speed/epoch_seconds": epoch.seconds,
-        } | iou
+        }
+        scalars |= scores | iou
         self._write_values(epoch.epoch, [{"tag": tag, "simple_value": value} for tag, value in scalars.items()])
 
     def add_triptychs(self, step: int, pictures: list[tuple[str, NDArray[np.uint8]]]) -> None:

@@ -235,7 +235,8 @@ def test_a_search_that_has_decided_ends_with_its_verdicts_and_repeats_nothing(de
     assert again.code == 0
     assert again.board == resumed.board
     assert "judged at 4 seeds: 1 kept, " in resumed.log
-    assert "the same to the last bit" in again.log
+    assert "✓ kept" in again.log
     page = (decided.folder / "report.md").read_text()
+    assert "the same to the last bit" in page
     assert "Looks were planned at 2, 4 seeds" in page
     assert "no longer guarded" not in page

@@ -36,6 +36,7 @@ from tune_bisenet.records import (
     TRIALS,
     Environment,
     TrialSpec,
+    TrialState,
     predictions_to_bytes,
     read_trial,
 )
@@ -244,17 +245,42 @@ def test_no_words_of_a_search_can_become_code(tmp_path: Path) -> None:
         states={"r02-s0": failed},
     )
     for number, name in enumerate(RUNS):
-        pictures = predictions_to_bytes(replace(best(number), names=(HOSTILE, "street two")))
+        pictures = predictions_to_bytes(replace(best(number), names=(HOSTILE, "street two"), groups=(HOSTILE, HOSTILE)))
         (folder / name).write(BEST_PREDICTIONS, pictures)
     hostile_study = STUDY | {"name": HOSTILE, "url": HOSTILE, "sampler": HOSTILE, "warm_start": [HOSTILE]}
     for searched in (folder, write_study(tmp_path / "study", study=hostile_study)):
-        elements = Elements(page_of(searched))
-        assert [tag for tag, _ in elements.elements].count("script") == 3  # the figures, Plotly, the page's own
-        assert all((source or "").startswith("data:image/") for source in elements.attributes("src"))
-        assert not any(name.startswith("on") for _, attributes in elements.elements for name in attributes)
-        assert HOSTILE in elements.text
-        markdown = markdown_of(searched).splitlines()
-        assert not [line for line in markdown if "<" in line and not line.startswith("    ")]
+        assert HOSTILE in assert_harmless(searched).text
+
+
+def test_no_name_of_a_row_a_trial_or_a_parameter_can_become_code(tmp_path: Path) -> None:
+    """A results folder may be somebody else's: what this program never writes can be there."""
+    name = "<img src=x onerror=alert(1)>"
+    failed = TrialState(trial=name, run=name, seed=0, num_epochs=3, status="failed", error="no memory")
+    folder = write_search(tmp_path, trials=RUNS | {name: RUNS["r01-s0"]}, states={name: failed})
+    assert name in assert_harmless(folder).text
+    studied = write_study(tmp_path / "study")
+    for trial in studied.folder_names():
+        record = read_trial(studied / trial)
+        assert record
+        renamed = {name if key == "aux_weight" else key: value for key, value in record.spec.params.items()}
+        ranges = {name if key == "aux_weight" else key: value for key, value in record.spec.distributions.items()}
+        ranges["optimizer"] = ranges["optimizer"].replace("sgd", name)
+        if renamed["optimizer"] == "sgd":
+            renamed["optimizer"] = name
+        spec = replace(record.spec, params=renamed, distributions=ranges)
+        records.write_trial(studied, replace(record, spec=spec))
+    assert name in assert_harmless(studied).text
+
+
+def assert_harmless(folder: Storage) -> Elements:
+    """Check that page and Markdown have no element or script but their own; return the page's elements."""
+    elements = Elements(page_of(folder))
+    assert [tag for tag, _ in elements.elements].count("script") == 3  # the figures, Plotly, the page's own
+    assert all((source or "").startswith("data:image/") for source in elements.attributes("src"))
+    assert not any(name.startswith("on") for _, attributes in elements.elements for name in attributes)
+    markdown = markdown_of(folder).splitlines()
+    assert not [line for line in markdown if "<" in line and not line.startswith("    ")]
+    return elements
 
 
 def test_the_page_points_nowhere_but_into_itself(tmp_path: Path) -> None:

@@ -54,6 +54,20 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 AROUND = ["--space", "around10", "--data", "frames", "--backbone", "none", "--proxy"]
 """A sampled search whose few frames are packed at once, for what is found only then."""
 
+PASSWORD = "planted-password"
+
+
+@pytest.mark.usefixtures("frames")
+@pytest.mark.parametrize("flag", ["--storage", "--data", "--warm-start", "--study"])
+def test_an_address_with_a_password_is_refused_without_showing_it(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheme = "postgresql" if flag == "--study" else "s3"
+    message = refused(capsys, *AROUND, "--trials", "2", flag, f"{scheme}://user:{PASSWORD}@host/searches")
+    assert PASSWORD not in message
+    assert "password" in message
+
+
 MISTAKES = {
     "no epochs": (["--epochs", "0"], ["--epochs 0"]),
     "a size off the grid": (["--image-size", "100x200"], ["100x200", "32", "96x192 and 128x224"]),

@@ -1,10 +1,14 @@
 """What trials request from Ray: the whole cluster, and no core twice; more than there is where the cluster grows."""
 
+import stat
+from pathlib import Path
+
 import pytest
 
 from tune_bisenet.config import Resources
 from tune_bisenet.options import InputError, Options
-from tune_bisenet.search.resources import Cluster, Node, allocate
+from tune_bisenet.search import resources
+from tune_bisenet.search.resources import Cluster, Node, allocate, ray_session
 
 
 def cluster(*nodes: tuple[float, float], autoscales: bool = False) -> Cluster:
@@ -66,6 +70,48 @@ def test_a_request_that_no_single_node_holds_is_refused() -> None:
 def test_a_device_without_a_gpu_for_it_is_refused() -> None:
     with pytest.raises(InputError, match="exclude each other"):
         allocate(cluster((2, 1)), options(device="cuda", gpus_per_trial=0), num_trials=10)
+
+
+# --- the token of a Ray that is started here --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a token that everyone can read, as Ray makes it, in a home of its own."""
+    for variable in ("RAY_AUTH_MODE", *resources.TOKEN_VARIABLES):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / ".ray" / "auth_token"
+    path.parent.mkdir()
+    path.write_text("the token")
+    path.chmod(0o644)
+    return path
+
+
+def test_a_token_that_others_can_read_is_made_private_and_kept(token: Path) -> None:
+    resources._make_token_private()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert token.read_text() == "the token"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("RAY_AUTH_MODE", "disabled"), ("RAY_AUTH_TOKEN", "another"), ("RAY_AUTH_TOKEN_PATH", "/run/secrets/token")],
+)
+def test_what_the_user_says_of_tokens_holds(
+    token: Path, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    resources._make_token_private()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o644
+
+
+def test_a_home_without_room_for_a_token_is_named_before_ray_starts(
+    token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(token))
+    with pytest.raises(InputError, match=r"\.ray/auth_token .*RAY_AUTH_TOKEN"), ray_session(None):
+        pass
 
 
 # --- a cluster that starts nodes for waiting trials -------------------------------------------------------------------

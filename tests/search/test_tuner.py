@@ -1,6 +1,7 @@
-"""Early stopping in real Tune searches: which trials stop, and what a second search takes over."""
+"""Real Tune searches: which trials stop early, what a second search takes over, how errors of trials are read."""
 
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +11,19 @@ import pytest
 import ray
 from helpers.rows import plain_row
 from ray import tune
+from ray.tune import Callback
 from ray.tune.experiment import Trial
+from rich.console import Console
 
 from tune_bisenet.config import Expect, Run
+from tune_bisenet.options import Limits
 from tune_bisenet.records import TrialSpec, to_plain
 from tune_bisenet.rungs import AshaRule, MedianRule, Stopper, StoppingRule, protected_rows
-from tune_bisenet.search.tuner import StoppingScheduler
+from tune_bisenet.search.console import SearchProgress
+from tune_bisenet.search.searcher import GridSearcher
+from tune_bisenet.search.state import SearchState, SessionOutcome
+from tune_bisenet.search.tuner import StoppingScheduler, TuneCallback
+from tune_bisenet.storage import Storage
 
 NUM_EPOCHS = 6  # one rung, after epoch 3
 ASHA = AshaRule(min_peers=1)
@@ -158,6 +166,77 @@ def test_every_rule_and_none_stop_what_they_should_and_diverged_trials(
     runs = [row("r01"), row("r02"), row("r03")]
     ended = last_epochs(scheduler_of(rule), runs, curves, tmp_path, metric="miou", mode="max")
     assert ended == {"r01": 6, "r02": last_of_r02, "r03": 4}
+
+
+class Exploit:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return (Path.touch, (self.trace,))
+
+
+class Intruder(Callback):
+    """Replaces the pickled errors in storage, at the last moment before Tune reads them."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+        self.replaced: set[str] = set()
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        for trial in trials:
+            assert trial.storage is not None
+            (Path(trial.storage.trial_fs_path) / "error.pkl").write_bytes(pickle.dumps(Exploit(self.trace)))
+            self.replaced.add(name_of(trial))
+
+
+@in_ray
+def test_errors_of_trials_are_read_as_text_and_no_pickle_in_storage_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(config: dict[str, Any]) -> None:
+        if config["trial"] == "dies":
+            os._exit(1)
+        raise ValueError("out of luck")
+
+    specs = {name: TrialSpec(trial=name, run=row(name)) for name in ("raises", "dies")}
+    folder = Storage.at(str(tmp_path))
+    state = SearchState(folder, [], captions=[], baseline=None, scheduler_state=dict)
+    callback = TuneCallback(
+        state,
+        Stopper(rule=None, iterations_per_epoch=hundred),
+        SearchProgress(Console(quiet=True)),
+        GridSearcher(specs, state),
+        Limits(),
+        gpus_per_trial=0.0,
+        outcome=SessionOutcome(),
+    )
+    intruder = Intruder(tmp_path / "the code ran")
+    tuner = tune.Tuner(
+        fail,
+        param_space={
+            "trial": tune.grid_search(list(specs)),
+            "run": tune.sample_from(lambda config: to_plain(specs[config["trial"]])["run"]),
+        },
+        tune_config=tune.TuneConfig(trial_name_creator=name_of, trial_dirname_creator=name_of),
+        run_config=tune.RunConfig(
+            storage_path=str(tmp_path / "tune"),
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[callback, intruder],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    assert intruder.replaced == {"raises", "dies"}
+    assert not intruder.trace.exists()
+    assert {trial.trial: trial.status for trial in state.states} == {"raises": "failed", "dies": "failed"}
+    assert state["raises"].error == "ValueError: out of luck"
+    assert "process" in state["dies"].error.lower() or "worker" in state["dies"].error.lower()
+    assert "raises failed and is tried again from its last epoch:\nray::" in caplog.text
+    assert "dies lost its process (" in caplog.text
+    assert "\x1b" not in caplog.text
 
 
 # --- without a cluster ------------------------------------------------------------------------------------------------

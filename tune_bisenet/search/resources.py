@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import ray
+from ray._private import ray_constants
 
 from tune_bisenet.config import Resources
 from tune_bisenet.options import InputError, Options
@@ -27,6 +29,8 @@ WATCH_SECONDS: Final = 1.0
 
 PENDING_TRIALS: Final = 64
 """Number of trials that may request resources from Ray before it has any."""
+
+TOKEN_VARIABLES: Final = frozenset({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"})
 
 HEAD: Final = "node:__internal_head__"
 """The resource with which Ray marks the head node."""
@@ -74,9 +78,11 @@ class Cluster:
 def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
     """Start Ray on this machine, or connect to the cluster at `address`; yield a function that returns its nodes.
 
-    Raise InputError if no cluster answers there.
+    Raise InputError if no cluster answers there, or this user has no place for Ray's token.
     """
     configure_environment()
+    if address is None:
+        _make_token_private()
     host, separator, port = (address or "").rpartition(":")
     try:
         if separator and port.isdigit() and "://" not in host:  # fail within seconds, where Ray retries for minutes
@@ -87,13 +93,14 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
             "leave --address out to use this machine alone."
         ) from error
     try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": _worker_environment()} if address else None,
-        )
+        with _on_loopback(address is None):
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": _worker_environment()} if address else None,
+            )
     except (ConnectionError, ValueError) as error:
         raise InputError(
             f"--address {address}: Ray cannot connect: {error}. Is its Ray the same version as here? "
@@ -104,6 +111,42 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
             yield look
     finally:
         ray.shutdown()
+
+
+def _make_token_private() -> None:
+    """Let this user alone read ~/.ray/auth_token, into which Ray writes the token that it asks for.
+
+    Ray would let everyone on the machine read it. A token or a mode set in the environment is left as it is, as is a
+    file that cannot be written. Raise InputError if there is no place for one.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.keys() & TOKEN_VARIABLES:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+        elif path.stat().st_mode & 0o077 and os.access(path, os.W_OK):
+            path.chmod(0o600)
+    except OSError as error:
+        raise InputError(
+            f"Ray's token cannot be kept in {path} for this user alone ({error.strerror}). Make that folder writable, "
+            "or set RAY_AUTH_TOKEN to a long random text."
+        ) from error
+
+
+@contextmanager
+def _on_loopback(is_local: bool) -> Iterator[None]:
+    """Let a Ray that starts here take 127.0.0.1 for its address, as it does on macOS: it then listens there alone.
+
+    Passing `_node_ip_address="127.0.0.1"` is not enough: Ray replaces it with an address that others can reach.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = before and not is_local
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def allocate(cluster: Cluster, options: Options, *, num_trials: int, threads_per_trial: int | None = None) -> Resources:

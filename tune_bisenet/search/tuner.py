@@ -6,7 +6,7 @@ driver, the next one starts a new Tune experiment over what is left, and each tr
 
 import logging
 import os
-import pickle
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, Final
 
 from ray import tune
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.tune import Callback
 from ray.tune.error import TuneError
 from ray.tune.execution import class_cache
@@ -274,10 +274,10 @@ class TuneCallback(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         error = _error_of(trial)
-        if isinstance(error, RayActorError):  # mostly not the trial's fault
-            message = f"lost its process ({_last_line(error)}); it resumes from its last epoch, where there is room."
-        else:
+        if error.startswith("ray::"):  # a traceback out of the worker
             message = f"failed and is tried again from its last epoch:\n{error}"
+        else:  # mostly not the trial's fault
+            message = f"lost its process ({_last_line(error)}); it resumes from its last epoch, where there is room."
         _log.warning("%s %s", _name_of(trial), message)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -286,6 +286,10 @@ class TuneCallback(Callback):
         self.state.on_error(name, _last_line(error))
         self.searcher.on_end(self.state[name])
         self._show()
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        for trial in trials:  # Tune now unpickles their errors from storage, which runs whatever code is there
+            trial.run_metadata.pickled_error_filename = None
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         now = time.monotonic()
@@ -311,17 +315,16 @@ class TuneCallback(Callback):
         self.progress.update([*self.state.states, *self.searcher.pending()])
 
 
-def _error_of(trial: Trial) -> BaseException | None:
-    """Return the last error from the driver's own disk: in storage it is there later."""
-    if trial.pickled_error_file is None or not Path(trial.pickled_error_file).exists():
-        return None
-    error: BaseException = pickle.loads(Path(trial.pickled_error_file).read_bytes())
-    return error
+def _error_of(trial: Trial) -> str:
+    """Return the last error's text from the driver's own disk; Tune keeps errors as pickles, too, which run code."""
+    path = Path(trial.error_file or "")
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    last = re.split(r"^Failure # \d+ \(occurred at .*\)\n", text, flags=re.MULTILINE)[-1]
+    return re.sub(r"\x1b\[[0-9;]*m", "", last).strip()  # without Ray's colours
 
 
-def _last_line(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines() if error else []
-    return lines[-1].strip() if lines else "unknown error"
+def _last_line(error: str) -> str:
+    return error.rpartition("\n")[2].strip() or "unknown error"
 
 
 @contextmanager

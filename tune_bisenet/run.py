@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from tune_bisenet.options import InputError, Options, build_parser, default_name, parse_options
+from tune_bisenet.options import InputError, Options, build_parser, default_name, parse_options, problems_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,11 +77,12 @@ def _show(flags: dict[str, Any]) -> int:
         if isinstance(space, spaces.Sampled):
             from tune_bisenet.study import sampling
 
-            sampling.check_rows(space)
-            tables.append(sampling.parameters_to_markdown(space))
+            with spaces.running_code_of(flags.get("space", "runs10")):
+                sampling.check_rows(space)
+                tables.append(sampling.parameters_to_markdown(space))
         sys.stdout.write("\n".join(tables))
     except ValueError as error:
-        return _refuse([str(error)])
+        return _refuse(problems_of(error))
     return 0
 
 

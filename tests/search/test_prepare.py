@@ -103,6 +103,19 @@ MISTAKES = {
         ["r01: a warm-up of", "--proxy"],
     ),
     "an unknown storage": (["--storage", "nosuch://bucket"], ["nosuch://bucket"]),
+    "a storage that is not UTF-8": (
+        ["--storage", "caf\udce9"],
+        [r"--storage 'caf\udce9' has bytes that are not UTF-8"],
+    ),
+    "a space that is not UTF-8": (
+        ["--space", "caf\udce9.py"],
+        [r"--space 'caf\udce9.py' has bytes that are not UTF-8"],
+    ),
+    "more epochs than can be counted": (["--epochs", "1" + "0" * 25], ["--epochs 1", "1000000000000"]),
+    "an image that no memory holds": (["--image-size", "1000000x1000000"], ["1000000x1000000", "67,108,864 pixels"]),
+    "more trials than can be listed": (["--space", "around10", "--trials", "1" + "0" * 12], ["--trials", "1000000"]),
+    "more seeds than can be planned": (["--looks", "1000000000"], ["--looks", "1000"]),
+    "a seed that torch does not take": (["--seeds", "1" * 23], ["--seeds"]),
 }
 
 
@@ -135,6 +148,23 @@ def test_a_space_that_breaks_in_one_branch_is_refused_naming_the_draw(
     assert "of 200 random draws from the space cannot be trained" in message
     assert "luck 0.9" in message
     assert "forgotten" in message
+
+
+def test_a_space_that_leaves_in_a_draw_is_refused(
+    capsys: pytest.CaptureFixture[str], frames: Path, place: Path
+) -> None:
+    (place / "mine.py").write_text(BROKEN_SPACE.replace('KeyError("forgotten")', "SystemExit(0)"))
+    message = refused(capsys, "--space", "mine.py", "--data", str(frames), "--backbone", "none", "--proxy")
+    assert "the space " in message
+    assert "mine.py cannot be used: SystemExit: 0" in message
+
+
+@pytest.mark.parametrize("variable", [DATASET_VARIABLE, CACHE_VARIABLE])
+def test_a_variable_that_is_not_utf8_is_refused_by_its_value(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, str(place / "caf\udce9"))
+    assert r"caf\udce9' has bytes that are not UTF-8" in refused(capsys, "--space", "smoke", "--backbone", "none")
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a\nb", "", "..", "-x", "x" * 101, "a b"])

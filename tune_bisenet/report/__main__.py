@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
 
+from tune_bisenet.options import problems_of
 from tune_bisenet.report.page import Report
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.replay import replay_table
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return OK
         page = report.write(Storage.at(arguments.out) if arguments.out else folder)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        problems = problems_of(error) if isinstance(error, ValueError) else [str(error)]
+        sys.stderr.write("".join(f"error: {problem}\n" for problem in problems))
         return NO_SEARCH
     lines = [*best_lines(report.search), f"report: {page}"]
     if report.next_command:

@@ -6,7 +6,7 @@ All mistakes are ValueErrors in words for the user.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from tune_bisenet.options import (
     SearchConfig,
     given_choices,
     make_absolute,
+    problems_of,
     resolve_options,
     selected_rows,
 )
@@ -149,7 +150,7 @@ def prepare_search(
             )
         return replace(search, study=_add_known_trials(search, search.study)) if search.study else search
     except ValueError as error:
-        raise InputError(*_problems_of(error)) from error
+        raise InputError(*problems_of(error)) from error
 
 
 def survey_search(options: Options, mistyped: Mapping[str, str], *, default_name: str) -> PreparedSearch:
@@ -163,7 +164,7 @@ def survey_search(options: Options, mistyped: Mapping[str, str], *, default_name
             config = config.model_copy(update={"study": study.database.shown})
         return replace(search, study=study, config=config)
     except ValueError as error:
-        raise InputError(*_problems_of(error)) from error
+        raise InputError(*problems_of(error)) from error
 
 
 def _attempt(problems: list[str], function: Callable[[], _Value]) -> _Value | None:
@@ -171,12 +172,8 @@ def _attempt(problems: list[str], function: Callable[[], _Value]) -> _Value | No
     try:
         return function()
     except ValueError as error:
-        problems += _problems_of(error)
+        problems += problems_of(error)
         return None
-
-
-def _problems_of(error: ValueError) -> Sequence[str]:
-    return error.listed if isinstance(error, InputError) else [str(error)]
 
 
 def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> PreparedSearch:
@@ -403,9 +400,11 @@ def _set_up_study(search: PreparedSearch) -> StudySetup | None:
     space, config = search.space, search.config
     if not isinstance(space, Sampled):
         return None
-    check_rows(space)
-    overrides = _overrides(config)
+    overrides, seed = _overrides(config), config.groups[0].seeds[0]
     search_space = SearchSpace(space=space, settings=overrides, facts=search.facts, objectives=config.objectives)
+    with spaces.running_code_of(config.space):
+        check_rows(space)
+        test_draws = search_space.test_draws(seed=seed)
     declared = {row.name: row for row in space.rows}
     rows = {run.name: replace(search_space.sample_row(declared[run.name]), run=run) for run in search.runs}
     address = search.options.study or config.study
@@ -417,13 +416,12 @@ def _set_up_study(search: PreparedSearch) -> StudySetup | None:
     )
     suggested = read_specs(search.folder) if search.earlier else {}
     _check_same_draws(suggested, search_space)
-    seed = config.groups[0].seeds[0]
     return StudySetup(
         space=search_space,
         rows=rows,
         sampler=config.sampler,
         seed=seed,
-        test_draws=search_space.test_draws(seed=seed),
+        test_draws=test_draws,
         database=database,
         suggested=suggested,
     )

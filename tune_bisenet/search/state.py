@@ -16,6 +16,8 @@ from tune_bisenet.options import InputError
 from tune_bisenet.records import (
     ENDED_WELL,
     LAST,
+    LEADERBOARD_CSV,
+    LEADERBOARD_MD,
     MEASURED,
     PREVIOUS,
     TRIALS,
@@ -30,9 +32,6 @@ from tune_bisenet.records import (
 )
 from tune_bisenet.report import leaderboard
 from tune_bisenet.storage import Storage
-
-LEADERBOARD_CSV: Final = "leaderboard.csv"
-LEADERBOARD_MD: Final = "leaderboard.md"
 
 SECONDS_BETWEEN_WRITES: Final = 1.0
 

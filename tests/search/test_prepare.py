@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from helpers.object_store import object_store
 from helpers.rows import plain_state
 from helpers.searches import move_into, on_frames, write_frames, write_space
 
@@ -64,7 +65,6 @@ MISTAKES = {
     "resuming what is missing": (["--resume", "--name", "x"], ["no search x", "--storage"]),
     "deciding among rows that may be stopped": (["--decide", "--scheduler", "asha"], ["--scheduler asha", "fifo"]),
     "fewer seeds than the first look": (["--decide", "--seeds", "0,1"], ["2 seeds", "looks first at 3"]),
-    "a control row that is not trained": (["--control", "--runs", "r01,r05"], ["--runs r01,r05,aa"]),
     "a control row of a study": ([*AROUND, "--control"], ["--control", "only a grid"]),
     "noise from nowhere": (["--noise-from", "gone"], ["--noise-from gone", "no search", "STORAGE/NAME"]),
     "looks at a study": ([*AROUND, "--looks", "3,5"], ["--looks", "--confirm"]),
@@ -157,6 +157,44 @@ def test_a_space_that_leaves_in_a_draw_is_refused(
     message = refused(capsys, "--space", "mine.py", "--data", str(frames), "--backbone", "none", "--proxy")
     assert "the space " in message
     assert "mine.py cannot be used: SystemExit: 0" in message
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+@pytest.mark.usefixtures("frames")
+def test_a_folder_that_keeps_ray_from_starting_is_named(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    write_space(place / "space.py", {"a": 0.01}, num_epochs=2)
+    (place / "file").write_text("")
+    for folder, words in {"d" * 80: "too long. Set $RAY_TMPDIR to a shorter", "file": "Ray cannot write to"}.items():
+        monkeypatch.setenv(variable, str(place / folder))
+        assert words in refused(capsys, *on_frames(place))
+    assert not (place / "cache").exists(), "before frames are packed"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", f"{'h' * 70}:6379"])
+def test_an_address_that_no_cluster_can_have_is_refused(capsys: pytest.CaptureFixture[str], address: str) -> None:
+    assert f"no Ray cluster answers at {address}" in refused(capsys, "--space", "smoke", "--address", address)
+
+
+def test_storage_that_stops_answering_in_the_checks_asks_to_be_run_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_BISENET_RETRY_SECONDS", "0.5")
+    with object_store() as store:
+
+        def drop(request: str) -> None:
+            if "search.json" in request:
+                raise ConnectionError("dropped")
+
+        store.before_answer = drop
+        assert run.main(["--space", "smoke", "--storage", store.uri("results"), "--name", "x"]) == 75
+        store.before_answer = lambda _request: None
+    message = capsys.readouterr().err
+    assert "s3://bucket could not be read" in message
+    assert "run the same command again." in message
+    assert "Nothing was started" not in message
 
 
 @pytest.mark.parametrize("variable", [DATASET_VARIABLE, CACHE_VARIABLE])

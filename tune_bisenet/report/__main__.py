@@ -19,6 +19,7 @@ from tune_bisenet.report.replay import replay_table
 from tune_bisenet.report.sampled import best_lines
 from tune_bisenet.report.terminal import format_table, format_verdicts
 from tune_bisenet.storage import Storage
+from tune_bisenet.text import one_line
 
 OK, NO_SEARCH = 0, 2
 
@@ -38,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 sys.stderr.write("No command: up to 100 more seeds would decide nothing that is still open.\n")
             return OK
-        page = report.write(Storage.at(arguments.out) if arguments.out else folder)
+        try:
+            page = report.write(Storage.at(arguments.out) if arguments.out else folder)
+        except OSError as error:
+            advice = "" if arguments.out else " Name a folder to write it to with --out."
+            raise ValueError(f"the report cannot be written: {one_line(error)}.{advice}") from error
     except (ValueError, OSError) as error:
         problems = problems_of(error) if isinstance(error, ValueError) else [str(error)]
         sys.stderr.write("".join(f"error: {problem}\n" for problem in problems))

@@ -63,12 +63,14 @@ def exclusive(folder: Storage) -> Iterator[None]:
         return
     # The lock file is beside the folder: a search that is refused leaves none.
     path = folder.local_path.with_name(f".{folder.local_path.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise InputError(f"another process is running the search in {folder.path}: wait for it, or stop it.") from error
+    except (OSError, NotImplementedError) as error:
+        raise InputError(f"{path} cannot be locked ({error}): choose a --storage that can be written to.") from error
     try:
         yield
     finally:

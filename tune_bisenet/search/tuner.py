@@ -355,7 +355,8 @@ def _restartable() -> Iterator[None]:
         cause = _find_storage_error(error)
         if cause is None:
             raise
-        _log.error("%s. Nothing is lost: when it answers, run the same command again with --resume.", cause)
+        reason = str(cause).removesuffix(".")
+        _log.error("%s. Nothing is lost: when it answers, run the same command again with --resume.", reason)
         os._exit(RESTARTABLE)  # threads of Tune's still wait for it, and pyarrow's end badly with the interpreter
 
 

@@ -395,29 +395,6 @@ def test_published_levels_are_not_told_where_they_compare_with_nothing() -> None
 # --- what a space may not be ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "search.json",
-        "trials.json",
-        "known.json",
-        "study.db",
-        "study.db-journal",
-        "leaderboard.csv",
-        "leaderboard.md",
-        "report.html",
-        "report.md",
-        "tables",
-        "tune",
-        "Tune",
-        "events.out.tfevents.1.host",
-    ],
-)
-def test_a_row_named_like_a_file_of_a_search_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"the row {name} is named like a file or folder of a search"):
-        Grid("one row", (row(name),))
-
-
 CIRCLES = {
     "over itself": {"a": Expect(gain=(0, 1), over="a")},
     "sooner than itself": {"a": Expect(miou=(0, 1), sooner_than="a")},

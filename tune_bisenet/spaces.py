@@ -25,7 +25,6 @@ import search_spaces
 from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import OHEM, SGD, AdamW, CrossEntropy, Expect, Param, Run, WeightedCrossEntropy
 from tune_bisenet.options import CONTROL, STREETS, InputError, SearchConfig
-from tune_bisenet.records import is_reserved
 from tune_bisenet.text import counted, markdown_table
 
 if TYPE_CHECKING:
@@ -76,11 +75,6 @@ class Grid:
             f"the row {name} is declared {count} times: give each row its own name."
             for name, count in counts.items()
             if count > 1
-        ]
-        problems += [
-            f"the row {name} is named like a file or folder of a search: choose another name."
-            for name in counts
-            if is_reserved(name)
         ]
         problems += [
             f"the expectation of {run.name} is measured against {target}, which is not a row of this space."

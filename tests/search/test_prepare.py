@@ -159,6 +159,15 @@ def test_a_space_that_leaves_in_a_draw_is_refused(
     assert "mine.py cannot be used: SystemExit: 0" in message
 
 
+def test_rows_named_like_files_of_a_search_are_refused(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    names = ["search.json", "trials.json", "known.json", "study.db", "study.db-journal", "leaderboard.csv", "Tune"]
+    names += ["leaderboard.md", "report.html", "report.md", "tables", "tune", "events.out.tfevents.1.host"]
+    write_space(place / "space.py", dict.fromkeys(["fine", *names], 0.01), num_epochs=2)
+    message = refused(capsys, "--space", "space.py", "--data", "streets")
+    assert all(f"the row {name} is named like a file" in message for name in names)
+    assert "fine" not in message
+
+
 @pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
 @pytest.mark.usefixtures("frames")
 def test_a_folder_that_keeps_ray_from_starting_is_named(

@@ -39,6 +39,7 @@ from tune_bisenet.records import (
     Manifest,
     TrialRecord,
     TrialSpec,
+    is_reserved,
     read_manifest,
     read_record,
     read_saved_state,
@@ -271,8 +272,12 @@ def _check_ray(options: Options) -> None:
 
 
 def _load_space(config: SearchConfig) -> Space:
-    """Return the space, with the row of `--control` if that is asked for."""
+    """Return the space, with the row of `--control` if that is asked for. Raise InputError for names of files."""
     space = spaces.load_space(config.space)
+    if reserved := [row.name for row in space.rows if is_reserved(row.name)]:
+        raise InputError(
+            *(f"the row {name} is named like a file or folder of a search: choose another name." for name in reserved)
+        )
     return spaces.with_control(space) if config.control and isinstance(space, Grid) else space
 
 

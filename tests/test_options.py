@@ -1,5 +1,6 @@
 """Flags: durations as people write them, limits that are kept over sessions, defaults, and trials that are added."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,17 @@ import pytest
 
 from tune_bisenet.options import (
     NAME_PATTERN,
+    InputError,
     Limits,
     Options,
     SearchConfig,
     TrialGroup,
     default_name,
     parse_options,
+    problems_of,
     resolve_options,
 )
+from tune_bisenet.records import DamagedFileError
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5h", 5400), ("30m1h", 5400), ("2d12h", 216000)])
@@ -121,3 +125,12 @@ def test_a_search_without_a_name_gets_one_that_can_be_resumed(space: str | None)
 def test_paths_are_told_from_addresses_by_how_they_begin() -> None:
     config = resolve_options(Options(data="/data/s3://x", warm_start="what?token=1"), default_data="streets")
     assert (config.data, config.warm_start) == ("/data/s3:/x", str(Path.cwd() / "what?token=1"))
+
+
+def test_an_error_of_pythons_own_is_no_users_mistake() -> None:
+    assert problems_of(InputError("first", "second")) == ["first", "second"]
+    assert problems_of(DamagedFileError("damaged")) == ["damaged"]
+    assert problems_of(ValueError("ours")) == ["ours"]
+    for error in (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), json.JSONDecodeError("bad", "{", 1)):
+        with pytest.raises(type(error)):
+            problems_of(error)

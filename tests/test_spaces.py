@@ -1,5 +1,6 @@
 """The ten runs as their table has them, typed in again by hand; grids, files with spaces, and rows resolved to runs."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -389,3 +390,60 @@ def test_published_levels_are_not_told_where_they_compare_with_nothing() -> None
     assert not published(level, proxy=True)
     assert not published(level, data="streets")
     assert not published(row(expect=Expect(gain=(1, 1), over="a")), row())
+
+
+# --- what a space may not be ------------------------------------------------------------------------------------------
+
+
+CIRCLES = {
+    "over itself": {"a": Expect(gain=(0, 1), over="a")},
+    "sooner than itself": {"a": Expect(miou=(0, 1), sooner_than="a")},
+    "two over each other": {"a": Expect(gain=(0, 1), over="b"), "b": Expect(gain=(0, 1), over="a")},
+    "three, and one beside": {
+        "d": Expect(gain=(0, 1), over="a"),
+        "a": Expect(gain=(0, 1), over="b"),
+        "b": Expect(gain=(0, 1), over="c"),
+        "c": Expect(gain=(0, 1), over="a"),
+    },
+}
+
+
+@pytest.mark.parametrize("case", CIRCLES)
+def test_expectations_in_a_circle_are_refused_once(case: str) -> None:
+    with pytest.raises(ValueError, match="in a circle") as refused:
+        Grid("rows", tuple(row(name, expect=expect) for name, expect in CIRCLES[case].items()))
+    assert str(refused.value).count("in a circle") == 1
+    assert "d against" not in str(refused.value)
+
+
+def test_a_row_may_be_sooner_than_one_that_is_expected_to_gain_over_it() -> None:
+    first = row("a", expect=Expect(miou=(0, 1), sooner_than="b"))
+    assert Grid("rows", (first, row("b", expect=Expect(gain=(0, 1), over="a")))).baseline == "a"
+
+
+FAULTS = {
+    "import sys; sys.exit(0)": "SystemExit: 0",
+    "raise KeyboardInterrupt": "KeyboardInterrupt",
+    "raise BaseException('odd')": "BaseException: odd",
+    "b'x'.decode('nosuch')": "LookupError: unknown encoding: nosuch",
+    "b'\\xff'.decode()": "UnicodeDecodeError: 'utf-8' codec",
+    "while True:\n    pass": "it takes longer than 1 s. Is there a loop",
+    "while True:\n    try:\n        pass\n    except Exception:\n        pass": "it takes longer than 1 s.",
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_whatever_a_space_does_is_told_as_its_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(spaces, "MAX_SPACE_SECONDS", 1.0)
+    (tmp_path / "mine.py").write_text(text)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    with pytest.raises(InputError) as refused:
+        spaces.load_space(str(tmp_path / "mine.py"))
+    assert str(refused.value).startswith(f"the space {tmp_path}/mine.py cannot be used: {FAULTS[text]}")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == handlers
+
+
+def test_a_person_may_interrupt_a_space(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True:\n    pass")
+    with pytest.raises(KeyboardInterrupt):
+        spaces.load_space(str(tmp_path / "mine.py"))

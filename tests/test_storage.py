@@ -86,6 +86,15 @@ def test_a_folder_below_a_file_is_not_writable(tmp_path: Path) -> None:
         Storage.at(str(tmp_path / "file" / "results")).check_writable()
 
 
+def test_a_folder_that_only_seems_writable_is_not(tmp_path: Path) -> None:
+    for folder in ("/proc/results", f"{tmp_path}/{'x' * 300}/results"):  # root's own permissions allow both
+        with pytest.raises(OSError, match=r"/proc|File name too long"):
+            Storage.at(folder).check_writable()
+    (tmp_path / "folder").mkdir()
+    Storage.at(f"{tmp_path}/folder/a/b").check_writable()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "folder"]
+
+
 def test_only_a_local_disk_has_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Storage.at("results").uri == str(tmp_path / "results")

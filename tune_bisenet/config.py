@@ -22,6 +22,8 @@ from pydantic import (
 
 STRIDE: Final = 32
 """BiSeNet halves its input five times: heights and widths are multiples of this."""
+MAX_IMAGE_PIXELS: Final = 64 * 2**20
+"""Of an image trained on, as many as a frame may have."""
 
 
 class Frozen(BaseModel):
@@ -37,6 +39,11 @@ Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc"]
 """How a study chooses the next point, by Optuna's names."""
 Param = float | int | bool | str | None
 """A value that a space's `sample` is given for one of its parameters."""
+
+
+NumEpochs = Annotated[int, Field(gt=0, le=10**12)]
+"""So few that 64 bits hold the number of iterations of all trials."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class SGD(Frozen):
@@ -152,7 +159,11 @@ class Expect(Frozen):
 
 
 def check_image_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Return `size` (H, W) in pixels if BiSeNet can take it. Raises ValueError, naming the nearest sizes."""
+    """Return `size` (H, W) in pixels if BiSeNet can take it. Raises ValueError, naming what it can take."""
+    if size[0] * size[1] > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"image size {size[0]}x{size[1]} has more than {MAX_IMAGE_PIXELS:,} pixels: choose a smaller one."
+        )
     if all(side > 0 and side % STRIDE == 0 for side in size):
         return size
     down = tuple(max(side // STRIDE, 1) * STRIDE for side in size)
@@ -186,7 +197,7 @@ class Run(Frozen):
     """Micro-batches whose mean gradient makes one optimizer step."""
     max_grad_norm: PositiveFloat | None
     expect: Expect | None = None
-    num_epochs: PositiveInt = 50
+    num_epochs: NumEpochs = 50
     batch_size: Annotated[int, Field(ge=2)] = 4
     """Images in one micro-batch; BatchNorm needs at least two."""
     image_size: tuple[int, int] = (512, 1024)
@@ -196,7 +207,7 @@ class Run(Frozen):
     """Channels of the hidden layer of the head that predicts."""
     decay_norms_and_biases: bool = True
     """Whether weight decay also acts on BatchNorm parameters and biases."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     stream: NonNegativeInt = 0
     """Which of the independent streams of random numbers of its seed it draws from."""
 

@@ -15,15 +15,13 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
 )
 from pydantic_core import ErrorDetails
 
-from tune_bisenet.config import Frozen, Objective, Precision, Sampler, check_image_size
-from tune_bisenet.text import absolute_path, format_duration, is_uri, redact
+from tune_bisenet.config import Frozen, NumEpochs, Objective, Precision, Sampler, Seed, check_image_size
+from tune_bisenet.text import absolute_path, format_duration, is_uri, is_utf8, redact
 
 STREETS: Final = "streets"
 NO_BACKBONE: Final = "none"
@@ -44,6 +42,12 @@ MAX_LISTED_PROBLEMS: Final = 20
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 
 
+MAX_NUMBER: Final = 1_000_000
+"""Of trials, machines and the like: a plan goes through all of them."""
+MAX_SEEDS: Final = 1000
+"""Of a row, as many as a look can be planned at."""
+
+
 class InputError(ValueError):
     """The user's input cannot be used. `problems` holds a sentence each, with what to do; str() lists the first."""
 
@@ -60,6 +64,18 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(self.listed)
+
+
+def problems_of(error: ValueError) -> list[str]:
+    """Return what an error of the package says, a sentence each.
+
+    One of Python's own or of a library, as for Unicode or JSON, is a fault of the program: it is raised again.
+    """
+    if isinstance(error, InputError):
+        return error.listed
+    if type(error) is not ValueError and not type(error).__module__.startswith("tune_bisenet"):
+        raise error
+    return [str(error)]
 
 
 _UNIT_SECONDS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -121,9 +137,12 @@ def _check_gpus(value: float) -> float:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_check_unique)]
-Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_split), AfterValidator(_check_unique)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split), AfterValidator(_check_unique)]
 ImageSize = Annotated[tuple[int, int], BeforeValidator(_parse_size)]
-Looks = Annotated[tuple[PositiveInt, ...], BeforeValidator(_split), AfterValidator(_check_looks)]
+Number = Annotated[int, Field(gt=0, le=MAX_NUMBER)]
+Looks = Annotated[
+    tuple[Annotated[int, Field(gt=0, le=MAX_SEEDS)], ...], BeforeValidator(_split), AfterValidator(_check_looks)
+]
 Seconds = Annotated[PositiveFloat, BeforeValidator(_parse_duration)]
 Gpus = Annotated[NonNegativeFloat, AfterValidator(_check_gpus)]
 Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_split), AfterValidator(_check_objectives)]
@@ -160,7 +179,7 @@ class Options(Frozen):
         "imagenet|none|FILE",
         "initial weights of the ResNet-18 (default: imagenet with real data, none with streets)",
     )
-    epochs: PositiveInt | None = _flag(WHAT, "N", "override the epochs of the rows (default on streets: 8)")
+    epochs: NumEpochs | None = _flag(WHAT, "N", "override the epochs of the rows (default on streets: 8)")
     image_size: ImageSize | None = _flag(
         WHAT, "HxW", "train and predict at this size (default: fits the frames into 512x1024)"
     )
@@ -194,7 +213,7 @@ class Options(Frozen):
         "like",
     )
 
-    trials: PositiveInt | None = _flag(SAMPLED, "N", "total number of trials (default: 40, if no other limit is given)")
+    trials: Number | None = _flag(SAMPLED, "N", "total number of trials (default: 40, if no other limit is given)")
     sampler: Sampler | None = _flag(SAMPLED, "tpe|gp|cmaes|random|qmc", "Optuna's sampler (default: tpe)")
     warm_start: str | None = _flag(
         SAMPLED,
@@ -207,7 +226,7 @@ class Options(Frozen):
         "with latency, the milliseconds of one prediction are a second goal, and head width and input size are varied "
         "(default: miou)",
     )
-    confirm: PositiveInt | None = _flag(
+    confirm: Number | None = _flag(
         SAMPLED, "K", "afterwards train the best trial, the best row and the baseline with K fresh seeds"
     )
     study: str | None = _flag(
@@ -225,13 +244,13 @@ class Options(Frozen):
     gpus_per_trial: Gpus | None = _flag(
         WHERE, "X", "may be a fraction, so that trials share a GPU (default: 1 if there are any)"
     )
-    cpus_per_trial: PositiveInt | None = _flag(
+    cpus_per_trial: Number | None = _flag(
         WHERE,
         "N",
         "default: the machine's cores divided by the trials that run at once; 1 on a cluster that has no nodes yet. "
         "torch uses as many threads; later sessions of a search use as many as its first, whatever they reserve",
     )
-    max_concurrent: PositiveInt | None = _flag(WHERE, "N", "run at most N trials at once")
+    max_concurrent: Number | None = _flag(WHERE, "N", "run at most N trials at once")
     device: Literal["auto", "cuda", "cpu"] = _flag(
         WHERE,
         "auto|cuda|cpu",
@@ -257,8 +276,8 @@ class Options(Frozen):
         "on noise, unless --images-per-second is given",
         default=False,
     )
-    gpus: PositiveInt | None = _flag(PLANNING, "N", "with --plan: plan for a cluster of N GPUs (default: this machine)")
-    images_per_second: PositiveFloat | None = _flag(
+    gpus: Number | None = _flag(PLANNING, "N", "with --plan: plan for a cluster of N GPUs (default: this machine)")
+    images_per_second: Annotated[float, Field(ge=1e-6)] | None = _flag(
         PLANNING, "X", "training speed of one trial, as a report or TensorBoard shows it"
     )
     noise_from: str | None = _flag(
@@ -297,10 +316,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_options(flags: dict[str, Any]) -> tuple[Options, dict[str, str]]:
     """Return the options that the flags hold and, by option, what is wrong with the flags left out of them."""
+    mistyped = {
+        name: f"--{name.replace('_', '-')} {value!a} has bytes that are not UTF-8: rename that, or link to it."
+        for name, value in flags.items()
+        if isinstance(value, str) and not is_utf8(value)
+    }
     try:
-        return Options.model_validate(flags), {}
+        return Options.model_validate({name: value for name, value in flags.items() if name not in mistyped}), mistyped
     except ValidationError as error:
-        mistyped = {str(finding["loc"][0]): _explain(finding) for finding in error.errors()}
+        mistyped |= {str(finding["loc"][0]): _explain(finding) for finding in error.errors()}
     return Options.model_validate({name: value for name, value in flags.items() if name not in mistyped}), mistyped
 
 
@@ -313,13 +337,13 @@ def _explain(finding: ErrorDetails) -> str:
 class Limits(Frozen):
     """When a search ends by itself; None for no limit. Those of the last session hold."""
 
-    trials: PositiveInt | None = None
+    trials: Number | None = None
     """The trials of a sampled search in all its sessions; those that its study began with do not count."""
     time_budget: PositiveFloat | None = None
     """Seconds of all sessions together."""
     gpu_hours: PositiveFloat | None = None
     """The hours of all epochs trained, times the GPUs of a trial."""
-    confirm: PositiveInt | None = None
+    confirm: Number | None = None
     """How many fresh seeds the best of a sampled search is trained with when it has ended; beyond the limits."""
 
     @property
@@ -359,7 +383,7 @@ class SearchConfig(Frozen):
     """`imagenet`, `none`, or the absolute path of a file."""
     groups: tuple[TrialGroup, ...]
     """The trials of the first session, and those that each `--add` has added."""
-    epochs: PositiveInt | None = None
+    epochs: NumEpochs | None = None
     """None for what each row says."""
     image_size: ImageSize | None = None
     """None for what fits the frames."""

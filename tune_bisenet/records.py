@@ -49,6 +49,23 @@ PREVIOUS: Final = "previous.pt"
 BEST_WEIGHTS: Final = "best.pt"
 """The weights of a trial's best epoch."""
 BEST_PREDICTIONS: Final = "best.npz"
+LEADERBOARD_CSV: Final = "leaderboard.csv"
+LEADERBOARD_MD: Final = "leaderboard.md"
+HTML: Final = "report.html"
+MARKDOWN: Final = "report.md"
+TABLES: Final = "tables"
+"""A folder of the report, in that of the search; Tune's own is beside it."""
+TUNE: Final = "tune"
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a search's folder has a file or a folder of that name, so that no trial can have it.
+
+    Case does not count, as on some disks; nor does what follows the name of the study, as SQLite's journal has it.
+    """
+    names = (SEARCH, TRIALS, KNOWN, LEADERBOARD_CSV, LEADERBOARD_MD, HTML, MARKDOWN, TABLES, TUNE)
+    return name.lower() in names or name.lower().startswith((STUDY, "events.out.tfevents"))
+
 
 COMMIT_VARIABLE: Final = "TUNE_BISENET_COMMIT"
 """Tells a submitted job the commit of its code: a job is sent without its git history."""

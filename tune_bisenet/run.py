@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from tune_bisenet.options import InputError, Options, build_parser, default_name, parse_options
+from tune_bisenet.options import InputError, Options, build_parser, default_name, parse_options, problems_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,16 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _show(flags)
     from rich.console import Console
 
+    from tune_bisenet.storage import StorageError
+
     console = Console()
+    options, mistyped = parse_options(flags)
     try:
-        options, mistyped = parse_options(flags)
         return (_plan if options.plan else _search)(options, mistyped, console, arguments)
     except InputError as error:
         return _refuse(list(error.problems))
+    except StorageError as error:
+        return _come_back(error, "run the same command again")
 
 
 def _search(options: Options, mistyped: dict[str, str], console: "Console", arguments: Sequence[str]) -> int:
-    """Run a session of a search. Raises InputError."""
+    """Run a session of a search. Raises InputError, and StorageError if storage does not answer before it begins."""
     from tune_bisenet.search.prepare import prepare_search
     from tune_bisenet.storage import StorageError
     from tune_bisenet.text import redact
@@ -46,18 +50,15 @@ def _search(options: Options, mistyped: dict[str, str], console: "Console", argu
 
     search = prepare_search(options, mistyped, default_name=default_name(options.space), progress=show)
     from tune_bisenet.search.driver import run_search
-    from tune_bisenet.search.resources import RESTARTABLE
 
     try:
         return run_search(search, console, ["python", "-m", "tune_bisenet.run", *map(redact, arguments)])
     except StorageError as error:
-        cause = str(error).removesuffix(".")
-        sys.stderr.write(f"{cause}. Nothing is lost: when it answers, run the same command again with --resume.\n")
-        return RESTARTABLE
+        return _come_back(error, "run the same command again with --resume")
 
 
 def _plan(options: Options, mistyped: dict[str, str], console: "Console", _arguments: Sequence[str]) -> int:
-    """Print what a search would take. Raises InputError."""
+    """Print what a search would take. Raises InputError, and StorageError if storage does not answer."""
     from tune_bisenet.search.prepare import survey_search
 
     search = survey_search(options, mistyped, default_name=default_name(options.space))
@@ -77,12 +78,20 @@ def _show(flags: dict[str, Any]) -> int:
         if isinstance(space, spaces.Sampled):
             from tune_bisenet.study import sampling
 
-            sampling.check_rows(space)
-            tables.append(sampling.parameters_to_markdown(space))
+            with spaces.running_code_of(flags.get("space", "runs10")):
+                sampling.check_rows(space)
+                tables.append(sampling.parameters_to_markdown(space))
         sys.stdout.write("\n".join(tables))
     except ValueError as error:
-        return _refuse([str(error)])
+        return _refuse(problems_of(error))
     return 0
+
+
+def _come_back(error: OSError, advice: str) -> int:
+    from tune_bisenet.search.resources import RESTARTABLE
+
+    sys.stderr.write(f"{str(error).removesuffix('.')}. Nothing is lost: when it answers, {advice}.\n")
+    return RESTARTABLE
 
 
 def _refuse(problems: list[str]) -> int:

@@ -8,13 +8,16 @@ import importlib
 import importlib.util
 import pkgutil
 import re
+import signal
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Final, assert_never
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 from pydantic import ValidationError
 
@@ -27,6 +30,9 @@ from tune_bisenet.text import counted, markdown_table
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
+
+MAX_SPACE_SECONDS: Final = 40.0
+"""How long loading a space, or drawing from it before a search, may take: what it imports may be on a slow disk."""
 
 MEASURED_SHARE: Final = 0.1
 """A tenth of the epochs."""
@@ -76,6 +82,11 @@ class Grid:
             for target in ((run.expect.over, run.expect.sooner_than) if run.expect else ())
             if target is not None and target not in counts
         ]
+        problems += [
+            f"{' against '.join(circle)} against {circle[0]}: expectations go in a circle. Measure one of these rows "
+            "against another row, or state its miou."
+            for circle in _circles(self.runs)
+        ]
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -88,6 +99,25 @@ class Grid:
         """Return the row most others are measured against; None if no row is."""
         over = Counter(run.expect.over for run in self.runs if run.expect and run.expect.over)
         return over.most_common(1)[0][0] if over else None
+
+
+def _circles(runs: Iterable[Run]) -> list[tuple[str, ...]]:
+    """Return each circle of rows of which one is measured against the next; a row against itself is one, too."""
+    circles: dict[frozenset[str], tuple[str, ...]] = {}
+    expected = {run.name: run.expect for run in runs if run.expect}
+    for targets in (
+        {name: expect.over for name, expect in expected.items()},
+        {name: expect.sooner_than for name, expect in expected.items()},
+    ):
+        for name in targets:
+            path: list[str] = []
+            row: str | None = name
+            while row is not None and row not in path:
+                path.append(row)
+                row = targets.get(row)
+            if row == name:
+                circles.setdefault(frozenset(path), tuple(path))
+    return list(circles.values())
 
 
 def with_control(grid: Grid) -> Grid:
@@ -158,10 +188,59 @@ class Sampled:
 Space = Grid | Sampled
 
 
+class _OverdueError(BaseException):
+    """A space's code takes too long. No Exception, so that the code itself does not catch it."""
+
+
+@contextmanager
+def running_code_of(name: str) -> Iterator[None]:
+    """Raise InputError if the code of the space, run meanwhile, raises what is no Exception or takes too long.
+
+    Signals of a person or of the system keep their effect. In a thread other than the main one there is no time limit.
+    """
+    signals, timer = [], (0.0, 0.0)
+
+    def overdue(_number: int, _frame: FrameType | None) -> None:
+        raise _OverdueError(f"it takes longer than {MAX_SPACE_SECONDS:.0f} s. Is there a loop without an end?")
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        handlers[number](number, frame)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {
+        number: handler for number, handler in before.items() if callable(handler)
+    }
+    try:
+        for number in handlers:
+            signal.signal(number, pass_on)
+        if is_main:
+            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, overdue)
+            timer = signal.setitimer(signal.ITIMER_REAL, MAX_SPACE_SECONDS)
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if signals:
+            raise
+        kind = "" if isinstance(error, _OverdueError) else f"{type(error).__name__}: "
+        raise InputError(f"the space {name} cannot be used: {kind}{error}") from error
+    finally:
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
 def load_space(name: str) -> Space:
     """Return the space of a module in `search_spaces`, or of a Python file. Raises InputError, saying what to do."""
     try:
-        module = _load_module(name)
+        with running_code_of(name):
+            module = _load_module(name)
+    except InputError:
+        raise
     except ValidationError as error:
         findings = [
             f"{'.'.join(map(str, finding['loc']))}: {finding['msg']} (given {finding['input']!r})"
@@ -171,7 +250,8 @@ def load_space(name: str) -> Space:
         ]
         raise InputError(f"a row of the space {name} is wrong: {'; '.join(findings)}") from error
     except Exception as error:  # a space is the user's own code: whatever it raises is a mistake in it
-        kind = "" if isinstance(error, (ImportError, ValueError)) else f"{type(error).__name__}: "
+        is_told = isinstance(error, ImportError) or type(error) is ValueError
+        kind = "" if is_told else f"{type(error).__name__}: "
         raise InputError(f"the space {name} cannot be used: {kind}{error}") from error
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Space):

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -309,16 +310,17 @@ class Storage:
         self._change(lambda: self.filesystem.delete_file(f"{self.path}/{name}"), is_done=lambda: not self.exists(name))
 
     def check_writable(self) -> None:
-        """Raise OSError if nothing can be written here. On a local disk nothing is created for it."""
+        """Raise OSError if nothing can be written here. On a local disk a file without a name is written."""
         if self.local_path is None:
             self.write(".writable", b"")
             self.delete(".writable")
             return
         existing = next(path for path in (self.local_path, *self.local_path.parents) if path.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(f"{existing} is not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(f"{existing} belongs to somebody else")
+        try:
+            with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
+                file.write(b"x")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(existing)) from error
 
     def _copy(self, source: Any, source_path: str, target: Any, target_path: str, *, writing: bool) -> None:
         """Copy a file in parts; an outage starts it again."""

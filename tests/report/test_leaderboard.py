@@ -1,6 +1,7 @@
 """The leaderboard: ranking, gains by seed, and its files to the digit."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -101,3 +102,19 @@ def test_many_reasons_are_counted_instead_of_listed() -> None:
     text = shown([state(f"t{number:04d}", 10.0, status="stopped", stopped_by="too slow") for number in range(20)])
     assert "20 trials ended early" in text
     assert "t0003 stopped: too slow" not in text
+
+
+def test_long_names_are_cut_with_a_sign_and_numbers_stay_whole() -> None:
+    name = "sgd_lr0.025_warmup2500_poly0.9" * 2
+    numbers: dict[str, Any] = {"epochs": 12, "best_epoch": 11, "last_miou": 59.36, "seconds": 12347.0}
+    rows = [state(run, 59.86, seed=seed, **numbers) for run in ("r01", name) for seed in (0, 1)]
+    for baseline in ("r01", name):
+        file = io.StringIO()
+        table = to_rich([replace(row, num_epochs=12) for row in rows], baseline=baseline)
+        Console(file=file, width=80).print(table)
+        lines = file.getvalue().splitlines()
+        assert all(len(line) <= 80 for line in lines)
+        cells = [set(line.split()) for line in lines if "finished" in line]
+        assert len(cells) == 4
+        assert all({"12/12", "59.86", "11", "59.36", "3:25:47"} <= row for row in cells)
+        assert sum("…" in line for line in lines) >= 2

@@ -1,5 +1,6 @@
 """The command line of the report, in a process of its own and in this one."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,27 @@ def test_a_folder_without_a_search_is_refused(tmp_path: Path, place: str, capsys
     assert out == ""
     assert err.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+READ_ONLY = """
+mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" || exit 99
+shift; "$@" --price-per-gpu-hour 1 && exit 98
+"$@" --out "$OUT"
+"""
+
+
+def test_a_search_on_a_read_only_disk_is_reported_elsewhere(tmp_path: Path) -> None:
+    """In a mount namespace of its own, which not every machine allows."""
+    folder, out = write_search(tmp_path / "search").path, tmp_path / "out"
+    report = [sys.executable, "-m", "tune_bisenet.report", folder]
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", READ_ONLY, "bash", folder, *report]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"OUT": str(out)})
+    if "unshare" in ran.stderr or ran.returncode == 99:
+        pytest.skip(ran.stderr)
+    assert ran.returncode == 0, ran.stderr
+    assert "Read-only file system" in ran.stderr
+    assert "Name a folder to write it to with --out." in ran.stderr
+    assert (out / "report.html").exists()
 
 
 @pytest.mark.parametrize("price", ["-1", "nan", "inf", "cheap"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.object_store import object_store
 from helpers.rows import plain_state
 from helpers.searches import move_into, on_frames, write_frames, write_space
 from PIL import Image
@@ -121,6 +122,19 @@ MISTAKES = {
         ["r01: a warm-up of", "--proxy"],
     ),
     "an unknown storage": (["--storage", "nosuch://bucket"], ["nosuch://bucket"]),
+    "a storage that is not UTF-8": (
+        ["--storage", "caf\udce9"],
+        [r"--storage 'caf\udce9' has bytes that are not UTF-8"],
+    ),
+    "a space that is not UTF-8": (
+        ["--space", "caf\udce9.py"],
+        [r"--space 'caf\udce9.py' has bytes that are not UTF-8"],
+    ),
+    "more epochs than can be counted": (["--epochs", "1" + "0" * 25], ["--epochs 1", "1000000000000"]),
+    "an image that no memory holds": (["--image-size", "1000000x1000000"], ["1000000x1000000", "67,108,864 pixels"]),
+    "more trials than can be listed": (["--space", "around10", "--trials", "1" + "0" * 12], ["--trials", "1000000"]),
+    "more seeds than can be planned": (["--looks", "1000000000"], ["--looks", "1000"]),
+    "a seed that torch does not take": (["--seeds", "1" * 23], ["--seeds"]),
 }
 
 
@@ -153,6 +167,70 @@ def test_a_space_that_breaks_in_one_branch_is_refused_naming_the_draw(
     assert "of 200 random draws from the space cannot be trained" in message
     assert "luck 0.9" in message
     assert "forgotten" in message
+
+
+def test_a_space_that_leaves_in_a_draw_is_refused(
+    capsys: pytest.CaptureFixture[str], frames: Path, place: Path
+) -> None:
+    (place / "mine.py").write_text(BROKEN_SPACE.replace('KeyError("forgotten")', "SystemExit(0)"))
+    message = refused(capsys, "--space", "mine.py", "--data", str(frames), "--backbone", "none", "--proxy")
+    assert "the space " in message
+    assert "mine.py cannot be used: SystemExit: 0" in message
+
+
+def test_rows_named_like_files_of_a_search_are_refused(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    names = ["search.json", "trials.json", "known.json", "study.db", "study.db-journal", "leaderboard.csv", "Tune"]
+    names += ["leaderboard.md", "report.html", "report.md", "tables", "tune", "events.out.tfevents.1.host"]
+    write_space(place / "space.py", dict.fromkeys(["fine", *names], 0.01), num_epochs=2)
+    message = refused(capsys, "--space", "space.py", "--data", "streets")
+    assert all(f"the row {name} is named like a file" in message for name in names)
+    assert "fine" not in message
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+@pytest.mark.usefixtures("frames")
+def test_a_folder_that_keeps_ray_from_starting_is_named(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    write_space(place / "space.py", {"a": 0.01}, num_epochs=2)
+    (place / "file").write_text("")
+    for folder, words in {"d" * 80: "too long. Set $RAY_TMPDIR to a shorter", "file": "Ray cannot write to"}.items():
+        monkeypatch.setenv(variable, str(place / folder))
+        assert words in refused(capsys, *on_frames(place))
+    assert not (place / "cache").exists(), "before frames are packed"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", f"{'h' * 70}:6379"])
+def test_an_address_that_no_cluster_can_have_is_refused(capsys: pytest.CaptureFixture[str], address: str) -> None:
+    assert f"no Ray cluster answers at {address}" in refused(capsys, "--space", "smoke", "--address", address)
+
+
+def test_storage_that_stops_answering_in_the_checks_asks_to_be_run_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_BISENET_RETRY_SECONDS", "0.5")
+    with object_store() as store:
+
+        def drop(request: str) -> None:
+            if "search.json" in request:
+                raise ConnectionError("dropped")
+
+        store.before_answer = drop
+        assert run.main(["--space", "smoke", "--storage", store.uri("results"), "--name", "x"]) == 75
+        store.before_answer = lambda _request: None
+    message = capsys.readouterr().err
+    assert "s3://bucket could not be read" in message
+    assert "run the same command again." in message
+    assert "Nothing was started" not in message
+
+
+@pytest.mark.parametrize("variable", [DATASET_VARIABLE, CACHE_VARIABLE])
+def test_a_variable_that_is_not_utf8_is_refused_by_its_value(
+    capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, str(place / "caf\udce9"))
+    assert r"caf\udce9' has bytes that are not UTF-8" in refused(capsys, "--space", "smoke", "--backbone", "none")
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a\nb", "", "..", "-x", "x" * 101, "a b"])

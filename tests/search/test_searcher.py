@@ -22,7 +22,7 @@ from tune_bisenet.records import TRIAL, TRIALS, TrialSpec, TrialState, read_save
 from tune_bisenet.search.prepare import read_specs
 from tune_bisenet.search.searcher import GridSearcher
 from tune_bisenet.search.state import SearchState
-from tune_bisenet.storage import Storage
+from tune_bisenet.storage import Storage, StorageError
 
 place = pytest.fixture(make_place)
 _closed = pytest.fixture(autouse=True)(close_connections)
@@ -164,6 +164,20 @@ def test_a_damaged_study_is_no_outage(search: Search) -> None:
     file.write_bytes(content[:8192] + b"\xff" * (len(content) - 8192))
     with pytest.raises(InputError, match=r"Remove the file study\.db"):
         search.run()
+
+
+def test_a_study_that_is_damaged_while_trials_run_ends_the_session_as_one_to_be_resumed(search: Search) -> None:
+    file, epochs = Path(search.folder.path) / "study.db", iter(range(1, 1000))
+
+    def damage() -> None:
+        if next(epochs) == 8:
+            file.write_bytes(b"no database" * 10_000)
+
+    with pytest.raises(StorageError, match=r"Remove the file study\.db"):
+        replace(search, between=damage).run()
+    file.unlink()
+    search.run()
+    assert_whole(search, trials_in(search))
 
 
 def test_lost_states_come_back_from_folders_and_study(search: Search, undisturbed: Search) -> None:

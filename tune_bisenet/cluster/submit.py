@@ -37,6 +37,7 @@ from tune_bisenet.options import (
     build_parser,
     default_name,
     parse_options,
+    problems_of,
 )
 from tune_bisenet.records import COMMIT_VARIABLE, project_commit
 from tune_bisenet.spaces import load_space, select_rows
@@ -100,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbs = {"status": _status, "logs": _follow, "stop": _stop}
         return verbs[options.command](client, options.job)
     except ValueError as error:
-        problems = error.problems if isinstance(error, InputError) else [error]
-        _say(*(f"error: {problem}" for problem in problems))
+        _say(*(f"error: {problem}" for problem in problems_of(error)))
         return _REFUSED
     except LostError as error:
         _say(str(error))
@@ -175,7 +175,7 @@ def prepare_submission(words: Sequence[str]) -> Submission:
         if options.space or not options.continues:  # a search that is resumed has its space on storage
             space_files = _space_files(space, options.runs)
     except ValueError as error:
-        problems.append(str(error))
+        problems += problems_of(error)
     if problems:
         raise InputError(*problems)
     name = options.name or default_name(options.space)

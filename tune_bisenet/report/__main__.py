@@ -12,12 +12,14 @@ from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
 
+from tune_bisenet.options import problems_of
 from tune_bisenet.report.page import Report
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.replay import replay_table
 from tune_bisenet.report.sampled import best_lines
 from tune_bisenet.report.terminal import format_table, format_verdicts
 from tune_bisenet.storage import Storage
+from tune_bisenet.text import one_line
 
 OK, NO_SEARCH = 0, 2
 
@@ -37,9 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 sys.stderr.write("No command: up to 100 more seeds would decide nothing that is still open.\n")
             return OK
-        page = report.write(Storage.at(arguments.out) if arguments.out else folder)
+        try:
+            page = report.write(Storage.at(arguments.out) if arguments.out else folder)
+        except OSError as error:
+            advice = "" if arguments.out else " Name a folder to write it to with --out."
+            raise ValueError(f"the report cannot be written: {one_line(error)}.{advice}") from error
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        problems = problems_of(error) if isinstance(error, ValueError) else [str(error)]
+        sys.stderr.write("".join(f"error: {problem}\n" for problem in problems))
         return NO_SEARCH
     lines = [*best_lines(report.search), f"report: {page}"]
     if report.next_command:

@@ -120,8 +120,14 @@ def to_rich(states: Sequence[TrialState], *, baseline: str | None, captions: Seq
     columns, lines = ranked(states, baseline)
     table = RichTable(box=SIMPLE_HEAD, collapse_padding=True)
     for title in columns:
+        # Names of rows are cut, with a sign, before anything else; numbers stay whole.
+        width = max((len(line[title].rstrip()) for _state, line in lines), default=0) if title != "run" else None
         table.add_column(
-            title, justify="right" if title in numbers_of(columns) else "left", no_wrap=True, overflow="crop"
+            title,
+            justify="right" if title in numbers_of(columns) else "left",
+            no_wrap=title not in ("run", f"over {baseline}"),
+            overflow="ellipsis",
+            min_width=width,
         )
     for state, line in lines:
         table.add_row(*line.values(), style="" if state.status == "finished" else "dim")

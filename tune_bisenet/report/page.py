@@ -21,6 +21,7 @@ from typing import Final
 import jinja2
 
 from tune_bisenet.classes import CLASS_NAMES
+from tune_bisenet.records import HTML, MARKDOWN, TABLES
 from tune_bisenet.report import figures, sampled, tables
 from tune_bisenet.report.claims import format_measure
 from tune_bisenet.report.figures import Block, Plots, PythonSource, Section, plots
@@ -31,10 +32,6 @@ from tune_bisenet.report.verdicts import Judgement, judge_search
 from tune_bisenet.spaces import published_levels
 from tune_bisenet.storage import Storage
 from tune_bisenet.text import counted, markdown_table
-
-HTML: Final = "report.html"
-MARKDOWN: Final = "report.md"
-TABLES: Final = "tables"
 
 SECONDS_BETWEEN_PAGES: Final = 45.0
 """With the seconds it takes to write one, a page is never older than a minute, but for many hundred trials."""

@@ -2,11 +2,14 @@
 
 `prepare_search` returns a `PreparedSearch`: rows, data packed on this node, weights at hand, a folder to write to.
 `survey_search` does only what needs no frame decoded, no weights fetched and nothing written: enough for `--plan`.
-All mistakes are ValueErrors in words for the user.
+All mistakes are ValueErrors in words for the user; a StorageError says that storage does not answer.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,7 @@ from tune_bisenet.options import (
     SearchConfig,
     given_choices,
     make_absolute,
+    problems_of,
     resolve_options,
     selected_rows,
 )
@@ -35,6 +39,7 @@ from tune_bisenet.records import (
     Manifest,
     TrialRecord,
     TrialSpec,
+    is_reserved,
     read_manifest,
     read_record,
     read_saved_state,
@@ -47,13 +52,17 @@ from tune_bisenet.storage import Storage, StorageError
 from tune_bisenet.study.sampling import SearchSpace, check_rows, sample_at, sampler_problems
 from tune_bisenet.study.study import StudySetup, study_database
 from tune_bisenet.study.warm_start import warm_start
-from tune_bisenet.text import absolute_path, counted, redact
+from tune_bisenet.text import absolute_path, counted, one_line, redact
 
 STREETS_EPOCHS: Final = 8
 """Enough on the built-in streets for mIoU to rise clearly, few enough for a first try on two cores."""
 
 DATASET_VARIABLE: Final = "CITYSCAPES_DATASET"
 CACHE_VARIABLE: Final = "TUNE_BISENET_CACHE"
+
+REACH_SECONDS: Final = 5.0
+MAX_SOCKET_BYTES: Final = 107 if sys.platform == "linux" else 103
+"""Of the path of a socket, as the system allows."""
 
 _Value = TypeVar("_Value")
 
@@ -140,7 +149,7 @@ def prepare_search(
     storage = Storage.at(options.storage)
     # The built-in streets are drawn faster than fetched.
     shared = None if storage.local_path or search.config.data == STREETS else storage / PACKS
-    try:
+    with _input_errors():
         packs = _pack_frames(search, progress, shared=shared)
         label_warnings = check_labels(search.source, next(iter(packs.values())))
         search = replace(search, packs=packs, label_warnings=label_warnings, shared_packs=shared)
@@ -151,35 +160,41 @@ def prepare_search(
                 "Restore them to resume it, or start another search under another --name."
             )
         return replace(search, study=_add_known_trials(search, search.study)) if search.study else search
-    except ValueError as error:
-        raise InputError(*_problems_of(error)) from error
 
 
 def survey_search(options: Options, mistyped: Mapping[str, str], *, default_name: str) -> PreparedSearch:
     """Make the cheap checks alone; nothing is written. Raises InputError with everything found."""
     search = _surveyed(options, mistyped, name=options.name or default_name)
-    try:
+    with _input_errors():
         if search.earlier:
             _check_resumable(search, search.earlier)
         study, config = _set_up_study(search), search.config
         if study and config.study is None and not study.database.is_own:  # it comes from $TUNE_BISENET_STUDY
             config = config.model_copy(update={"study": study.database.shown})
         return replace(search, study=study, config=config)
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """Raise InputError for a user's mistake, and for files and folders that cannot be used; not for outages."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise InputError(one_line(error)) from error
     except ValueError as error:
-        raise InputError(*_problems_of(error)) from error
+        raise InputError(*problems_of(error)) from error
 
 
 def _attempt(problems: list[str], function: Callable[[], _Value]) -> _Value | None:
     """Return what `function` returns; None after a user's mistake, so that it does not hide the next."""
     try:
-        return function()
-    except ValueError as error:
-        problems += _problems_of(error)
-        return None
-
-
-def _problems_of(error: ValueError) -> Sequence[str]:
-    return error.listed if isinstance(error, InputError) else [str(error)]
+        with _input_errors():
+            return function()
+    except InputError as error:
+        problems += error.listed
+    return None
 
 
 def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> PreparedSearch:
@@ -204,6 +219,7 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     _attempt(problems, lambda: _check_precision(config.precision, options))
     backbone_digest = _attempt(problems, lambda: _check_backbone(config.backbone, may_fetch=not options.plan))
     data = _attempt(problems, lambda: _open_data(config.data))
+    _attempt(problems, lambda: _check_ray(options))
     noise = _attempt(problems, partial(_measured_noise, options.noise_from)) if options.noise_from else None
     packs_dir = _attempt(problems, cache_dir)
     runs = None
@@ -228,9 +244,43 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     )
 
 
+def _check_ray(options: Options) -> None:
+    """Raise InputError if Ray cannot start on this machine, or within seconds if no cluster answers at --address."""
+    if options.address is not None:
+        host, separator, port = options.address.rpartition(":")
+        try:
+            if separator and port.isdigit() and "://" not in host:  # Ray itself retries for minutes
+                socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise InputError(
+                f"no Ray cluster answers at {options.address} ({error}). `ray start --head` prints the address of one; "
+                "leave --address out to use this machine alone."
+            ) from error
+    elif not options.plan:
+        variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+        folder = os.environ[variable] if variable else "/tmp"
+        try:
+            Storage.at(f"{folder}/ray").check_writable()
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"Ray cannot write to {folder}: {error}. Set $RAY_TMPDIR to a folder on a disk."
+            ) from error
+        session = f"session_2026-12-31_23-59-59_123456_{os.getpid()}"  # as long as Ray's name will be
+        socket_path = f"{folder}/ray/{session}/sockets/plasma_store"
+        if (excess := len(os.fsencode(socket_path)) - MAX_SOCKET_BYTES) > 0:
+            raise InputError(
+                f"Ray's sockets cannot lie in {folder}: the path is {counted(excess, 'byte')} too long. "
+                "Set $RAY_TMPDIR to a shorter one, such as /tmp."
+            )
+
+
 def _load_space(config: SearchConfig) -> Space:
-    """Return the space, with the row of `--control` if that is asked for."""
+    """Return the space, with the row of `--control` if that is asked for. Raise InputError for names of files."""
     space = spaces.load_space(config.space)
+    if reserved := [row.name for row in space.rows if is_reserved(row.name)]:
+        raise InputError(
+            *(f"the row {name} is named like a file or folder of a search: choose another name." for name in reserved)
+        )
     return spaces.with_control(space) if config.control and isinstance(space, Grid) else space
 
 
@@ -406,9 +456,11 @@ def _set_up_study(search: PreparedSearch) -> StudySetup | None:
     space, config = search.space, search.config
     if not isinstance(space, Sampled):
         return None
-    check_rows(space)
-    overrides = _overrides(config)
+    overrides, seed = _overrides(config), config.groups[0].seeds[0]
     search_space = SearchSpace(space=space, settings=overrides, facts=search.facts, objectives=config.objectives)
+    with spaces.running_code_of(config.space):
+        check_rows(space)
+        test_draws = search_space.test_draws(seed=seed)
     declared = {row.name: row for row in space.rows}
     rows = {run.name: replace(search_space.sample_row(declared[run.name]), run=run) for run in search.runs}
     address = search.options.study or config.study
@@ -420,13 +472,12 @@ def _set_up_study(search: PreparedSearch) -> StudySetup | None:
     )
     suggested = read_specs(search.folder) if search.earlier else {}
     _check_same_draws(suggested, search_space)
-    seed = config.groups[0].seeds[0]
     return StudySetup(
         space=search_space,
         rows=rows,
         sampler=config.sampler,
         seed=seed,
-        test_draws=search_space.test_draws(seed=seed),
+        test_draws=test_draws,
         database=database,
         suggested=suggested,
     )

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,6 @@ _log = logging.getLogger(__name__)
 
 RESTARTABLE: Final = 75
 """Exit code of a driver whose Ray has died (EX_TEMPFAIL): run it again with --resume."""
-
-REACH_SECONDS: Final = 5.0
 
 WATCH_SECONDS: Final = 1.0
 """Short, because Ray's own code may notice first and end the driver with exit code 1."""
@@ -78,20 +75,11 @@ class Cluster:
 def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
     """Start Ray on this machine, or connect to the cluster at `address`; yield a function that returns its nodes.
 
-    Raise InputError if no cluster answers there, or this user has no place for Ray's token.
+    Raise InputError if Ray cannot, whatever keeps it from that.
     """
     configure_environment()
     if address is None:
         _make_token_private()
-    host, separator, port = (address or "").rpartition(":")
-    try:
-        if separator and port.isdigit() and "://" not in host:  # fail within seconds, where Ray retries for minutes
-            socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
-    except OSError as error:
-        raise InputError(
-            f"no Ray cluster answers at {address} ({error}). `ray start --head` prints the address of one; "
-            "leave --address out to use this machine alone."
-        ) from error
     try:
         with _on_loopback(address is None):
             ray.init(
@@ -101,7 +89,13 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
                 logging_level=logging.ERROR,
                 runtime_env={"env_vars": _worker_environment()} if address else None,
             )
-    except (ConnectionError, ValueError) as error:
+    except Exception as error:  # Ray has no class for what keeps it from starting
+        ray.shutdown()
+        if address is None:
+            raise InputError(
+                f"Ray cannot start on this machine: {error}. Are there memory, processes, ports and files left for it? "
+                "It keeps its own logs in $RAY_TMPDIR/ray/session_latest/logs, by default below /tmp."
+            ) from error
         raise InputError(
             f"--address {address}: Ray cannot connect: {error}. Is its Ray the same version as here? "
             "If it asks for a token (RAY_AUTH_MODE=token), are that variable and the token set here too?"

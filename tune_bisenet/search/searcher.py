@@ -21,7 +21,7 @@ from tune_bisenet.records import (
     write_trial,
 )
 from tune_bisenet.search.state import SearchState
-from tune_bisenet.storage import RetryPolicy, Storage, retry_seconds
+from tune_bisenet.storage import RetryPolicy, Storage, StorageError, retry_seconds
 from tune_bisenet.study.study import DATABASE_ERRORS, Study, StudySetup, is_outage
 from tune_bisenet.study.warm_start import fresh_runs
 
@@ -85,7 +85,8 @@ class StudySearcher(Searcher):
     """Hands out the trials of a study. Each is written to its folder before it starts.
 
     At most `max_running()` run at a time, because the sampler learns from those that have ended. Raises StorageError if
-    the database does not answer for as long as storage is retried: the session ends, and another resumes it.
+    the database refuses, or does not answer for as long as storage is retried: the session ends, and another resumes
+    it. Only where that happens before the first trial, what no retry can mend is an InputError.
     """
 
     def __init__(
@@ -101,8 +102,12 @@ class StudySearcher(Searcher):
     ) -> None:
         if setup.known:
             folder.write(KNOWN, to_json(setup.known, tuple[TrialRecord, ...]))
-        self._study = Study(setup, name, limit=limit)
-        self._study.describe(attributes)
+        try:
+            self._study = Study(setup, name, limit=limit)
+            self._study.describe(attributes)
+        except DATABASE_ERRORS as error:
+            told = setup.database.error(error)
+            raise (StorageError(str(told)) if is_outage(error) else told) from error
         self._setup = setup
         self._folder = folder
         self._state = state
@@ -111,10 +116,12 @@ class StudySearcher(Searcher):
         self._suggested = {name: spec for name, spec in setup.suggested.items() if spec.origin != "confirm"}
         self._fresh = {name: spec for name, spec in setup.suggested.items() if spec.origin == "confirm"}
         self._live: set[str] = set()
+        self._has_begun = False
 
     def begin(self) -> bool:
         self._live.clear()
         self._retry(self._reconcile)
+        self._has_begun = True
         self.exhausted = False
         begun = {name for name in self._state.unfinished() if name in self._suggested}
         return bool(begun) or self._limit is None or len(self._suggested) < self._limit
@@ -196,6 +203,7 @@ class StudySearcher(Searcher):
             except DATABASE_ERRORS as error:
                 if is_outage(error):
                     raise
-                raise self._setup.database.error(error) from error
+                told = self._setup.database.error(error)
+                raise (StorageError(str(told)) if self._has_begun else told) from error
 
         return RetryPolicy("the study's database", retry_seconds())(attempt, writing=True)

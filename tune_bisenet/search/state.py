@@ -16,6 +16,8 @@ from tune_bisenet.options import InputError
 from tune_bisenet.records import (
     ENDED_WELL,
     LAST,
+    LEADERBOARD_CSV,
+    LEADERBOARD_MD,
     MEASURED,
     PREVIOUS,
     TRIALS,
@@ -30,9 +32,6 @@ from tune_bisenet.records import (
 )
 from tune_bisenet.report import leaderboard
 from tune_bisenet.storage import Storage
-
-LEADERBOARD_CSV: Final = "leaderboard.csv"
-LEADERBOARD_MD: Final = "leaderboard.md"
 
 SECONDS_BETWEEN_WRITES: Final = 1.0
 
@@ -64,12 +63,14 @@ def exclusive(folder: Storage) -> Iterator[None]:
         return
     # The lock file is beside the folder: a search that is refused leaves none.
     path = folder.local_path.with_name(f".{folder.local_path.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise InputError(f"another process is running the search in {folder.path}: wait for it, or stop it.") from error
+    except (OSError, NotImplementedError) as error:
+        raise InputError(f"{path} cannot be locked ({error}): choose a --storage that can be written to.") from error
     try:
         yield
     finally:

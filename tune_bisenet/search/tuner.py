@@ -30,7 +30,7 @@ from ray.tune.search import Searcher as RaySearcher
 from tune_bisenet.config import Resources, Run, TrialContext
 from tune_bisenet.data.packing import publish_packed
 from tune_bisenet.options import Limits
-from tune_bisenet.records import Epoch, TrialSpec, from_plain, to_plain
+from tune_bisenet.records import TUNE, Epoch, TrialSpec, from_plain, to_plain
 from tune_bisenet.rungs import Stopper
 from tune_bisenet.search.console import SearchProgress
 from tune_bisenet.search.resources import RESTARTABLE
@@ -127,7 +127,7 @@ def _fit(
 ) -> None:
     """Run one Tune experiment."""
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_KEYS)
-    storage = Storage.at(context.storage) / "tune"
+    storage = Storage.at(context.storage) / TUNE
     trainable = tune.with_resources(
         tune.with_parameters(train_trial, context=context.model_dump(mode="json")),
         {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
@@ -359,7 +359,8 @@ def _restartable() -> Iterator[None]:
         cause = _find_storage_error(error)
         if cause is None:
             raise
-        _log.error("%s. Nothing is lost: when it answers, run the same command again with --resume.", cause)
+        reason = str(cause).removesuffix(".")
+        _log.error("%s. Nothing is lost: when it answers, run the same command again with --resume.", reason)
         os._exit(RESTARTABLE)  # threads of Tune's still wait for it, and pyarrow's end badly with the interpreter
 
 

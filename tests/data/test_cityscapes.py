@@ -16,6 +16,7 @@ from helpers.object_store import ObjectStore, object_store
 from helpers.searches import write_frames
 from PIL import Image
 
+from tune_bisenet.classes import CLASSES, palette
 from tune_bisenet.data.packing import check_reachable, open_source, prepare_packed
 from tune_bisenet.data.source import SPLITS, Split, frame_group
 from tune_bisenet.data.streets import Streets
@@ -50,6 +51,19 @@ def write(root: Path, kind: str = "labelIds") -> None:
         for name in names:
             save(image_path(root, split, name), rng.integers(0, 256, (*SIZE, 3)))
             save(label_path(root, split, name, kind), rng.integers(0, 19, SIZE))
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG, with its checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def save_png(path: Path, *, depth: int, colour_type: int, rows: list[bytes], colours: bytes = b"") -> None:
+    """Write a PNG six pixels wide of a kind that Pillow does not write."""
+    header = struct.pack(">IIBBBBB", 6, len(rows), depth, colour_type, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = [chunk(b"IHDR", header), chunk(b"PLTE", colours) if colours else b"", chunk(b"IDAT", pixels)]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b""))
 
 
 def claim_size(path: Path, height: int, width: int) -> None:
@@ -96,11 +110,71 @@ def test_every_label_id_becomes_its_train_id_and_all_others_void(root: Path, mod
     path = label_path(root, "train", "aachen/a_1")
     picture = Image.frombytes(mode, (6, 6), bytes(ids))
     if mode == "P":
-        picture.putpalette([255 - value // 3 for value in range(768)])
+        picture.putpalette(bytes(value % 251 for value in range(768)))
     picture.save(path)
     label = open_source(str(root)).load("train", 0).label
     assert label.dtype == np.uint8
     assert label.ravel().tolist() == [TRAIN_ID_OF_LABEL_ID.get(label_id, 255) for label_id in ids]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_palette_of_any_depth_holds_ids(root: Path, depth: int) -> None:
+    ids = [index % min(2**depth, 34) for index in range(24)]
+    bits = [f"{label_id:0{depth}b}" for label_id in ids]
+    rows = ["".join(bits[start : start + 6]).ljust(-(-6 * depth // 8) * 8, "0") for start in range(0, 24, 6)]
+    packed_rows = [int(row, 2).to_bytes(len(row) // 8) for row in rows]
+    colours = bytes(value % 251 for value in range(3 * 2**depth))
+    path = label_path(root, "train", "aachen/a_1")
+    save_png(path, depth=depth, colour_type=3, rows=packed_rows, colours=colours)
+    label = open_source(str(root)).load("train", 0).label
+    assert label.ravel().tolist() == [TRAIN_ID_OF_LABEL_ID.get(label_id, 255) for label_id in ids]
+
+
+def test_a_palette_whose_colours_name_its_ids_is_read(root: Path) -> None:
+    path = label_path(root, "train", "aachen/a_1")
+    picture = Image.new("P", (6, 4), 26)
+    colours = np.zeros((256, 3), np.uint8)
+    for street_class in CLASSES:
+        colours[street_class.label_id] = street_class.colour
+    picture.putpalette(colours.tobytes())
+    picture.save(path)
+    assert (open_source(str(root)).load("train", 0).label == 13).all()
+
+
+@pytest.mark.parametrize(
+    ("colours", "words"),
+    [
+        ([(7, 7, 7), (26, 26, 26)], "index 0 is grey 7"),  # grey made smaller: the greys are the ids
+        ([(0, 0, 0), (128, 64, 128), (0, 0, 142)], "index 1 has the colour of road"),  # a painted label made smaller
+        (palette()[:19].tolist(), "index 0 has the colour of road"),  # trainIds under the name of labelIds
+    ],
+)
+def test_a_palette_whose_indices_are_not_the_ids_is_refused(root: Path, colours: list[list[int]], words: str) -> None:
+    path = label_path(root, "train", "aachen/a_1")
+    picture = Image.new("P", (6, 4), 1)
+    picture.putpixel((0, 0), 0)
+    picture.putpalette([value for colour in colours for value in colour])
+    picture.save(path)
+    (problem,) = problems_of(root, decode=True)
+    assert str(path) in problem
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3_000_000))),
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(80_000_000))),
+        chunk(b"tEXt", b"Comment\0" + b"x" * 200_000),
+        chunk(b"tRNS", bytes(6)),
+    ],
+    ids=["profile", "compressed text", "text", "transparent colour"],
+)
+def test_what_is_stored_beside_the_pixels_does_not_matter(root: Path, beside: bytes) -> None:
+    path = image_path(root, "train", "aachen/a_1")
+    image = open_source(str(root)).load("train", 0).image
+    path.write_bytes(path.read_bytes()[:33] + beside + path.read_bytes()[33:])
+    np.testing.assert_array_equal(open_source(str(root)).load("train", 0).image, image)
 
 
 def test_label_train_ids_are_used_where_there_are_no_label_ids(tmp_path: Path) -> None:
@@ -132,6 +206,93 @@ def test_the_fingerprint_depends_on_times_sizes_and_names(root: Path) -> None:
         path_of(root, "train", "bonn/b_1").rename(path_of(root, "train", "bonn/b_2"))
     fingerprints.append(open_source(str(root)).fingerprint)
     assert len(set(fingerprints)) == 3
+
+
+# --- what is passed over --------------------------------------------------------------------------------------------
+
+
+def test_companions_of_macos_and_other_files_are_no_frames(root: Path) -> None:
+    for path in [*root.rglob("*.png"), root / "leftImg8bit/train/bonn/Thumbs.db"]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7" * 1000)
+    for kind in ("color", "instanceIds", "labelTrainIds"):
+        save(label_path(root, "train", "bonn/b_1", kind), np.zeros(SIZE))
+    label_path(root, "train", "bonn/b_1", "polygons").with_suffix(".json").write_text("{}")
+    source = open_source(str(root))
+    assert {split: tuple(source.names(split)) for split in SPLITS} == FRAMES
+    assert list(source.notes) == []
+
+
+def test_pictures_that_are_no_frames_are_counted_and_named(root: Path) -> None:
+    images = root / "leftImg8bit" / "train"
+    for path in (images / "up_leftImg8bit.png", images / "bonn/deep/x_leftImg8bit.png", images / "bonn/1.jpeg"):
+        save(path, np.zeros((*SIZE, 3)))
+    for path_of in (image_path, label_path):
+        path = path_of(root, "train", "aachen/a_2")
+        path.rename(path.with_suffix(".PNG"))
+    source = open_source(str(root))
+    assert source.names("train") == ("aachen/a_1", "bonn/b_1")
+    of_images, of_labels = source.notes
+    assert str(images) in of_images
+    for words in (
+        "1 not in a folder of a city (such as up_leftImg8bit.png)",
+        "1 2 folders deep, not 1 (such as bonn/deep/x_leftImg8bit.png)",
+        "1 named *.jpeg (such as bonn/1.jpeg)",
+        "1 named *_leftImg8bit.PNG (such as aachen/a_2_leftImg8bit.PNG)",
+    ):
+        assert words in of_images
+    assert "1 named *_gtFine_labelIds.PNG (such as aachen/a_2_gtFine_labelIds.PNG)" in of_labels
+
+
+MOVED: dict[str, Callable[[Path], Path]] = {
+    "3 named *_leftImg8bit.jpg": lambda path: path.with_suffix(".jpg"),
+    "3 named *_leftImg8bit.PNG": lambda path: path.with_suffix(".PNG"),
+    "3 named *_leftimg8bit.png": lambda path: path.with_name(path.name.replace("Img", "img")),
+    "3 not in a folder of a city": lambda path: path.parent.parent / path.name,
+    "3 2 folders deep": lambda path: path.parent / "sequence" / path.name,
+}
+
+
+@pytest.mark.parametrize("words", MOVED)
+def test_a_folder_without_frames_is_told_with_what_is_there_instead(root: Path, words: str) -> None:
+    for path in sorted((root / "leftImg8bit" / "train").rglob("*.png")):
+        MOVED[words](path).parent.mkdir(exist_ok=True)
+        path.rename(MOVED[words](path))
+    (problem,) = problems_of(root)
+    assert f"no frames in {root}/leftImg8bit/train" in problem
+    assert words in problem
+
+
+def test_a_split_under_another_name_is_told(root: Path) -> None:
+    (root / "gtFine" / "val").rename(root / "gtFine" / "Validation")
+    (problem,) = problems_of(root)
+    assert "holds the folders Validation, train" in problem
+
+
+def test_a_label_of_another_spelling_is_told_with_the_image_that_misses_it(root: Path) -> None:
+    path = label_path(root, "val", "ulm/u_1")
+    path.rename(path.with_name(path.name.replace("Ids", "ids")))
+    save(label_path(root, "val", "ulm/u_2"), np.zeros(SIZE))
+    problems = problems_of(root)
+    assert any("u_1_leftImg8bit.png has no label" in problem for problem in problems)
+    assert any("1 named *_gtFine_labelids.png (such as ulm/u_1_gtFine_labelids.png)" in problem for problem in problems)
+
+
+def test_frames_that_are_links_to_nothing_are_told(root: Path) -> None:
+    for path_of in (image_path, label_path):
+        replace(path_of(root, "train", "bonn/b_1"), lambda path: path.symlink_to("nothing"))
+    (root / "leftImg8bit/train/loop").symlink_to(root / "leftImg8bit/train")
+    problems = problems_of(root)
+    assert len(problems) == 2
+    assert all("bonn/b_1" in problem and "is a link to nothing" in problem for problem in problems)
+
+
+def test_a_name_that_is_not_utf_8_is_told(root: Path) -> None:
+    for path_of in (image_path, label_path):
+        path = path_of(root, "train", "bonn/b_1")
+        path.rename(os.fsdecode(os.fsencode(path).replace(b"b_1", b"stra\xdfe")))
+    problems = problems_of(root)
+    assert len(problems) == 2
+    assert all(r"bonn/stra\xdfe_" in problem and "not UTF-8" in problem for problem in problems)
 
 
 def test_a_missing_folder_is_named_with_what_is_expected(tmp_path: Path) -> None:
@@ -172,11 +333,30 @@ def test_an_image_without_label_and_a_label_without_image_are_named(root: Path) 
         assert str(label_path(root, "train", name)) in problem
 
 
+def replace(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "cannot be read as PNG": lambda path: path.write_bytes(path.read_bytes()[:20]),
     "2x3": lambda path: save(path, np.zeros((2, 3, 3) if "leftImg8bit" in path.name else (2, 3))),
-    "'RGBA'": lambda path: Image.new("RGBA", (6, 4)).save(path),
-    "'I;16'": lambda path: Image.new("I;16", (6, 4)).save(path),
+    "is 8-bit RGBA": lambda path: Image.new("RGBA", (6, 4)).save(path),
+    "is 16-bit grey": lambda path: Image.new("I;16", (6, 4)).save(path),
+    "is 1-bit grey": lambda path: Image.new("1", (6, 4)).save(path),
+    "is 2-bit grey": lambda path: save_png(path, depth=2, colour_type=0, rows=[bytes(2)] * 4),
+    "is 4-bit grey": lambda path: save_png(path, depth=4, colour_type=0, rows=[bytes(3)] * 4),
+    "is 16-bit RGB:": lambda path: save_png(path, depth=16, colour_type=2, rows=[bytes(36)] * 4),
+    "is 8-bit grey with alpha": lambda path: Image.new("LA", (6, 4)).save(path),
+    "is empty (0 bytes)": lambda path: path.write_bytes(b""),
+    "is a JPEG": lambda path: Image.new("RGB", (6, 4)).save(path, format="JPEG"),
+    "Git LFS": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"),
+    "does not begin as one": lambda path: path.write_text("<html>"),
+    "header is damaged": lambda path: path.write_bytes(path.read_bytes()[:28] + b"x" + path.read_bytes()[29:]),
+    "a FIFO": lambda path: replace(path, os.mkfifo),
+    "a socket": lambda path: replace(path, lambda path: path.symlink_to("/dev/zero")),
+    "a link to nothing": lambda path: replace(path, lambda path: path.symlink_to("nothing")),
+    "is a folder": lambda path: replace(path, Path.mkdir),
 }
 
 

@@ -45,6 +45,7 @@ class Noise:
     frame_size: tuple[int, int] = SIZE
     damaged: Sequence[tuple[Split, int]] = ()
     frame: Frame | None = None
+    notes: Sequence[str] = ()
 
     def names(self, split: Split) -> Sequence[str]:
         return NAMES[split]

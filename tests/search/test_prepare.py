@@ -470,6 +470,45 @@ def test_more_trials_must_be_new_ones_or_have_failed(
     assert all(word in message for word in words), message
 
 
+def test_what_has_moved_is_known_by_its_content(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path, frames: Path
+) -> None:
+    frames.rename(place / "elsewhere")
+    (place / "space.py").rename(place / "rows.py")
+    message = refused(capsys, *resumed(search), "--resume")
+    assert "space.py" in message
+    assert f"no Cityscapes under {frames}" in message
+    assert "name its place by --space and --data" in message
+    message = refused(capsys, *resumed(search), "--resume", "--space", "rows.py")
+    assert "name its place by --data" in message
+    storage, name = resumed(search)[1::2]
+    moved = {"data": str(place / "elsewhere"), "space": str(place / "rows.py")}
+    again = prepared(storage=storage, name=name, resume=True, **moved)
+    assert again.runs == search.runs
+    assert again.config == search.config.model_copy(update=moved)
+    assert [pack.digest for pack in again.packs.values()] == [pack.digest for pack in search.packs.values()]
+
+
+def test_other_data_and_another_backbone_are_told_as_what_they_are(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path, frames: Path
+) -> None:
+    shutil.copytree(frames, place / "fewer")
+    for path in (place / "fewer").rglob("*train_000003*"):
+        path.unlink()
+    message = refused(capsys, *resumed(search), "--resume", "--data", "fewer")
+    assert "7 training and 3 validation frames, but this search was started on 8 training and 3" in message
+    assert message.count("error:") == 1
+    message = refused(capsys, *resumed(search), "--resume", "--backbone", "imagenet", "--plan")
+    assert "the backbone imagenet has other weights" in message
+
+
+def test_after_the_first_error_nothing_is_told_of_another_search(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch
+) -> None:
+    assert refused(capsys, *resumed(search), "--resume", "--epochs", "3").count("error:") == 1
+    assert refused(capsys, "--name", "other", "--resume", "--runs", "r99").count("error:") == 1
+
+
 def test_changed_frames_are_refused(capsys: pytest.CaptureFixture[str], search: PreparedSearch, frames: Path) -> None:
     first, second = sorted(frames.glob("leftImg8bit/train/town/*.png"))[:2]
     shutil.copyfile(second, first)

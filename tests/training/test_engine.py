@@ -40,6 +40,7 @@ class FourStreets:
     spoil: str  # "nothing", "shuffle" or "erase"
     num_train: int = 32
     frame_size: tuple[int, int] = SIZE
+    notes: Sequence[str] = ()
 
     @property
     def name(self) -> str:

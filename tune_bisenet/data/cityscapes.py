@@ -8,15 +8,14 @@ names and label ids, and refuses to know what the frames are resized to or used 
 """
 
 import hashlib
-import io
-import struct
-import warnings
-import zlib
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from pyarrow.fs import FileType
 
 from tune_bisenet.classes import CLASS_NAMES, CLASSES, MAX_LABEL_ID, NUM_CLASSES, VOID, VOID_LABELS, train_id_table
 from tune_bisenet.config import format_size
+from tune_bisenet.data.png import HEADER_BYTES, PngHeader, decode_png, read_png_header
 from tune_bisenet.data.source import SPLITS, Frame, Split
 from tune_bisenet.options import InputError
 from tune_bisenet.storage import Storage, StorageError
@@ -35,18 +35,22 @@ LABELS: Final = "gtFine"
 IMAGE_SUFFIX: Final = "_leftImg8bit.png"
 ARCHIVES: Final = {IMAGES: "leftImg8bit_trainvaltest.zip", LABELS: "gtFine_trainvaltest.zip"}
 
-MAX_FRAME_PIXELS: Final = 64 * 2**20
+IS_FOLDER: Final = "is a folder"
 NUM_HEADER_THREADS: Final = 16  # in object storage a header costs a round trip
-MAX_HEADER_BYTES: Final = 2**16
 NUM_DESCRIBED_LABELS: Final = 20
 
-IMAGE_MODES: Final = {"RGB": "an image is 8-bit RGB"}
-LABEL_MODES: Final = dict.fromkeys(("L", "P"), "a label is one channel of 8-bit ids")
-"""Pillow's modes that are accepted. Others are refused, not converted: grey or RGBA is most often the wrong file."""
+IMAGE_KINDS: Final = {"8-bit RGB": "an image is 8-bit RGB"}
+LABEL_KINDS: Final = dict.fromkeys(
+    ("8-bit grey", "8-bit palette", "4-bit palette", "2-bit palette", "1-bit palette"),
+    "a label is 8-bit grey, or has a palette whose indices are the ids",
+)
+"""The kinds of PNG that are accepted. Others are refused, not converted: grey or RGBA is most often the wrong file."""
 
-# A small file can unfold to gigabytes. Pillow checks a header's size on opening; its default only warns, and late.
-Image.MAX_IMAGE_PIXELS = MAX_FRAME_PIXELS
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+PICTURES: Final = re.compile(r"\.(png|jpe?g|webp|bmp|gif|tiff?|p[gp]m)$", re.IGNORECASE)
+OTHER_LABEL_SUFFIXES: Final = tuple(
+    f"{kind}.png" for kind in ("_color", "_instanceIds", "_instanceTrainIds", "_labelIds", "_labelTrainIds")
+)
+"""What the archives hold beside the labels that are read."""
 
 
 class LabelFormat(NamedTuple):
@@ -70,6 +74,7 @@ class Cityscapes:
     frame_size: tuple[int, int]
     fingerprint: str
     frame_names: Mapping[Split, Sequence[str]]
+    notes: Sequence[str]
 
     @property
     def name(self) -> str:
@@ -81,8 +86,8 @@ class Cityscapes:
     def describe_labels(self, split: Split) -> str:
         names = self.frame_names[split][:NUM_DESCRIBED_LABELS]
         paths = [_label_path(split, name, self.label_format) for name in names]
-        ids = sorted({i for path in paths for i in set(_read_ids(self.root, path, self.label_format)[0])})
-        as_label_ids = dict(VOID_LABELS | {label.label_id: label.name for label in CLASSES})
+        ids = sorted({i for path in paths for i in set(_read_ids(self.root, path, self.label_format).tobytes())})
+        as_label_ids = VOID_LABELS | {label.label_id: label.name for label in CLASSES}
         meanings = [
             f"as {kind} {', '.join(by_id.get(i, 'void') for i in ids)}"
             for kind, by_id in (("labelIds", as_label_ids), ("trainIds", dict(enumerate(CLASS_NAMES))))
@@ -98,47 +103,44 @@ class Cityscapes:
         """Decode one frame. Raises InputError for what a header cannot show: damaged pixels and unknown ids."""
         name = self.frame_names[split][index]
         problems: list[str] = []
-        with _collect(problems), _open_png(self.root, _image_path(split, name), IMAGE_MODES) as picture:
-            image = np.asarray(picture)
         with _collect(problems):
-            label = _decode_label(self.root, _label_path(split, name, self.label_format), self.label_format)
+            image = np.asarray(_decode(self.root, _image_path(split, name), IMAGE_KINDS))
+        with _collect(problems):
+            ids = _read_ids(self.root, _label_path(split, name, self.label_format), self.label_format)
         if problems:
             raise InputError(*problems)
-        return Frame(image, label)
+        return Frame(image, np.frombuffer(self.label_format.train_ids, np.uint8)[ids])
 
 
 def open_cityscapes(root: Storage) -> Cityscapes:
     """Find and check every frame under `root`, reading headers only.
 
-    Raises one InputError that names every file that is missing, unpaired, unreadable, or of another size or mode.
+    Raises one InputError that names every file that is missing, unpaired, unreadable, or of another size or kind.
     """
     _require_layout(root)
-    listed = {
-        form: {split: _list_files(root, f"{LABELS}/{split}", form.suffix) for split in SPLITS}
-        for form in (LABEL_IDS, LABEL_TRAIN_IDS)
-    }
-    label_format = max(listed, key=lambda form: any(listed[form].values()))  # labelIds where both exist, or none
-    labels = listed[label_format]
-    images = {split: _list_files(root, f"{IMAGES}/{split}", IMAGE_SUFFIX) for split in SPLITS}
+    images = {split: _find_frames(root, f"{IMAGES}/{split}", IMAGE_SUFFIX) for split in SPLITS}
+    label_format, labels = _find_labels(root)
     problems: list[str] = []
     pairs: list[tuple[_File, _File]] = []
-    modes: dict[_File, Mapping[str, str]] = {}
+    kinds: dict[_File, Mapping[str, str]] = {}
     for split in SPLITS:
-        problems += _pairing_problems(root, split, label_format, set(images[split]), set(labels[split]))
-        pairs += [(image, labels[split][name]) for name, image in images[split].items() if name in labels[split]]
-        modes |= dict.fromkeys(images[split].values(), IMAGE_MODES) | dict.fromkeys(labels[split].values(), LABEL_MODES)
-    sizes = _read_header_sizes(root, modes, problems)
+        image_files, label_files = images[split].files, labels[split].files
+        problems += _pairing_problems(root, split, label_format, images[split], labels[split])
+        pairs += [(image, label_files[name]) for name, image in image_files.items() if name in label_files]
+        kinds |= dict.fromkeys(image_files.values(), IMAGE_KINDS) | dict.fromkeys(label_files.values(), LABEL_KINDS)
+    sizes = _read_header_sizes(root, kinds, problems)
     problems += _size_problems(root, pairs, sizes)
     if problems:
         raise InputError(*problems)
     files = sorted(file for pair in pairs for file in pair)
-    lines = [f"{path}\t{num_bytes}\t{mtime_ns}" for path, num_bytes, mtime_ns in files]  # cheap: no file is read
+    lines = [f"{path}\t{num_bytes}\t{mtime_ns}" for path, num_bytes, mtime_ns, _ in files]  # cheap: no file is read
     return Cityscapes(
         root=root,
         label_format=label_format,
         frame_size=sizes[pairs[0][0]],
         fingerprint=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-        frame_names={split: tuple(images[split]) for split in SPLITS},
+        frame_names={split: tuple(images[split].files) for split in SPLITS},
+        notes=[found.note for found in (*images.values(), *labels.values()) if found.passed_over],
     )
 
 
@@ -148,17 +150,84 @@ class _File(NamedTuple):
     path: str  # below the root
     num_bytes: int
     mtime_ns: int
+    problem: str  # why it cannot be opened, continuing its name; empty for most
 
 
-def _list_files(root: Storage, folder: str, suffix: str) -> dict[str, _File]:
-    """Return the files `folder/CITY/STEM + suffix` by frame name, sorted; none where there is no such folder."""
-    files = {}
-    for info in (root / folder).infos(recursive=True):
-        *_, city, name = info.path.split("/")
-        path = f"{folder}/{city}/{name}"
-        if info.type == FileType.File and info.path.endswith(f"/{path}") and name.endswith(suffix):
-            files[f"{city}/{name.removesuffix(suffix)}"] = _File(path, info.size or 0, info.mtime_ns or 0)
-    return dict(sorted(files.items()))
+class _Found(NamedTuple):
+    """The frames in a folder, and the pictures beside them that are none."""
+
+    folder_uri: str
+    files: dict[str, _File]  # by frame name, sorted
+    passed_over: dict[str, list[str]]  # paths by what they are instead
+
+    @property
+    def note(self) -> str:
+        return f"not used in {self.folder_uri}: {self.describe_passed_over()}"
+
+    def describe_passed_over(self) -> str:
+        return ", ".join(f"{len(paths)} {what} (such as {min(paths)})" for what, paths in self.passed_over.items())
+
+
+def _find_labels(root: Storage) -> tuple[LabelFormat, dict[Split, _Found]]:
+    """Return the labels of each split: labelIds where both kinds exist, or none."""
+    found = {
+        form: {split: _find_frames(root, f"{LABELS}/{split}", form.suffix) for split in SPLITS}
+        for form in (LABEL_IDS, LABEL_TRAIN_IDS)
+    }
+    label_format = max(found, key=lambda form: any(labels.files for labels in found[form].values()))
+    return label_format, found[label_format]
+
+
+def _find_frames(root: Storage, folder: str, suffix: str) -> _Found:
+    """Return the files `folder/CITY/STEM + suffix`, and what other pictures there are; none if there is no folder."""
+    files: dict[str, _File] = {}
+    passed_over: dict[str, list[str]] = {}
+    others = tuple(other for other in OTHER_LABEL_SUFFIXES if other != suffix)
+    for file in _list_folder(root / folder):
+        *folders, name = file.path.split("/")
+        if len(folders) == 1 and name.endswith(suffix):
+            files[file.path.removesuffix(suffix)] = file._replace(path=f"{folder}/{file.path}")
+        elif file.problem != IS_FOLDER and re.search(PICTURES, name) and not name.endswith(others):
+            passed_over.setdefault(_what_instead(folders, name, suffix), []).append(file.path)
+    return _Found((root / folder).uri, dict(sorted(files.items())), passed_over)
+
+
+def _list_folder(folder: Storage) -> Iterator[_File]:
+    """Yield what is in a folder, at any depth, by its path in it; not what begins with a dot, as macOS writes it."""
+    problems = {FileType.Directory: IS_FOLDER, FileType.Unknown: "is no regular file, but a FIFO, a socket or a device"}
+    files = []
+    for info in folder.infos(recursive=True):
+        try:
+            path, problem = info.path, problems.get(info.type, "")
+        except UnicodeDecodeError as error:
+            path, problem = error.object.decode(errors="backslashreplace"), "has a name that is not UTF-8"
+        files.append(_File(path, info.size or 0, info.mtime_ns or 0, problem))
+    if folder.local_path and folder.local_path.is_dir():  # broken links, which pyarrow leaves out
+        files += [_File(path, 0, 0, "is a link to nothing") for path in _broken_links(folder.path)]
+    for file in files:
+        path = file.path.lstrip("/").removeprefix(f"{folder.path.lstrip('/')}/")
+        if not any(name.startswith(".") for name in path.split("/")):
+            yield file._replace(path=path)
+
+
+def _broken_links(folder: str) -> Iterator[str]:
+    """Yield the paths of links to nothing, at any depth; folders that are links are followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = Path(entry.path)
+            if path.is_dir() if entry.is_symlink() else entry.is_dir():
+                yield from _broken_links(entry.path)
+            elif entry.is_symlink() and not path.exists():
+                yield os.fsencode(entry.path).decode(errors="backslashreplace")
+
+
+def _what_instead(folders: Sequence[str], name: str, suffix: str) -> str:
+    """Return how a picture that is no frame differs from one."""
+    if name.endswith(suffix):
+        return "not in a folder of a city" if not folders else f"{len(folders)} folders deep, not 1"
+    mark = suffix[: suffix.index("_", 1) if suffix.count("_") > 1 else suffix.index(".")]  # _gtFine, _leftImg8bit
+    start = name.lower().rfind(mark.lower())
+    return f"named *{name[start if start >= 0 else name.rindex('.') :]}"
 
 
 def _image_path(split: Split, name: str) -> str:
@@ -193,39 +262,46 @@ def _require_layout(root: Storage) -> None:
 
 
 def _pairing_problems(
-    root: Storage, split: Split, label_format: LabelFormat, images: set[str], labels: set[str]
+    root: Storage, split: Split, label_format: LabelFormat, images: _Found, labels: _Found
 ) -> list[str]:
     """Report folders without frames, or else the frames of which one half is missing."""
-    empty = [
-        f"no frames in {(root / top / split).uri}: expected CITY/*{suffix} there. Unpack {ARCHIVES[top]} into "
-        f"{root.uri}."
-        for top, suffix, names in ((IMAGES, IMAGE_SUFFIX, images), (LABELS, label_format.suffix, labels))
-        if not names
-    ]
+    empty = []
+    for top, suffix, found in ((IMAGES, IMAGE_SUFFIX, images), (LABELS, label_format.suffix, labels)):
+        if not found.files:
+            instead = f"Unpack {ARCHIVES[top]} into {root.uri}."
+            if found.passed_over:
+                instead = f"There are {found.describe_passed_over()}: move, rename or convert them."
+            elif not (root / top / split).exists() and (others := (root / top).folder_names()):
+                instead = f"{(root / top).uri} holds the folders {', '.join(others[:5])}. {instead}"
+            empty.append(f"no frames in {(root / top / split).uri}: expected CITY/*{suffix} there. {instead}")
     if empty:
         return empty
     problems = []
-    for name in sorted(images ^ labels):
+    for name in sorted(images.files.keys() ^ labels.files.keys()):
         image, label = (root / _image_path(split, name)).uri, (root / _label_path(split, name, label_format)).uri
         missing = f"{image} has no label: expected {label}. Unpack {ARCHIVES[LABELS]} again, or remove the image."
-        if name in labels:
+        if name in labels.files:
             missing = f"{label} has no image: expected {image}. Unpack {ARCHIVES[IMAGES]} again, or remove the label."
         problems.append(missing)
+    if problems:
+        problems += [found.note for found in (images, labels) if found.passed_over]
     return problems
 
 
 def _read_header_sizes(
-    root: Storage, modes: Mapping[_File, Mapping[str, str]], problems: list[str]
+    root: Storage, kinds: Mapping[_File, Mapping[str, str]], problems: list[str]
 ) -> dict[_File, tuple[int, int]]:
-    """Return height and width of every file that is readable and has one of its `modes`; report the others."""
+    """Return height and width of every file that is readable and of one of its `kinds`; report the others."""
 
     def read_header_size(file: _File) -> tuple[int, int]:
-        with _open_png(root, file.path, modes[file], max_bytes=MAX_HEADER_BYTES) as picture:
-            return picture.height, picture.width
+        if file.problem:
+            raise InputError(f"{(root / file.path).uri} {file.problem}: rename, replace or remove it.")
+        _content, header = _read_png(root, file.path, kinds[file], at_most=HEADER_BYTES)
+        return header.height, header.width
 
     sizes = {}
     with ThreadPoolExecutor(NUM_HEADER_THREADS) as pool:
-        futures = {file: pool.submit(read_header_size, file) for file in modes}
+        futures = {file: pool.submit(read_header_size, file) for file in kinds}
         try:
             for file, future in futures.items():
                 with _collect(problems):
@@ -266,54 +342,82 @@ def _collect(problems: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _open_png(
-    root: Storage, path: str, modes: Mapping[str, str], *, max_bytes: int | None = None
-) -> Iterator[Image.Image]:
-    """Open a PNG whose header is right: readable, of bounded size, in one of `modes`, reading at most `max_bytes`.
-
-    Raises InputError, also for errors of Pillow in the body of the `with`.
-    """
-    uri = (root / path).uri
+def _naming(uri: str) -> Iterator[None]:
+    """Turn errors about a file into an InputError that names it."""
     try:
-        content = root.read(path, at_most=max_bytes)
-        if content is None:
-            raise FileNotFoundError("there is no such file")
-        with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
-            if picture.width * picture.height > MAX_FRAME_PIXELS:
-                raise Image.DecompressionBombError
-            if picture.mode not in modes:
-                rule = next(iter(modes.values()))
-                raise InputError(f"{uri} has Pillow's mode {picture.mode!r}: {rule}. Convert or replace the file.")
-            yield picture
+        yield
     except (InputError, StorageError):
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        problem = (
-            f"{uri} claims more than {MAX_FRAME_PIXELS:,} pixels, the most a frame may have: remove or replace it."
-        )
-        raise InputError(problem) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:  # all that Pillow raises
-        problem = f"{uri} cannot be read as PNG ({error}): unpack or copy it again, or remove the frame."
-        raise InputError(problem) from error
+    except OSError as error:
+        raise InputError(f"{uri} cannot be read ({error}): unpack or copy it again, or remove the frame.") from error
+    except ValueError as error:  # of the module png
+        raise InputError(f"{uri} {error}") from error
 
 
-def _read_ids(root: Storage, path: str, label_format: LabelFormat) -> tuple[bytes, int, int]:
-    """Return a label's ids as they are in its file, row by row, then height and width."""
-    with _open_png(root, path, LABEL_MODES) as picture:
-        counts = picture.histogram()
-        ids = picture.tobytes()
-    unknown = {i: count for i, count in enumerate(counts) if count and i > label_format.max_id and i != VOID}
+def _read_png(
+    root: Storage, path: str, kinds: Mapping[str, str], *, at_most: int | None = None
+) -> tuple[bytes, PngHeader]:
+    """Return a PNG's bytes, or the first of them, and its header: its size is bounded, its kind one of `kinds`."""
+    with _naming((root / path).uri):
+        content = root.read(path, at_most=at_most)
+        if content is None:
+            raise FileNotFoundError("there is no such file")
+        header = read_png_header(content[:HEADER_BYTES])
+        if header.kind not in kinds:
+            rule = next(iter(kinds.values()))
+            raise ValueError(f"is {header.kind}: {rule}. Convert or replace the file.")
+        return content, header
+
+
+def _decode(root: Storage, path: str, kinds: Mapping[str, str]) -> Image.Image:
+    content, _header = _read_png(root, path, kinds)
+    with _naming((root / path).uri):
+        return decode_png(content)
+
+
+def _read_ids(root: Storage, path: str, label_format: LabelFormat) -> NDArray[np.uint8]:
+    """Return a label's ids (H, W) as they are in its file."""
+    picture = _decode(root, path, LABEL_KINDS)
+    uri = (root / path).uri
+    ids = np.asarray(picture)
+    counts = np.array(picture.histogram())
+    if picture.mode == "P" and (problem := _palette_problem(picture.getpalette() or [], counts, label_format)):
+        raise InputError(f"{uri} {problem}")
+    unknown = [i for i in np.flatnonzero(counts).tolist() if i > label_format.max_id and i != VOID]
     if unknown:
-        listed = ", ".join(f"{i} ({count:,} pixels)" for i, count in unknown.items())
+        listed = ", ".join(f"{i} ({counts[i]:,} pixels)" for i in unknown)
         problem = (
-            f"{(root / path).uri} holds the ids {listed}: *{label_format.suffix} holds 0 to {label_format.max_id}, "
-            f"and {VOID} for void. Replace it by the original, or map your own classes to these ids."
+            f"{uri} holds the ids {listed}: *{label_format.suffix} holds 0 to {label_format.max_id}, and {VOID} for "
+            "void. Replace it by the original, or map your own classes to these ids."
         )
         raise InputError(problem)
-    return ids, picture.height, picture.width
+    return ids
 
 
-def _decode_label(root: Storage, path: str, label_format: LabelFormat) -> NDArray[np.uint8]:
-    """Return trainIds, uint8 (H, W)."""
-    ids, height, width = _read_ids(root, path, label_format)
-    return np.frombuffer(ids.translate(label_format.train_ids), np.uint8).reshape(height, width)
+def _palette_problem(palette: list[int], counts: NDArray[np.int64], label_format: LabelFormat) -> str | None:
+    """Return why a palette's indices seem not to be the ids, if its greys or its colours say something else.
+
+    Programs that make files smaller turn grey into a palette, and others turn painted classes into one: then indices
+    number what occurs in the file.
+    """
+    colours = list(zip(palette[::3], palette[1::3], palette[2::3], strict=True))
+    used = np.flatnonzero(counts[: len(colours)]).tolist()
+    is_grey = [len(set(colour)) == 1 for colour in colours]
+    if all(is_grey):
+        moved = [index for index in used if colours[index][0] != index]
+        if moved:
+            return (
+                f"has a palette of greys in which index {moved[0]} is grey {colours[moved[0]][0]}: either could be the "
+                "id. Save it as 8-bit grey."
+            )
+        return None
+    train_ids = {label.colour: train_id for train_id, label in enumerate(CLASSES)}
+    painted = [index for index, colour in enumerate(colours) if not is_grey[index]]
+    moved = [i for i in painted if train_ids.get(colours[i], label_format.train_ids[i]) != label_format.train_ids[i]]
+    if 2 * len(moved) < len(painted):
+        return None
+    meant = CLASSES[train_ids[colours[moved[0]]]].name
+    return (
+        f"has a palette in which index {moved[0]} has the colour of {meant}, which has another id in "
+        f"*{label_format.suffix}: is it a painted label? Save the ids as 8-bit grey."
+    )

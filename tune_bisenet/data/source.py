@@ -46,6 +46,10 @@ class Source(Protocol):
     def frame_size(self) -> tuple[int, int]:
         """Return height and width in pixels of every frame."""
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Return what a user should know of the frames, such as pictures that are not used."""
+
     def names(self, split: Split) -> Sequence[str]:
         """Return the frames' names in order, one for each frame of the split."""
 

@@ -85,6 +85,10 @@ class Streets:
     def fingerprint(self) -> str:
         return f"{self} v{GENERATOR_VERSION}"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
     def names(self, split: Split) -> tuple[str, ...]:
         num_frames = {"train": self.num_train, "val": self.num_val}[split]
         return tuple(f"street_{self.seed}_{split}_{index:06d}" for index in range(num_frames))

@@ -92,7 +92,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         *([("measures", _measures(search))] if search.space.second_measure else []),
         *_speed_lines(estimate),
         ("disk", _disk(estimate)),
-        *[("note", caption) for caption in search.captions],
+        *[("note", note) for note in (*search.captions, *search.source.notes)],
     ]
 
 

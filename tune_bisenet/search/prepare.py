@@ -64,6 +64,11 @@ REACH_SECONDS: Final = 5.0
 MAX_SOCKET_BYTES: Final = 107 if sys.platform == "linux" else 103
 """Of the path of a socket, as the system allows."""
 
+MOVABLE: Final = ("space", "data", "backbone", "warm_start")
+"""What a resumed search may find at another place: that it is the same is decided by its content."""
+
+_RESTORE: Final = "Restore it to resume the search, or start another search under another --name."
+
 _Value = TypeVar("_Value")
 
 
@@ -205,6 +210,8 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     if folder and "name" not in mistyped:
         earlier = _attempt(problems, lambda: _find_search(options, folder, name))
     restored = _attempt(problems, lambda: _restore_config(options, earlier)) if earlier else None
+    if options.continues and restored is None:  # what follows would be told of another search
+        raise InputError(*problems)
     default_data = os.environ.get(DATASET_VARIABLE) or STREETS
     default_data = _attempt(problems, partial(make_absolute, "data", default_data)) or STREETS
     config = restored or resolve_options(options, default_data=default_data)
@@ -214,12 +221,16 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
         if isinstance(space, Sampled) and config.limits.is_empty:
             limits = config.limits.model_copy(update={"trials": DEFAULT_TRIALS})
             config = config.model_copy(update={"limits": limits})
-        rows = _attempt(problems, lambda: [spaces.select_rows(space, group.runs) for group in config.groups])
+        rows = _attempt(problems, lambda: _select_rows(space, config, earlier))
     problems += _flag_problems(options, config, space)
     _attempt(problems, lambda: _check_precision(config.precision, options))
     backbone_digest = _attempt(problems, lambda: _check_backbone(config.backbone, may_fetch=not options.plan))
     data = _attempt(problems, lambda: _open_data(config.data))
     _attempt(problems, lambda: _check_ray(options))
+    needed = {"space": space, "data": data, "backbone": backbone_digest}
+    lost = [f"--{name}" for name, value in needed.items() if value is None and getattr(options, name) is None]
+    if restored and lost:
+        problems.append(f"if it has moved since this search was started, name its place by {' and '.join(lost)}.")
     noise = _attempt(problems, partial(_measured_noise, options.noise_from)) if options.noise_from else None
     packs_dir = _attempt(problems, cache_dir)
     runs = None
@@ -282,6 +293,20 @@ def _load_space(config: SearchConfig) -> Space:
             *(f"the row {name} is named like a file or folder of a search: choose another name." for name in reserved)
         )
     return spaces.with_control(space) if config.control and isinstance(space, Grid) else space
+
+
+def _select_rows(space: Space, config: SearchConfig, earlier: Manifest | None) -> list[tuple[Run, ...]]:
+    """Return the declared rows of each group. ValueError if a space at another place is not that of the search."""
+    groups = [spaces.select_rows(space, group.runs) for group in config.groups]
+    if earlier and config.space != earlier.config.space:
+        rows, before = {row.name for group in groups for row in group}, {run.name for run in earlier.trials.values()}
+        is_sampled = isinstance(space, Sampled)
+        if is_sampled != (earlier.study is not None) or not (is_sampled or rows >= before):
+            raise ValueError(
+                f"--space differs from what this search was started with: {config.space} has the rows "
+                f"{', '.join(sorted(rows))}, and the search {', '.join(sorted(before))}. {_RESTORE}"
+            )
+    return groups
 
 
 def _measured_noise(earlier: str) -> NoiseSummary:
@@ -404,7 +429,9 @@ def _find_search(options: Options, folder: Storage, name: str) -> Manifest | Non
 def _restore_config(options: Options, earlier: Manifest) -> SearchConfig:
     """Return the configuration of the search that is resumed or added to. ValueError if a flag differs from it."""
     before = earlier.config
-    changed = [name for name, value in given_choices(options).items() if value != getattr(before, name)]
+    given = given_choices(options)
+    moved = {name: given.pop(name) for name in MOVABLE if name in given}
+    changed = [name for name, value in given.items() if value != getattr(before, name)]
     if not options.add:
         first = before.groups[0]
         changed += ["runs"] if selected_rows(options, control=before.control) not in (None, first.runs) else []
@@ -416,15 +443,24 @@ def _restore_config(options: Options, earlier: Manifest) -> SearchConfig:
             "use --add to give it more trials, or start another search under another --name."
         )
     config = before.with_group(runs=options.runs, seeds=options.seeds) if options.add else before
-    return config.model_copy(update={"limits": before.limits.updated(options)})
+    return config.model_copy(update=moved | {"limits": before.limits.updated(options)})
 
 
 def _check_resumable(search: PreparedSearch, earlier: Manifest) -> None:
-    """Raise ValueError if `--add` names nothing new, `--rerun` a row without failures, or if a row has changed.
+    """Raise ValueError if `--add` names nothing new, `--rerun` a row without failures, or if something has changed.
 
     A changed row would continue with the old one's results. What is expected of it may change.
     """
     options, runs = search.options, {(run.name, run.seed): run for run in search.runs}
+    num_frames = (search.facts.num_train, search.facts.num_val), (earlier.data.train_images, earlier.data.val_images)
+    if num_frames[0] != num_frames[1]:
+        now, then = (f"{num_train} training and {num_val} validation frames" for num_train, num_val in num_frames)
+        raise ValueError(f"{search.config.data} holds {now}, but this search was started on {then}. {_RESTORE}")
+    if search.backbone_digest != earlier.backbone_digest:
+        raise ValueError(
+            f"the backbone {search.config.backbone} has other weights (digest {search.backbone_digest}) than this "
+            f"search was started with ({earlier.config.backbone}, digest {earlier.backbone_digest}). {_RESTORE}"
+        )
     for name in ("measured_share", "second_measure"):
         now, then = getattr(search.space, name), getattr(earlier.space, name)
         if now != then:

@@ -370,7 +370,7 @@ class TrialGroup(Frozen):
 
     runs: Names | None
     """None for all rows."""
-    seeds: Seeds
+    seeds: Annotated[Seeds, Field(min_length=1)]
 
 
 class SearchConfig(Frozen):
@@ -381,7 +381,7 @@ class SearchConfig(Frozen):
     """`streets`, or the absolute path or the URI of a folder."""
     backbone: str
     """`imagenet`, `none`, or the absolute path of a file."""
-    groups: tuple[TrialGroup, ...]
+    groups: Annotated[tuple[TrialGroup, ...], Field(min_length=1)]
     """The trials of the first session, and those that each `--add` has added."""
     epochs: NumEpochs | None = None
     """None for what each row says."""

@@ -5,15 +5,20 @@
     TRIAL/trial.json   `TrialRecord`: what is trained, all its epochs, how it ended; written whole after every epoch
     TRIAL/best.npz     `BestPredictions`
 
+`search.json` and `trial.json` carry a checksum of what they hold: JSON that was damaged may still be JSON. What is in
+`trials.json` counts only as far as the trials' own records agree.
+
 Nothing here knows Ray, torch or Optuna. IoU, mIoU and accuracy are in percent.
 """
 
+import hashlib
 import io
+import json
 import math
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -246,6 +251,14 @@ class TrialRecord:
     """Each that trained a part of it, in order of appearance; empty before it has begun."""
     source: str = ""
     """The folder in an earlier search that it was taken from; empty for a trial of this search."""
+    checksum: str = field(default="", compare=False, repr=False)
+    """That of the file it was read from; empty if it was not."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the epochs are 1, 2, 3 and so on."""
+        for expected, epoch in enumerate(self.epochs, start=1):
+            if epoch.epoch != expected:
+                raise ValueError(f"epoch {expected} is missing: epoch {epoch.epoch} is in its place")
 
     @classmethod
     def of_spec(
@@ -257,10 +270,34 @@ class TrialRecord:
     ) -> "TrialRecord":
         """Return the record of a trial that has these epochs and has not ended."""
         history = tuple(epochs)
-        latency_ms = latency.median_ms if latency else None
-        status: Status = "running" if history else "waiting"
-        state = TrialState.of_run(spec.trial, spec.run, status=status, **measure(history, latency_ms=latency_ms))
-        return cls(spec=spec, state=state, epochs=history, latency=latency, environments=environments)
+        state = TrialState.of_run(spec.trial, spec.run, status="running" if history else "waiting")
+        record = cls(spec=spec, state=state, epochs=history, latency=latency, environments=environments)
+        return replace(record, state=replace(state, **record.measured))
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """Return the fields of its state that follow from its epochs."""
+        return measure(self.epochs, latency_ms=self.latency.median_ms if self.latency else None)
+
+
+def true_state(record: TrialRecord, cached: TrialState | None) -> TrialState:
+    """Return a trial's state as its record has it. `cached`, from trials.json, knows only of failures and waits."""
+    own = replace(record.state, **record.measured)
+    if cached is None or own.status in ENDED_WELL or cached.status in ENDED_WELL:
+        return own
+    return replace(own, status=cached.status, stopped_by=cached.stopped_by, error=cached.error)
+
+
+def find_contradiction(record: TrialRecord, cached: TrialState) -> str:
+    """Return what `cached`, from trials.json, says otherwise than the trial's record; empty if it is only behind."""
+    true = true_state(record, cached)
+    names: tuple[str, ...] = ("status", "epochs", "best_miou")
+    if cached.status not in ENDED_WELL:
+        if not 0 < cached.epochs <= len(record.epochs):
+            return ""
+        names, true = ("best_miou",), replace(true, **measure(record.epochs[: cached.epochs]))
+    pairs = [(name, getattr(cached, name), getattr(true, name)) for name in names]
+    return ", ".join(f"{name} is {theirs}, not {own}" for name, theirs, own in pairs if theirs != own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +378,8 @@ class Manifest(Frozen):
     trials: dict[str, Run]
     """The trials that were known as the last session began, by name."""
     sessions: Annotated[tuple[Session, ...], Field(min_length=1)]
+    checksum: str = ""
+    """That of the file it was read from; empty if it was not."""
 
 
 _Value = TypeVar("_Value")
@@ -367,7 +406,17 @@ def from_json(kind: type[_Value], content: bytes, *, path: str) -> _Value:
         finding = error.errors()[0]
         where = ".".join(map(str, finding["loc"]))
         raise DamagedFileError(f"{path} is damaged: {where + ': ' if where else ''}{finding['msg']}") from error
+    checksum = getattr(record, "checksum", "")
+    if checksum and checksum != _checksum(content):
+        raise DamagedFileError(f"{path} is damaged: its checksum is not that of what it holds")
     return record
+
+
+def _checksum(content: bytes) -> str:
+    """Return the checksum of a JSON object, however it is laid out; one that it holds itself does not count."""
+    plain = json.loads(content)
+    plain.pop("checksum", None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def to_plain(value: Any) -> dict[str, Any]:
@@ -399,6 +448,12 @@ def read_manifest(folder: Storage) -> Manifest | None:
         ) from error
 
 
+def write_manifest(folder: Storage, manifest: Manifest) -> None:
+    """Write the manifest to the search's folder, which is made if need be."""
+    folder.make()
+    folder.write(SEARCH, to_json(manifest.model_copy(update={"checksum": _checksum(to_json(manifest))})))
+
+
 def read_saved_state(folder: Storage) -> SavedState:
     """Return what `trials.json` holds; nothing if it is missing or damaged: every trial's folder has its part."""
     try:
@@ -424,7 +479,7 @@ def write_trial(search: Storage, record: TrialRecord) -> None:
     """Write a trial's record to its folder in `search`, which is made if need be."""
     folder = search / record.spec.trial
     folder.make()
-    folder.write(TRIAL, to_json(record))
+    folder.write(TRIAL, to_json(replace(record, checksum=_checksum(to_json(record)))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -306,7 +306,16 @@ def trials_in(search: Search) -> list[FrozenTrial]:
     """Return the study's trials by number."""
     url = search.database.url.render_as_string(hide_password=False)
     storage = RDBStorage(url, skip_compatibility_check=True, skip_table_creation=True)
-    return optuna.load_study(study_name="light", storage=storage).get_trials(deepcopy=False)
+    return stored_trials("light", storage)
+
+
+def stored_trials(study: str, storage: str | RDBStorage) -> list[FrozenTrial]:
+    """Return a study's trials by number. Every NaN of their curves is one object, so that equal ones compare equal."""
+    trials = optuna.load_study(study_name=study, storage=storage).trials
+    for trial in trials:
+        curve = trial.intermediate_values
+        trial.intermediate_values = {epoch: math.nan if math.isnan(curve[epoch]) else curve[epoch] for epoch in curve}
+    return trials
 
 
 def results(trials: Sequence[FrozenTrial]) -> dict[str, tuple[Any, ...]]:

@@ -16,11 +16,13 @@ from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.config import SGD, AdamW, Expect, Param, Run
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
+    ENDED_WELL,
     KNOWN,
     SEARCH,
     TRIALS,
     BestPredictions,
     Epoch,
+    Latency,
     Manifest,
     Origin,
     SavedState,
@@ -149,7 +151,7 @@ def write_search(place: Path, *, states: Mapping[str, TrialState] | None = None,
     known = {name: state_of(name, epochs(MIOU[name])) for name in RUNS} | dict(states or {})
     folder.write(TRIALS, to_json(SavedState(states=tuple(known.values()))))
     for number, name in enumerate(RUNS):
-        write_trial(folder, name, epochs(MIOU[name]), best(number))
+        write_trial(folder, name, epochs(MIOU[name]), best(number), state=known[name])
     return folder
 
 
@@ -168,11 +170,20 @@ def write_trial(
     kept: BestPredictions | None = None,
     *,
     spec: TrialSpec | None = None,
+    state: TrialState | None = None,
 ) -> None:
-    """Write the record of a trial with these epochs into a search, and the predictions of its best."""
+    """Write the record of a trial with these epochs into a search, and the predictions of its best.
+
+    It has ended if `state` has, or without that if it has all its epochs.
+    """
     spec = spec or TrialSpec(trial=trial, run=RUNS.get(trial, RUNS["r01-s0"]))
-    record = TrialRecord.of_spec(spec, history)
-    if history and history[-1].epoch == spec.run.num_epochs:
+    latency = None
+    if state and (ms := state.latency_ms):
+        latency = Latency(median_ms=ms, low_ms=ms, high_ms=ms, repeats=1, device="CPU")
+    record = TrialRecord.of_spec(spec, history, latency)
+    if state and state.status in ENDED_WELL:
+        record = replace(record, state=replace(state, **record.measured))
+    elif state is None and history and history[-1].epoch == spec.run.num_epochs:
         record = replace(record, state=replace(record.state, status="finished"))
     records.write_trial(folder, record)
     if kept:
@@ -306,7 +317,7 @@ def _write_sample(folder: Storage, index: int, *, number: int, latency: bool) ->
     milliseconds = 10 + 2 * (number % 7) + 0.1 * number if latency and status == "finished" else None
     state = ended(spec, miou_at(params), status=status, latency_ms=milliseconds)
     history = epochs(miou_at(params), state.epochs)
-    write_trial(folder, trial, history, best(len(trial)) if history else None, spec=spec)
+    write_trial(folder, trial, history, best(len(trial)) if history else None, spec=spec, state=state)
     return state
 
 

@@ -224,9 +224,10 @@ def test_a_truncated_file_costs_a_note_never_the_page(tmp_path: Path, where: str
 
 
 def test_a_run_that_diverged_has_its_curves_up_to_there(tmp_path: Path) -> None:
-    folder = write_search(tmp_path, states={"r02-s0": replace(state_of("r02-s0", epochs(52)), status="diverged")})
     history = [*epochs(52)[:2], replace(epochs(52)[2], loss=float("nan"), grad_norm=float("inf"))]
-    write_trial(folder, "r02-s0", history)
+    diverged = replace(state_of("r02-s0", history), status="diverged")
+    folder = write_search(tmp_path, states={"r02-s0": diverged})
+    write_trial(folder, "r02-s0", history, state=diverged)
     page = page_of(folder)
     assert "NaN" not in re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)[0]
     assert "blew up: r02-s0" in page

@@ -26,7 +26,17 @@ from searches import (
     write_trial,
 )
 
-from tune_bisenet.records import BEST_PREDICTIONS, KNOWN, SEARCH, TRIAL, TRIALS, predictions_to_bytes, to_json
+from tune_bisenet.records import (
+    BEST_PREDICTIONS,
+    KNOWN,
+    SEARCH,
+    TRIAL,
+    TRIALS,
+    SavedState,
+    predictions_to_bytes,
+    to_json,
+    to_plain,
+)
 from tune_bisenet.report.read import read_best, read_search
 from tune_bisenet.storage import Storage
 
@@ -37,8 +47,9 @@ def folder(tmp_path: Path) -> Storage:
 
 
 def change(folder: Storage, name: str, edit: Callable[[Any], None]) -> None:
-    """Edit what a JSON file holds."""
+    """Edit what a JSON file holds, as if it had been written so."""
     record = json.loads(folder.read(name) or b"")
+    record.pop("checksum", None)
     edit(record)
     folder.write(name, json.dumps(record).encode())
 
@@ -130,6 +141,47 @@ def test_lost_states_are_those_of_the_trials_folders(folder: Storage, content: b
     # in declared order, the first seed of both rows before the second
     assert [state.status for state in search.states] == ["finished", "running", "finished", "finished"]
     assert [note.partition(" ")[0] for note in search.notes] == ([] if content is None else [TRIALS])
+
+
+def test_a_number_in_trials_json_that_is_not_the_trials_own_is_not_used_but_told(folder: Storage) -> None:
+    change(folder, TRIALS, lambda saved: saved["states"][0].update(best_miou=99.0, epochs=7))
+    search = read_search(folder)
+    assert search.states[0] == state_of("r01-s0", epochs(50.0))
+    (note,) = search.all_notes
+    assert note == "r01-s0: trials.json is wrong about it and not used: epochs is 7, not 3, best_miou is 99.0, not 50.0"
+
+
+def test_an_end_that_the_trials_own_record_does_not_know_is_not_believed(folder: Storage) -> None:
+    write_trial(folder, "r02-s0", epochs(52.0)[:2])
+    search = read_search(folder)
+    assert (search.trials["r02-s0"].state.status, search.trials["r02-s0"].state.epochs) == ("running", 2)
+    assert "status is finished, not running" in search.trials["r02-s0"].notes[0]
+
+
+def test_what_trials_json_has_not_heard_yet_is_no_contradiction(folder: Storage) -> None:
+    behind = [state_of("r01-s0", epochs(50.0)[:1]), state_of("r01-s1", [])]
+    states = [replace(state, status="running") for state in behind]
+    folder.write(TRIALS, to_json(SavedState(states=tuple(states))))
+    search = read_search(folder)
+    assert search.all_notes == []
+    assert search.trials["r01-s0"].state == state_of("r01-s0", epochs(50.0))
+
+
+@pytest.mark.parametrize("wrong", [[], [1, 2, 3, 1, 2, 3], [1, 3], [2, 3], [1, 1]])
+def test_epochs_that_do_not_count_from_1_cost_a_note(folder: Storage, wrong: list[int]) -> None:
+    numbered = [to_plain(replace(epochs(50.0)[0], epoch=number)) for number in wrong]
+    change(folder / "r01-s1", TRIAL, lambda record: record.update(epochs=numbered))
+    trial = read_search(folder).trials["r01-s1"]
+    assert trial.epochs == ()
+    assert trial.notes
+
+
+def test_a_digit_changed_in_a_trials_record_costs_a_note(folder: Storage) -> None:
+    content = (folder / "r01-s1").read(TRIAL) or b""
+    (folder / "r01-s1").write(TRIAL, content.replace(b'"miou": 51', b'"miou": 91'))
+    trial = read_search(folder).trials["r01-s1"]
+    assert trial.epochs == ()
+    assert "checksum" in trial.notes[0]
 
 
 def test_a_folder_without_a_search_is_an_error(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from rich.console import Console
 from tune_bisenet import run
 from tune_bisenet.config import Resources
 from tune_bisenet.options import parse_options
-from tune_bisenet.records import SavedState, read_manifest, to_json
+from tune_bisenet.records import SavedState, read_manifest, to_json, write_manifest
+from tune_bisenet.report.__main__ import main as report_main
 from tune_bisenet.report.read import read_search
 from tune_bisenet.report.verdicts import judge_search
 from tune_bisenet.search import driver
@@ -380,7 +382,7 @@ def search(place: Path, frames: Path) -> PreparedSearch:
     write_space(place / "space.py", {"a": 0.01, "b": 0.02}, num_epochs=2, baseline="a")
     flags = {"space": str(place / "space.py"), "data": str(frames), "backbone": "none", "seeds": "3,4"}
     search = prepared(**flags, storage=str(place / "kept"), name="mine")
-    driver._write_manifest(search, driver._make_manifest(search, RESOURCES, COMMAND))
+    write_manifest(search.folder, driver._make_manifest(search, RESOURCES, COMMAND))
     return search
 
 
@@ -423,7 +425,7 @@ def test_a_control_row_stays_in_its_search(place: Path, frames: Path) -> None:
     flags = {"space": str(place / "space.py"), "data": str(frames), "backbone": "none", "control": True}
     search = prepared(**flags, storage=str(place / "kept"), name="mine", seeds="3,4")
     assert list(search.specs) == ["a-s3", "b-s3", "aa-s3", "a-s4", "b-s4", "aa-s4"]
-    driver._write_manifest(search, driver._make_manifest(search, RESOURCES, COMMAND))
+    write_manifest(search.folder, driver._make_manifest(search, RESOURCES, COMMAND))
     again = prepared(storage=str(place / "kept"), name="mine", resume=True)
     assert (again.runs, again.space) == (search.runs, search.space)
     more = prepared(storage=str(place / "kept"), name="mine", add=True, runs="a,aa", seeds="5")
@@ -546,7 +548,42 @@ def test_noise_is_taken_from_a_search_with_repeats_alone(
     assert "noise_from" not in type(measured.config).model_fields
 
 
-def test_a_damaged_manifest_is_named(capsys: pytest.CaptureFixture[str], search: PreparedSearch) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sessions": []},
+        {"config": 5},
+        {"trials": 5},
+        {"trials": {"a-s3": {}}},
+        {"data": {"digests": {}, "train_images": 8, "val_images": 3}},
+        {"config": {"groups": []}},
+        {"config": {"limits": [1]}},
+        {"backbone_digest": "other"},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_a_damaged_manifest_is_named(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, changes: dict[str, Any]
+) -> None:
     content = json.loads(search.folder.read("search.json") or b"")
-    search.folder.write("search.json", json.dumps(content | {"sessions": []}).encode())
+    for name, value in changes.items():
+        content[name] = {**content[name], **value} if name == "config" and isinstance(value, dict) else value
+    search.folder.write("search.json", json.dumps(content).encode())
+    message = refused(capsys, *resumed(search), "--resume")
+    assert "search.json is damaged" in message
+    assert "another --name" in message
+
+
+@pytest.mark.parametrize("missing", [None, "config", "trials", "data", "space", "sessions", "name"])
+def test_a_manifest_without_its_keys_starts_no_other_search(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, missing: str | None
+) -> None:
+    content = json.loads(search.folder.read("search.json") or b"")
+    damaged = json.dumps({key: value for key, value in content.items() if key != missing} if missing else {}).encode()
+    search.folder.write("search.json", damaged)
     assert "search.json is damaged" in refused(capsys, *resumed(search), "--resume")
+    assert "search.json is damaged" in refused(capsys, *resumed(search))
+    assert report_main([str(search.folder.path)]) == 2
+    assert "search.json is damaged" in capsys.readouterr().err
+    assert search.folder.read("search.json") == damaged

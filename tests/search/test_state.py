@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -104,7 +105,7 @@ def test_a_failed_trial_keeps_everything_for_another_try(state: SearchState, fol
     assert (state["a"].status, state["a"].error) == ("failed", "ValueError: no")
     assert state.unfinished() == ["b"]
     assert files(folder, "a") == {LAST, PREVIOUS, BEST_WEIGHTS, TRIAL}
-    assert complete_states(folder, [], ["a"]) == []
+    assert [trial.status for trial in complete_states(folder, [state["a"]], ["a"])] == ["failed"]
 
 
 def test_running_trials_wait_when_the_session_ends(state: SearchState, folder: Storage) -> None:
@@ -195,7 +196,8 @@ def test_damaged_states_count_as_missing(folder: Storage, content: bytes | None)
         folder.write(TRIALS, content)
         (folder / "a").write(TRIAL, content)
     assert read_saved_state(folder) == SavedState()
-    assert complete_states(folder, [], ["a"]) == []
+    found = complete_states(folder, [], ["a"])
+    assert found == ([] if content is not None else [plain_state("a", status="running", **measured(1))])
 
 
 @pytest.mark.parametrize("content", DAMAGED)
@@ -207,7 +209,7 @@ def test_a_damaged_manifest_is_an_error_that_names_it(folder: Storage, content: 
 
 # --- a resumed search -------------------------------------------------------------------------------------------------
 
-STOPPED = plain_state("a", status="stopped", epochs=2, stopped_by="below the median (ASHA)", best_miou=12.5)
+STOPPED = plain_state("a", status="stopped", stopped_by="below the median (ASHA)", **measured(1))
 
 
 def test_a_trial_records_its_end_before_it_deletes_its_weights(folder: Storage) -> None:
@@ -219,18 +221,45 @@ def test_a_trial_records_its_end_before_it_deletes_its_weights(folder: Storage) 
 
     with pytest.raises(KeyboardInterrupt):
         end_trial(Killed.at(folder.path), spec("a"), STOPPED)
-    assert complete_states(folder, [], ["a", "b"]) == [STOPPED]
+    assert complete_states(folder, [], ["a"]) == [STOPPED]
     end_trial(folder, spec("a"), STOPPED)  # as the next driver does
     assert files(folder, "a") == {BEST_WEIGHTS, TRIAL}
 
 
-def test_folders_know_the_ends_that_trials_json_has_lost(folder: Storage) -> None:
+def test_folders_know_the_ends_that_trials_json_has_lost(folder: Storage, caplog: pytest.LogCaptureFixture) -> None:
     end_trial(folder, spec("a"), STOPPED)
-    assert complete_states(folder, [], ["a", "b"]) == [STOPPED]
-    late = [plain_state("a", status="running", epochs=1), plain_state("b", status="running", epochs=3)]
-    assert complete_states(folder, late, ["a", "b"]) == [STOPPED, late[1]]
-    finished = plain_state("a", status="finished", epochs=4)
-    assert complete_states(folder, [finished], ["a"]) == [finished], "an end in trials.json is not read again"
+    waits = plain_state("b", status="running", **measured(1))
+    assert complete_states(folder, [], ["a", "b"]) == [STOPPED, waits]
+    late = [plain_state("a", status="running"), plain_state("b", status="failed", error="no memory")]
+    assert complete_states(folder, late, ["a", "b"]) == [STOPPED, replace(late[1], **measured(1))]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"best_miou": 99.0}, {"epochs": 4}, {"status": "finished"}, {"status": "finished", "best_miou": 99.0}]
+)
+def test_numbers_in_trials_json_that_are_not_the_trials_own_are_replaced_and_told(
+    folder: Storage, caplog: pytest.LogCaptureFixture, wrong: dict[str, Any]
+) -> None:
+    end_trial(folder, spec("a"), STOPPED)
+    assert complete_states(folder, [replace(STOPPED, **wrong)], ["a"]) == [STOPPED]
+    assert "trials.json is wrong about a" in caplog.text
+
+
+def test_a_trial_that_has_not_ended_is_known_by_its_own_epochs(
+    folder: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = plain_state("b", **measured(1))
+    for wrong in ({"status": "waiting", "best_miou": 99.0}, {"status": "finished", "best_miou": 99.0}):
+        caplog.clear()
+        (found,) = complete_states(folder, [replace(own, **wrong)], ["b"])
+        assert (found.status in ("waiting", "running"), found.best_miou) == (True, 10.0)
+        assert "best_miou is 99.0, not 10.0" in caplog.text
+
+
+def test_the_numbers_of_a_trial_whose_record_is_damaged_are_kept(folder: Storage) -> None:
+    (folder / "a").write(TRIAL, b"{}")
+    assert complete_states(folder, [STOPPED], ["a"]) == [STOPPED]
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped", "diverged", "waiting", "running", "failed"])

@@ -26,10 +26,12 @@ from optuna.trial import BaseTrial
 from tune_bisenet.config import Run
 from tune_bisenet.options import Options, resolve_options
 from tune_bisenet.records import (
+    ENDED_WELL,
     KNOWN,
     SEARCH,
     TRIAL,
     TRIALS,
+    Latency,
     Manifest,
     Origin,
     SavedState,
@@ -81,10 +83,15 @@ def write_grid(place: Path, runs: Mapping[str, Run], *, states: Sequence[TrialSt
     folder = Storage.at(str(place / "earlier"))
     folder.make()
     folder.write(SEARCH, to_json(MANIFEST.model_copy(update={"trials": dict(runs)} | changes)))
+    known = {name: ended(TrialSpec(trial=name, run=run)) for name, run in runs.items()}
+    known |= {state.trial: state for state in states}
     for name, run in runs.items():
-        write_trial(folder, record_of(TrialSpec(trial=name, run=run)))
-    ended_states = {name: ended(TrialSpec(trial=name, run=run)) for name, run in runs.items()}
-    known = ended_states | {state.trial: state for state in states}
+        record = record_of(TrialSpec(trial=name, run=run))
+        if known[name].status not in ENDED_WELL:
+            record = record_of(record.spec, epochs=known[name].epochs)
+        elif ms := known[name].latency_ms:
+            record = replace(record, latency=Latency(median_ms=ms, low_ms=ms, high_ms=ms, repeats=1, device="CPU"))
+        write_trial(folder, record)
     folder.write(TRIALS, to_json(SavedState(states=tuple(known.values()))))
     return folder
 

@@ -31,8 +31,10 @@ from tune_bisenet.records import (
     TrialSpec,
     TrialState,
     best_of,
+    find_contradiction,
     read_manifest,
     read_record,
+    true_state,
 )
 from tune_bisenet.storage import Storage
 from tune_bisenet.text import one_line
@@ -148,26 +150,26 @@ def read_search(folder: Storage) -> SearchRecord:
         raise ValueError(f"there is no search in {folder.uri}: expected {SEARCH} there. Give STORAGE/NAME.")
     notes: list[str] = []
     saved = _read(SavedState, folder, TRIALS, notes) or SavedState()
+    states = {state.trial: state for state in saved.states}
     names = list(manifest.trials)
     if manifest.study:
         written = [name for name in sorted(folder.folder_names()) if (folder / name).exists(TRIAL)]
         names = list(dict.fromkeys([*names, *written]))
     with ThreadPoolExecutor(READERS) as pool:
-        trials = list(pool.map(lambda name: _read_trial(folder / name, name, manifest.trials.get(name)), names))
+        trials = list(
+            pool.map(lambda name: _read_trial(folder / name, name, manifest.trials.get(name), states.get(name)), names)
+        )
     notes += [trial for trial in trials if isinstance(trial, str)]
     readable = sorted((trial for trial in trials if isinstance(trial, ReportedTrial)), key=_position)
     known: tuple[TrialRecord, ...] = ()
     if manifest.study:
         known = _read(tuple[TrialRecord, ...], folder, KNOWN, notes) or ()
-    states = {state.trial: state for state in saved.states}
     infos = folder.stat(TRIALS, *(f"{name}/{TRIAL}" for name in names))
     times = [info.mtime for info in infos if info.mtime is not None]
     return SearchRecord(
         folder=folder,
         manifest=manifest,
-        trials={
-            trial.spec.trial: replace(trial, state=states.get(trial.spec.trial, trial.state)) for trial in readable
-        },
+        trials={trial.spec.trial: trial for trial in readable},
         known=known,
         changed=max([manifest.sessions[-1].started, *times]),
         notes=tuple(notes),
@@ -195,8 +197,11 @@ def _read(kind: type[_Value], folder: Storage, name: str, notes: list[str]) -> _
         return None
 
 
-def _read_trial(folder: Storage, name: str, declared: Run | None) -> ReportedTrial | str:
-    """Return the trial; a note if its record is damaged and it was not declared, so that its run is not known."""
+def _read_trial(folder: Storage, name: str, declared: Run | None, cached: TrialState | None) -> ReportedTrial | str:
+    """Return the trial; a note if its record is damaged and it was not declared, so that its run is not known.
+
+    `cached` is its state in trials.json, which counts only as far as its record agrees.
+    """
     notes: list[str] = []
     record = _read(TrialRecord, folder, TRIAL, notes)
     if record:
@@ -205,10 +210,14 @@ def _read_trial(folder: Storage, name: str, declared: Run | None) -> ReportedTri
         spec = TrialSpec(trial=name, run=declared)
     else:
         return f"{name}: {notes[0]}"
+    if record and len(record.epochs) < record.state.epochs:
+        notes.append(f"{TRIAL} holds {len(record.epochs)} of its {record.state.epochs} epochs")
+    if record and cached and (contradiction := find_contradiction(record, cached)):
+        notes.append(f"{TRIALS} is wrong about it and not used: {contradiction}")
     confusions, groups = _read_confusions(folder, notes)
     return ReportedTrial(
         spec=spec,
-        state=record.state if record else TrialState.of_run(name, spec.run),
+        state=true_state(record, cached) if record else cached or TrialState.of_run(name, spec.run),
         epochs=record.epochs if record else (),
         environments=record.environments if record else (),
         confusions=confusions,

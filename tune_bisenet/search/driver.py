@@ -20,7 +20,6 @@ from tune_bisenet import __version__, spaces
 from tune_bisenet.config import Resources
 from tune_bisenet.options import InputError, Limits, Options
 from tune_bisenet.records import (
-    SEARCH,
     DataInfo,
     Manifest,
     SavedState,
@@ -29,7 +28,7 @@ from tune_bisenet.records import (
     StudyInfo,
     project_commit,
     read_saved_state,
-    to_json,
+    write_manifest,
 )
 from tune_bisenet.report.page import refreshed, write_safely
 from tune_bisenet.report.read import read_search
@@ -78,7 +77,7 @@ def _run_session(
     stopper = _make_stopper(search, saved.scheduler)
     state = _restore_state(search, saved, stopper)
     manifest = _make_manifest(search, resources, command)
-    _write_manifest(search, manifest)
+    write_manifest(folder, manifest)
     state.write()
     searcher = _make_searcher(search, state, max_running)
     table = HParamsTable(folder, {name: spec.run for name, spec in search.specs.items()})
@@ -94,14 +93,14 @@ def _run_session(
             search = more
             trials = {name: spec.run for name, spec in search.specs.items()}
             manifest = manifest.model_copy(update={"config": search.config, "trials": trials})
-            _write_manifest(search, manifest)
+            write_manifest(folder, manifest)
             outcome = train(GridSearcher(search.specs, state), stopper=stopper, limits=limits)
         if limits.confirm and outcome.signal_number is None:
             # No limit holds for fresh seeds, and nothing stops them early.
             fresh = GridSearcher(searcher.fresh_trials(limits.confirm), state)
             never = _make_stopper(search, None, scheduler="fifo")
             outcome.signal_number = train(fresh, stopper=never, limits=Limits()).signal_number
-    _write_manifest(search, _end_session(manifest, outcome))
+    write_manifest(folder, _end_session(manifest, outcome))
     print_results(console, search, state.states, report=write_safely(folder), outcome=outcome)
     if outcome.signal_number is not None:
         return 128 + outcome.signal_number
@@ -177,11 +176,6 @@ def _make_searcher(search: PreparedSearch, state: SearchState, max_running: Call
         max_running=max_running,
         attributes=about | notes,
     )
-
-
-def _write_manifest(search: PreparedSearch, manifest: Manifest) -> None:
-    search.folder.make()
-    search.folder.write(SEARCH, to_json(manifest))
 
 
 def _make_manifest(search: PreparedSearch, resources: Resources, command: Sequence[str]) -> Manifest:

@@ -15,7 +15,6 @@ from tune_bisenet.records import (
     TrialRecord,
     TrialSpec,
     TrialState,
-    measure,
     read_sound_trial,
     to_json,
     write_trial,
@@ -182,10 +181,9 @@ class StudySearcher(Searcher):
             records[name] = replace(record, spec=spec, state=self._state[name])
         statuses = self._study.reconcile(list(records.values()), live=self._live)
         for trial, status in statuses.items():
-            latency = records[trial].latency
-            if measured := measure(records[trial].epochs, latency_ms=latency.median_ms if latency else None):
+            if measured := records[trial].measured:
                 self._state.on_result(trial, measured)
-            self._state.restore_end(trial, status)
+            self._state.restore_end(records[trial].spec, status)
         self._setup.database.snapshot()
 
     def _retry(self, call: Callable[[], _Value]) -> _Value:

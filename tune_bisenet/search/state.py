@@ -3,8 +3,10 @@
 `--resume` starts from `trials.json`. Trials themselves, with their epochs and weights, are in folders beside it.
 """
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -26,17 +28,22 @@ from tune_bisenet.records import (
     TrialRecord,
     TrialSpec,
     TrialState,
+    find_contradiction,
     read_sound_trial,
     to_json,
+    true_state,
     write_trial,
 )
 from tune_bisenet.report import leaderboard
+from tune_bisenet.report.read import READERS
 from tune_bisenet.storage import Storage
 
 SECONDS_BETWEEN_WRITES: Final = 1.0
 
 MAX_SHARE_OF_WRITING: Final = 0.05
 """Of the driver's time: in a search of thousands of trials, each write takes some tenths of a second."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -151,9 +158,10 @@ class SearchState:
         self._set(trial, status="failed", error=error)
         self._write_unless_costly()
 
-    def restore_end(self, trial: str, status: Status) -> None:
-        """Note an end that only the study remembers."""
-        self._set(trial, status=status)
+    def restore_end(self, spec: TrialSpec, status: Status) -> None:
+        """Note an end that only the study remembers, and let the trial's folder say so."""
+        self._set(spec.trial, status=status)
+        end_trial(self._folder, spec, self._states[spec.trial])
 
     def close(self) -> None:
         """Let every trial that ran wait for `--resume`."""
@@ -196,14 +204,17 @@ def end_trial(search: Storage, spec: TrialSpec, state: TrialState) -> None:
 
 
 def complete_states(search: Storage, saved: Sequence[TrialState], trials: Iterable[str]) -> list[TrialState]:
-    """Return `saved` with the ends of `trials` that only their folders know, as after the loss of trials.json."""
-    states = {state.trial: state for state in saved}
-    for trial in trials:
-        if trial in states and states[trial].status in ENDED_WELL:
+    """Return `saved`, from trials.json, as far as it agrees with the records of `trials`, and else what those say."""
+    states, names = {state.trial: state for state in saved}, list(trials)
+    with ThreadPoolExecutor(READERS) as pool:
+        records = list(pool.map(lambda name: read_sound_trial(search / name), names))
+    for name, record in zip(names, records, strict=True):
+        if record is None:
             continue
-        record = read_sound_trial(search / trial)
-        if record is not None and record.state.status in ENDED_WELL:
-            states[trial] = record.state
+        cached = states.get(name)
+        if cached and (contradiction := find_contradiction(record, cached)):
+            _log.warning("%s is wrong about %s and was rebuilt: %s.", TRIALS, name, contradiction)
+        states[name] = true_state(record, cached)
     return list(states.values())
 
 

@@ -269,7 +269,7 @@ def _check_ray(options: Options) -> None:
             ) from error
     elif not options.plan:
         variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
-        folder = os.environ[variable] if variable else "/tmp"
+        folder = os.environ[variable] if variable else "/tmp"  # noqa: S108 (as Ray does)
         try:
             Storage.at(f"{folder}/ray").check_writable()
         except (OSError, ValueError) as error:

@@ -234,8 +234,8 @@ def test_pictures_that_are_no_frames_are_counted_and_named(root: Path) -> None:
     of_images, of_labels = source.notes
     assert str(images) in of_images
     for words in (
-        "1 not in a folder of a city (such as up_leftImg8bit.png)",
-        "1 2 folders deep, not 1 (such as bonn/deep/x_leftImg8bit.png)",
+        "1 that lie in no folder of a city (such as up_leftImg8bit.png)",
+        "1 that lie 2 folders deep, not 1 (such as bonn/deep/x_leftImg8bit.png)",
         "1 named *.jpeg (such as bonn/1.jpeg)",
         "1 named *_leftImg8bit.PNG (such as aachen/a_2_leftImg8bit.PNG)",
     ):
@@ -246,20 +246,20 @@ def test_pictures_that_are_no_frames_are_counted_and_named(root: Path) -> None:
 MOVED: dict[str, Callable[[Path], Path]] = {
     "3 named *_leftImg8bit.jpg": lambda path: path.with_suffix(".jpg"),
     "3 named *_leftImg8bit.PNG": lambda path: path.with_suffix(".PNG"),
-    "3 named *_leftimg8bit.png": lambda path: path.with_name(path.name.replace("Img", "img")),
-    "3 not in a folder of a city": lambda path: path.parent.parent / path.name,
-    "3 2 folders deep": lambda path: path.parent / "sequence" / path.name,
+    "3 that lie in no folder of a city": lambda path: path.parent.parent / path.name,
+    "3 that lie 2 folders deep": lambda path: path.parent / "sequence" / path.name,
 }
 
 
 @pytest.mark.parametrize("words", MOVED)
 def test_a_folder_without_frames_is_told_with_what_is_there_instead(root: Path, words: str) -> None:
-    for path in sorted((root / "leftImg8bit" / "train").rglob("*.png")):
+    for path in [*(root / "leftImg8bit" / "train").rglob("*.png"), *(root / "gtFine" / "train").rglob("*.png")]:
         MOVED[words](path).parent.mkdir(exist_ok=True)
         path.rename(MOVED[words](path))
-    (problem,) = problems_of(root)
-    assert f"no frames in {root}/leftImg8bit/train" in problem
-    assert words in problem
+    for problem, top in zip(problems_of(root), ("leftImg8bit", "gtFine"), strict=True):
+        assert f"no frames in {root}/{top}/train" in problem
+        words_of_top = words if top == "leftImg8bit" else words.replace("_leftImg8bit", "_gtFine_labelIds")
+        assert words_of_top in problem
 
 
 def test_a_split_under_another_name_is_told(root: Path) -> None:

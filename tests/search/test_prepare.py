@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -316,6 +317,17 @@ def test_sparse_labels_are_told_in_the_plan(frames: Path) -> None:
     print_plan(Console(file=screen, width=1000), prepared, resources, [])
     assert warning in screen.getvalue()
     assert "validation: car 25 %; 18 never; void 75 %" in screen.getvalue()
+
+
+def test_what_is_no_file_is_refused_before_it_is_read(
+    capsys: pytest.CaptureFixture[str], frames: Path, place: Path
+) -> None:
+    os.mkfifo(place / "fifo")
+    assert "fifo cannot be read: it is no regular file" in refused(capsys, "--backbone", "fifo")
+    assert "that is a file" in refused(capsys, "--data", "fifo", "--backbone", "none")
+    shutil.rmtree(frames / "gtFine" / "val")
+    (frames / "gtFine" / "val").write_text("")
+    assert "gtFine/val" in refused(capsys, "--data", str(frames), "--backbone", "none")
 
 
 def test_a_variable_names_the_data_and_a_flag_overrides_it(

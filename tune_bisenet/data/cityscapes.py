@@ -182,7 +182,7 @@ def _find_frames(root: Storage, folder: str, suffix: str) -> _Found:
     """Return the files `folder/CITY/STEM + suffix`, and what other pictures there are; none if there is no folder."""
     files: dict[str, _File] = {}
     passed_over: dict[str, list[str]] = {}
-    others = tuple(other for other in OTHER_LABEL_SUFFIXES if other != suffix)
+    others = tuple(other for other in OTHER_LABEL_SUFFIXES if not suffix.endswith(other))
     for file in _list_folder(root / folder):
         *folders, name = file.path.split("/")
         if len(folders) == 1 and name.endswith(suffix):
@@ -224,7 +224,7 @@ def _broken_links(folder: str) -> Iterator[str]:
 def _what_instead(folders: Sequence[str], name: str, suffix: str) -> str:
     """Return how a picture that is no frame differs from one."""
     if name.endswith(suffix):
-        return "not in a folder of a city" if not folders else f"{len(folders)} folders deep, not 1"
+        return f"that lie {len(folders)} folders deep, not 1" if folders else "that lie in no folder of a city"
     mark = suffix[: suffix.index("_", 1) if suffix.count("_") > 1 else suffix.index(".")]  # _gtFine, _leftImg8bit
     start = name.lower().rfind(mark.lower())
     return f"named *{name[start if start >= 0 else name.rindex('.') :]}"
@@ -246,7 +246,7 @@ def _require_layout(root: Storage) -> None:
 
     if has_layout(root):
         return
-    is_file = root.local_path is not None and root.local_path.is_file()
+    is_file = root.local_path is not None and root.local_path.exists() and not root.local_path.is_dir()
     children = [] if is_file else root.folder_names()
     parents = root.local_path.parents if root.local_path else ()  # in object storage they may belong to others
     for folder in (*(Storage.at(str(parent)) for parent in parents), *(root / child for child in children)):

@@ -570,7 +570,7 @@ def _open_data(data: str) -> tuple[Source, DataFacts]:
     check_reachable(data)
     try:
         source = open_source(data)
-    except StorageError as error:
+    except OSError as error:
         raise InputError(f"--data {data} cannot be read: {error}") from error
     size = suggested_image_size(source.frame_size)
     return source, DataFacts(len(source.names("train")), len(source.names("val")), size)
@@ -609,6 +609,10 @@ def _check_backbone(name: str, *, may_fetch: bool) -> str:
         return NO_BACKBONE
     from tune_bisenet.training import checkpoint
 
+    if name != checkpoint.IMAGENET and Path(name).exists() and not Path(name).is_file():  # reading a FIFO never ends
+        raise ValueError(
+            f"--backbone {name} cannot be read: it is no regular file. Name one with the weights of a ResNet-18."
+        )
     if may_fetch or name != checkpoint.IMAGENET:
         checkpoint.load_backbone(name)
     return checkpoint.backbone_digest(name)

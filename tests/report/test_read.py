@@ -151,6 +151,13 @@ def test_a_number_in_trials_json_that_is_not_the_trials_own_is_not_used_but_told
     assert note == "r01-s0: trials.json is wrong about it and not used: epochs is 7, not 3, best_miou is 99.0, not 50.0"
 
 
+def test_numbers_of_a_trial_whose_record_is_lost_are_told_to_be_unchecked(folder: Storage) -> None:
+    (folder / "r01-s0").delete(TRIAL)
+    trial = read_search(folder).trials["r01-s0"]
+    assert (trial.state, trial.epochs) == (state_of("r01-s0", epochs(50.0)), ())
+    assert trial.notes == ("its numbers are those of trials.json, as its trial.json is lost",)
+
+
 def test_an_end_that_the_trials_own_record_does_not_know_is_not_believed(folder: Storage) -> None:
     write_trial(folder, "r02-s0", epochs(52.0)[:2])
     search = read_search(folder)

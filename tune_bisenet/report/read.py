@@ -18,6 +18,7 @@ from tune_bisenet.classes import NUM_CLASSES
 from tune_bisenet.config import Run
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
+    ENDED_WELL,
     KNOWN,
     SEARCH,
     TRIAL,
@@ -210,6 +211,8 @@ def _read_trial(folder: Storage, name: str, declared: Run | None, cached: TrialS
         spec = TrialSpec(trial=name, run=declared)
     else:
         return f"{name}: {notes[0]}"
+    if not record and cached and cached.status in ENDED_WELL:
+        notes.append(f"its numbers are those of {TRIALS}, as its {TRIAL} is lost")
     if record and len(record.epochs) < record.state.epochs:
         notes.append(f"{TRIAL} holds {len(record.epochs)} of its {record.state.epochs} epochs")
     if record and cached and (contradiction := find_contradiction(record, cached)):

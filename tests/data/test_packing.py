@@ -202,7 +202,8 @@ def test_a_pack_is_made_once_and_progress_counts_the_frames_of_both_splits(
     first = prepare_packed(Noise(), image_size=SIZE, cache_dir=tmp_path, progress=lambda *frame: seen.append(frame))
     second = pack(tmp_path)
     assert (first.path, first.digest) == (second.path, second.digest)
-    assert [record.message.split(":")[0] for record in caplog.records] == ["packing noise at 16x24"]
+    logged = [record.message.split(":")[0] for record in caplog.records]
+    assert logged == ["packing noise at 16x24", "classes of train", "classes of val"]
     assert seen == [(done, 10) for done in range(1, 11)]
 
 

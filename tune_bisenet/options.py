@@ -73,7 +73,8 @@ def problems_of(error: ValueError) -> list[str]:
     """
     if isinstance(error, InputError):
         return error.listed
-    if type(error) is not ValueError and not type(error).__module__.startswith("tune_bisenet"):
+    modules = ("tune_bisenet", "__main__")  # the second of a command line run by -m
+    if type(error) is not ValueError and not type(error).__module__.startswith(modules):
         raise error
     return [str(error)]
 

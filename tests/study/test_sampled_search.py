@@ -2,15 +2,18 @@
 
 import json
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
-from helpers.processes import Driver, end_process
+from helpers.processes import PROJECT, Driver, end_process, environment
 from helpers.searches import epoch_numbers, make_place, on_frames, results, statuses, write_sampled_space
 
 from tune_bisenet.report.page import Report
@@ -131,3 +134,23 @@ def test_two_goals_vary_what_latency_depends_on(folder: Path) -> None:
     assert {name for spec in specs for name in spec.params} >= {"head_width", "input_scale"}
     page = Path(Report.of(Storage.at(str(folder))).write(Storage.at(str(folder)))).read_text()
     assert "Pareto" in page
+
+
+def test_storage_may_have_any_name_and_the_printed_command_resumes_a_search_there(folder: Path) -> None:
+    storage = folder.parent / "what? {now} $HOME 'n :car:"
+    flags = [*on_frames(folder.parent)[:-1], str(storage), "--name", "odd", "--scheduler", "fifo", "--trials", "2"]
+    with Driver(folder.parent, *flags) as driver:
+        assert driver.end() == 0
+        log = driver.log
+    assert set(statuses(storage / "odd").values()) == {"finished"}
+    assert [path for path in folder.parent.iterdir() if path.name.startswith("what")] == [storage]
+    lines = {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in log.splitlines() if " " in line}
+    assert lines["results:"] == str(storage / "odd")
+    assert shlex.split(lines["watch"]) == ["tensorboard", "--logdir", str(storage / "odd")]
+    study = optuna.load_study(study_name="odd", storage=shlex.split(lines["study"])[1])
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
+    command = lines["resume"].replace("python", shlex.quote(sys.executable), 1)
+    env = environment(folder.parent) | {"PYTHONPATH": str(PROJECT)}
+    again = subprocess.run(["bash", "-c", command], env=env, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "resumed: 2 of 2 trials had ended" in again.stdout

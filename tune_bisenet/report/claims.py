@@ -28,7 +28,7 @@ UNDECIDED: Final[tuple[Verdict, ...]] = ("open", "gained")
 """Verdicts that more seeds may change."""
 
 
-MOST_NAMED: Final = 3
+MOST_NAMED_TRIALS: Final = 3
 """Trials that a reason names."""
 
 ENOUGH_GROUPS: Final = 10
@@ -164,8 +164,8 @@ def format_measure(classes: Collection[str]) -> str:
 
 def _named(trials: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
-    shown = ", ".join(trials[:MOST_NAMED])
-    return shown + (f" and {len(trials) - MOST_NAMED} more" if len(trials) > MOST_NAMED else "")
+    shown = ", ".join(trials[:MOST_NAMED_TRIALS])
+    return shown + (f" and {len(trials) - MOST_NAMED_TRIALS} more" if len(trials) > MOST_NAMED_TRIALS else "")
 
 
 def claims_of(

@@ -123,7 +123,7 @@ def begun(place: Path) -> None:
         config=search.config,
         space=SpaceInfo(title="", baseline="r01", measured_share=0.1),
         data=DataInfo(digests={}, train_images=8, val_images=3),
-        backbone_digest="",
+        backbone_digest="none",
         proxy=None,
         trials={run.name: run for run in search.runs},
         sessions=(session,),

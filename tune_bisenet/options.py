@@ -375,7 +375,7 @@ class TrialGroup(Frozen):
 
 
 class SearchConfig(Frozen):
-    """What a search trains and how it is judged, nothing left open. A resumed search has that of its first session."""
+    """Says what a search trains and how it is judged, nothing left open. It is the same in every session."""
 
     space: str
     data: str

@@ -225,7 +225,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What decides the last bits of what a trial measures, beside all that its search declares."""
+    """Names what decides the last bits of what a trial measures, beside all that its search declares."""
 
     threads: PositiveInt
     """CPU threads that torch uses."""

@@ -33,7 +33,7 @@ _COPY_AGAIN: Final = "unpack or copy it again, or remove the frame"
 
 
 class PngHeader(NamedTuple):
-    """What a PNG says of its pixels. `kind` is depth and colour, such as `8-bit RGB` or `4-bit palette`."""
+    """Holds what a PNG says of its pixels. `kind` is depth and colour, such as `8-bit RGB` or `4-bit palette`."""
 
     height: int
     width: int

@@ -348,8 +348,12 @@ def decided(claim: Claim) -> Claim:
 
 def latest(earlier: Claim, later: Claim) -> Claim:
     """Return which of a claim's verdicts at two looks is final: a decided one, or a gain once it was shown."""
-    is_less = later.verdict == "open" and earlier.verdict == "gained"
-    return earlier if earlier.verdict not in UNDECIDED or is_less else later
+    return earlier if is_final(earlier.verdict, later.verdict) else later
+
+
+def is_final(earlier: Any, later: Any) -> Any:
+    """Return whether an earlier look's verdict outlasts a later one's; both are words, or arrays of them."""
+    return ~np.isin(earlier, UNDECIDED) | ((earlier == "gained") & (later == "open"))
 
 
 def judge_interval(claim: Claim, low: float, high: float) -> tuple[Verdict, str]:

@@ -18,7 +18,7 @@ from tune_bisenet.report.statistics import NO_SPREAD, Floats
 
 @dataclass(frozen=True, kw_only=True)
 class ClassNoise:
-    """How much one class contributes to the noise of mIoU."""
+    """Says how much one class contributes to the noise of mIoU."""
 
     name: str
     sd: float
@@ -29,7 +29,7 @@ class ClassNoise:
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatNoise:
-    """How much trials of one row differ over seeds, from all rows with two completed seeds or more."""
+    """Says how much trials of one row differ over seeds, from all rows with two completed seeds or more."""
 
     num_rows: int
     num_trials: int

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tune_bisenet.config import Run
-from tune_bisenet.report.claims import UNDECIDED, Claim, Kind, Verdict, claims_of, judge_intervals
+from tune_bisenet.report.claims import Claim, Kind, Verdict, claims_of, is_final, judge_intervals
 from tune_bisenet.report.statistics import POWER, Flags, Floats, compare_rows, error_share, estimate_levels, fit_noise
 from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, NoiseSummary, trained_rows
 from tune_bisenet.spaces import MEASURED_SHARE
@@ -178,8 +178,7 @@ def judge_at_looks(
             share = spent * error_share(look, num_looks=len(looks))
             found = judge_values(seen, claims, names, families=families, spent=share)
             before = verdicts[here]
-            stands = ~np.isin(before, UNDECIDED) | ((before == "gained") & (found == "open"))
-            verdicts[here] = np.where(stands, before, found)
+            verdicts[here] = np.where(is_final(before, found), before, found)
         by_look.append(verdicts.copy())
         goes_on = (verdicts == "open") @ needed if decides else np.ones_like(num_seeds, dtype=bool)
         num_seeds = np.where(goes_on, max(next_look, look), num_seeds)

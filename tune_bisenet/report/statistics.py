@@ -36,7 +36,7 @@ Counts = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Strictness:
-    """How much error statements may have that rest on so many seeds, and when a row counts as noisy.
+    """Says how much error statements may have that rest on so many seeds, and when a row counts as noisy.
 
     Chosen by simulation (benchmarks/verdicts.py), so that any false statement in a table of ten rows stays under 5 %,
     one row with four times the noise of the others included: with two or three seeds such a row often cannot be told.
@@ -52,28 +52,19 @@ class Strictness:
     """A row whose residual standard deviation is over this many times the median row's is judged by its own."""
     leaves_pool: bool
     """Whether such a row also leaves the pool. With few seeds too many rows would do so by chance."""
-    early_share: float
-    """Where this is one of several looks, how much of its share of the error may be used up."""
 
 
 STRICTNESS: Final = (
-    Strictness(
-        seeds=2, gain_error=0.0005, level_error=0.0001, sooner_error=0.001,
-        noisy_ratio=2.5, leaves_pool=False, early_share=0.125,
-    ),
-    Strictness(
-        seeds=3, gain_error=0.018, level_error=0.003, sooner_error=0.001,
-        noisy_ratio=1.7, leaves_pool=False, early_share=0.125,
-    ),
-    Strictness(
-        seeds=5, gain_error=0.03, level_error=0.005, sooner_error=0.003,
-        noisy_ratio=2.2, leaves_pool=True, early_share=0.125,
-    ),
-    Strictness(
-        seeds=8, gain_error=0.03, level_error=0.005, sooner_error=0.015,
-        noisy_ratio=2.2, leaves_pool=True, early_share=1.0,
-    ),
-)  # fmt: skip
+    Strictness(seeds=2, gain_error=0.0005, level_error=0.0001, sooner_error=0.001, noisy_ratio=2.5, leaves_pool=False),
+    Strictness(seeds=3, gain_error=0.018, level_error=0.003, sooner_error=0.001, noisy_ratio=1.7, leaves_pool=False),
+    Strictness(seeds=5, gain_error=0.03, level_error=0.005, sooner_error=0.003, noisy_ratio=2.2, leaves_pool=True),
+    Strictness(seeds=8, gain_error=0.03, level_error=0.005, sooner_error=0.015, noisy_ratio=2.2, leaves_pool=True),
+)
+
+EARLY_SEEDS: Final = 8
+"""A look at fewer seeds is early: a noisy row often cannot be told there, whatever error a statement may have."""
+EARLY_SHARE: Final = 1 / 8
+"""How much of its share of the error an early look may use up, where there are several looks."""
 
 
 def strictness(num_seeds: int) -> Strictness:
@@ -83,12 +74,14 @@ def strictness(num_seeds: int) -> Strictness:
 
 def error_share(num_seeds: int, *, num_looks: int) -> float:
     """Return the share of the error that a look at so many seeds may use up, 0 to 1, if it is one of several."""
-    return strictness(num_seeds).early_share / num_looks if num_looks > 1 else 1.0
+    if num_looks < 2:
+        return 1.0
+    return (EARLY_SHARE if num_seeds < EARLY_SEEDS else 1.0) / num_looks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """What all rows together say of the noise, for each of S searches; NaN where nothing repeats."""
+    """Holds what all rows together say of the noise, for each of S searches; NaN where nothing repeats."""
 
     variance: Floats
     """S: of residuals, in squared points; rows that have left the pool do not count."""

@@ -92,7 +92,7 @@ class MoreSeeds:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSummary:
-    """The noise that all rows share, as far as it was measured."""
+    """Holds the noise that all rows share, as far as it was measured."""
 
     sd: float
     """Of residuals, in points."""

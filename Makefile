@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA ?= streets
 
 .DEFAULT_GOAL := help
-.PHONY: help setup runs10 around10 smoke test test-slow test-browser test-cluster test-namespaces test-postgres fixtures snapshots lint format lock tensorboard clean
+.PHONY: help setup runs10 around10 smoke test test-slow faults test-browser test-cluster test-namespaces test-postgres fixtures snapshots lint format lock tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -38,6 +38,11 @@ test: setup  ## the quick tests, two files at a time
 
 test-slow: setup  ## whole searches, crashes and kills: what takes over half a minute
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "slow and not cluster and not namespaces"
+
+faults: setup  ## each fault of docs/reliability.md, injected at 20 random moments; fault-figures.jsonl has what it cost
+	rm -f fault-figures.jsonl
+	TUNE_BISENET_FAULT_MOMENTS=20 TUNE_BISENET_FAULT_FIGURES=$(CURDIR)/fault-figures.jsonl \
+		$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "" tests/faults
 
 test-browser: setup  ## the report in a real Chromium; installs Debian's if it is not there
 	command -v chromium chromedriver >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)

@@ -1,77 +1,30 @@
 """What kills a search, done to it for real: afterwards its results equal those of a search that nothing happened to.
 
-Every search here has the same three rows. `undisturbed` is what they give; CPU arithmetic makes that exact.
+`helpers/faults.py` has the search; `undisturbed` is what it gives.
 """
 
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.faults import (
+    TRIALS,
+    assert_as_if_nothing_had_happened,
+    epochs_done,
+    has_done,
+    is_midway,
+    resume,
+    start,
+)
 from helpers.processes import Driver, end_process
-from helpers.searches import epoch_numbers, epochs, leaderboard, make_place, on_frames, results, statuses, write_space
+from helpers.searches import epoch_numbers, leaderboard, on_frames, statuses, write_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2700)]
-
-NUM_EPOCHS = 12
-TRIALS = ("a", "b", "c")
-
-place = pytest.fixture(scope="module")(make_place)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(place: Path) -> list[dict[str, str]]:
-    """The leaderboard of a search without any mishap, first in first out."""
-    write_space(place / "space.py", {"a": 0.01, "b": 0.001, "c": 0.05}, num_epochs=NUM_EPOCHS, baseline="a")
-    with start(place, "undisturbed") as driver:
-        assert driver.end() == 0
-    board = results(place / "undisturbed")
-    assert [row["status"] for row in board] == ["finished"] * 3
-    shutil.rmtree(place / "undisturbed")
-    return board
-
-
-@pytest.fixture
-def folder(place: Path) -> Iterator[Path]:
-    """The folder of this test's search."""
-    folder = place / "search"
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def start(place: Path, name: str, scheduler: str = "fifo") -> Driver:
-    return Driver(place, *on_frames(place), "--scheduler", scheduler, "--name", name)
-
-
-def resume(folder: Path) -> Driver:
-    return Driver(folder.parent, "--storage", str(folder.parent), "--resume", "--name", folder.name)
-
-
-def epochs_done(folder: Path) -> int:
-    return sum(len(epochs(folder / trial)) for trial in TRIALS)
-
-
-def has_done(folder: Path, count: int) -> Callable[[], bool]:
-    """Whether that many epochs, of all trials together, are safe on storage."""
-    return lambda: epochs_done(folder) >= count
-
-
-def is_midway(folder: Path) -> Callable[[], bool]:
-    """Whether a trial has an older state to fall back on, and far enough to go not to end in the next second."""
-    return lambda: any(3 <= len(epochs(folder / trial)) <= NUM_EPOCHS - 4 for trial in TRIALS)
-
-
-def assert_as_if_nothing_had_happened(folder: Path, undisturbed: list[dict[str, str]]) -> None:
-    assert results(folder) == undisturbed
-    for trial in TRIALS:
-        assert epoch_numbers(folder / trial) == list(range(1, NUM_EPOCHS + 1))
-    assert set(json.loads((folder / "search.json").read_text())["trials"]) == set(TRIALS)
 
 
 def test_killed_workers_and_killed_drivers_change_no_result(

@@ -1,9 +1,34 @@
-"""A plain row, a plain epoch, a plain trial: tests say only how theirs differ from these."""
+"""A plain row, epoch, trial and manifest: tests say only how theirs differ from these."""
 
 from typing import Any
 
 from tune_bisenet.config import SGD, CrossEntropy, Run, WarmupPoly
-from tune_bisenet.records import Epoch, TrialState
+from tune_bisenet.records import Epoch, Manifest, TrialState
+
+SESSION: dict[str, Any] = {
+    "started": "2026-03-01T10:00:00+00:00",
+    "ended": "2026-03-01T12:00:00+00:00",
+    "command": ["python", "-m", "tune_bisenet.run", "--name", "small search"],
+    "commit": "0123456789abcdef",
+    "python": "3.11.9",
+    "packages": {"torch": "2.15.0"},
+    "cpus_per_trial": 4,
+    "threads_per_trial": 4,
+    "gpus_per_trial": 0.5,
+    "trials_at_once": 2,
+}
+
+CONFIG: dict[str, Any] = {
+    "space": "small",
+    "data": "streets",
+    "backbone": "none",
+    "groups": [{"runs": None, "seeds": [0, 1]}],
+    "epochs": None,
+    "image_size": None,
+    "proxy": False,
+    "scheduler": "fifo",
+    "precision": "fp32",
+}
 
 
 def plain_row(
@@ -42,3 +67,18 @@ def plain_epoch(number: int, miou: float, **fields: Any) -> Epoch:
 def plain_state(trial: str, **fields: Any) -> TrialState:
     """Return the state of a waiting trial of four epochs, whose row has its name."""
     return TrialState(**({"trial": trial, "run": trial, "seed": 0, "num_epochs": 4} | fields))
+
+
+def plain_manifest(**fields: Any) -> Manifest:
+    """Return how a grid search without trials was made, in one session; `fields` may be plain values."""
+    plain: dict[str, Any] = {
+        "name": "earlier",
+        "config": CONFIG,
+        "space": {"title": "Two rows", "baseline": "r01", "measured_share": 0.1},
+        "trials": {},
+        "data": {"digests": {"32x64": "feedbeef"}, "train_images": 8, "val_images": 3},
+        "backbone_digest": "none",
+        "proxy": None,
+        "sessions": [SESSION],
+    }
+    return Manifest.model_validate(plain | fields)

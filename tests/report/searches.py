@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers.rows import plain_epoch, plain_row
+from helpers.rows import CONFIG, plain_epoch, plain_manifest, plain_row
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 
 from tune_bisenet import records
@@ -43,31 +43,6 @@ ROW_EPOCHS = 50
 
 MIOU = {"r01-s0": 50.0, "r01-s1": 51.0, "r02-s0": 52.0, "r02-s1": 53.5}
 """The mIoU of the last epoch, which is the best."""
-
-SESSION: dict[str, Any] = {
-    "started": "2026-03-01T10:00:00+00:00",
-    "ended": "2026-03-01T12:00:00+00:00",
-    "command": ["python", "-m", "tune_bisenet.run", "--name", "small search"],
-    "commit": "0123456789abcdef",
-    "python": "3.11.9",
-    "packages": {"torch": "2.15.0"},
-    "cpus_per_trial": 4,
-    "threads_per_trial": 4,
-    "gpus_per_trial": 0.5,
-    "trials_at_once": 2,
-}
-
-CONFIG: dict[str, Any] = {
-    "space": "small",
-    "data": "streets",
-    "backbone": "none",
-    "groups": [{"runs": None, "seeds": [0, 1]}],
-    "epochs": None,
-    "image_size": None,
-    "proxy": False,
-    "scheduler": "fifo",
-    "precision": "fp32",
-}
 
 
 def row(name: str, seed: int, **changes: object) -> Run:
@@ -132,17 +107,8 @@ def state_of(trial: str, history: Sequence[Epoch]) -> TrialState:
 
 def manifest(**changes: Any) -> Manifest:
     """Return how the search was made; `changes` are of the manifest's fields, as plain values or not."""
-    plain: dict[str, Any] = {
-        "name": "small search",
-        "config": CONFIG,
-        "space": {"title": "Two rows", "baseline": "r01", "measured_share": 0.1},
-        "trials": RUNS,
-        "data": {"digests": {"32x64": "feedbeef"}, "train_images": 40, "val_images": 2},
-        "backbone_digest": "none",
-        "proxy": None,
-        "sessions": [SESSION],
-    }
-    return Manifest.model_validate(plain | changes)
+    data = {"digests": {"32x64": "feedbeef"}, "train_images": 40, "val_images": 2}
+    return plain_manifest(**({"name": "small search", "trials": RUNS, "data": data} | changes))
 
 
 def write_search(place: Path, *, states: Mapping[str, TrialState] | None = None, **changes: Any) -> Storage:

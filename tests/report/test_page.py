@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.rows import CONFIG, SESSION
 from searches import (
-    CONFIG,
     PROXY,
     RUNS,
-    SESSION,
     STUDY,
     begin,
     best,
@@ -106,27 +105,14 @@ def markdown_of(folder: Storage) -> str:
     return (Path(folder.path) / MARKDOWN).read_text(encoding="utf-8")
 
 
-def test_page_and_markdown_show_the_same(tmp_path: Path) -> None:
-    folder = write_search(tmp_path)
-    elements = Elements(page_of(folder))
-    assert elements.sections == SECTIONS
-    for words in ("+1 to +3 over r01", "+2.25", "feedbeef", "53.50"):
-        assert words in elements.text
-        assert words in markdown_of(folder)
-    assert "data:image" not in markdown_of(folder)
-    images = [attributes["alt"] for tag, attributes in elements.elements if tag == "img"]
-    assert len(images) == 8
-    assert images[:2] == ["street one: image", "street one: label"]
-
-
 def test_a_study_has_sections_of_its_own(tmp_path: Path) -> None:
     folder = write_study(tmp_path, known=3, latency=True, fresh_seeds=2)
-    elements = Elements(page_of(folder))
-    assert elements.sections == [*STUDY_SECTIONS, *SECTIONS]
-    for words in ("at each seed", 'name="best"', "head width", "sgd_lr"):
-        assert words in elements.text
-        assert words in markdown_of(folder)
-    assert "front" not in Elements(page_of(write_study(tmp_path / "one goal"))).sections
+    first, second = (re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", page_of(folder)) for _ in range(2))
+    assert first == second, "the same search gives the same page but for the time"
+    assert Elements(first).sections == [*STUDY_SECTIONS, *SECTIONS]
+    one_goal = Elements(page_of(write_study(tmp_path / "one goal")))
+    assert "front" not in one_goal.sections
+    assert "--confirm K trains it" in one_goal.text
     assert Report.of(folder).next_command is None, "a study has one seed: its rows are decided by a grid"
 
 
@@ -202,13 +188,6 @@ def test_the_next_command_holds_for_any_folder(tmp_path: Path, name: str) -> Non
     assert command
     words = shlex.split(command)
     assert words[words.index("--storage") + 1] == str(tmp_path / name)
-
-
-def test_the_next_command_names_search_and_storage(tmp_path: Path) -> None:
-    report = Report.of(write_search(tmp_path / "with space" / "small"))
-    assert report.next_command
-    assert report.next_command.startswith("python -m tune_bisenet.run --space small --name small --add ")
-    assert report.next_command.endswith(f" --storage '{tmp_path}/with space'")
 
 
 @pytest.mark.parametrize(
@@ -287,17 +266,11 @@ def assert_harmless(folder: Storage) -> Elements:
 def test_the_page_points_nowhere_but_into_itself(tmp_path: Path) -> None:
     elements = Elements(page_of(write_search(tmp_path)))
     assert all((link or "").startswith("#") for link in elements.attributes("href"))
-    assert all((source or "").startswith("data:image/") for source in elements.attributes("src"))
+    assert [(source or "")[:11] for source in elements.attributes("src")] == ["data:image/"] * 8
     assert "link" not in {tag for tag, _ in elements.elements}
     (policy,) = (content for content in elements.attributes("content") if content and "default-src" in content)
     assert "default-src 'none'" in policy
     assert "unsafe-eval" not in policy
-
-
-def test_the_same_search_gives_the_same_page_but_for_the_time(tmp_path: Path) -> None:
-    folder = write_study(tmp_path, latency=True, fresh_seeds=1)
-    first, second = (re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", "", page_of(folder)) for _ in range(2))
-    assert first == second
 
 
 def test_pages_stay_small(tmp_path: Path) -> None:
@@ -320,7 +293,8 @@ def test_pages_stay_small(tmp_path: Path) -> None:
     fifty = [replace(epochs(50)[0], epoch=epoch, miou=epoch + rng.random()) for epoch in range(1, 51)]
     for name in runs:
         write_trial(folder, name, fifty, spec=TrialSpec(trial=name, run=runs[name]))
-        (folder / name).write(BEST_PREDICTIONS, content)
+        if name.endswith("-s0"):  # of each row one trial's are shown
+            (folder / name).write(BEST_PREDICTIONS, content)
     assert len(page_of(folder).encode()) < 15e6
 
 

@@ -35,7 +35,6 @@ from tune_bisenet.records import (
     SavedState,
     predictions_to_bytes,
     to_json,
-    to_plain,
 )
 from tune_bisenet.report.read import read_best, read_search
 from tune_bisenet.storage import Storage
@@ -93,10 +92,12 @@ def test_a_trial_of_another_shape_costs_a_note(folder: Storage, content: bytes) 
     assert record.notes
 
 
-@pytest.mark.parametrize("wrong", [{"miou": "high"}, {"iou": [1.0]}, {"epoch": 1.5}])
+@pytest.mark.parametrize("wrong", [{"miou": "high"}, {"iou": [1.0]}, {"epoch": 1.5}, {"epoch": 2}])
 def test_an_epoch_with_a_wrong_value_costs_a_note(folder: Storage, wrong: dict[str, object]) -> None:
     change(folder / "r01-s1", TRIAL, lambda record: record["epochs"][0].update(wrong))
-    assert read_search(folder).trials["r01-s1"].notes
+    trial = read_search(folder).trials["r01-s1"]
+    assert trial.epochs == ()
+    assert trial.notes
 
 
 def test_every_flipped_byte_of_the_predictions_is_survived(folder: Storage) -> None:
@@ -172,23 +173,6 @@ def test_what_trials_json_has_not_heard_yet_is_no_contradiction(folder: Storage)
     search = read_search(folder)
     assert search.all_notes == []
     assert search.trials["r01-s0"].state == state_of("r01-s0", epochs(50.0))
-
-
-@pytest.mark.parametrize("wrong", [[], [1, 2, 3, 1, 2, 3], [1, 3], [2, 3], [1, 1]])
-def test_epochs_that_do_not_count_from_1_cost_a_note(folder: Storage, wrong: list[int]) -> None:
-    numbered = [to_plain(replace(epochs(50.0)[0], epoch=number)) for number in wrong]
-    change(folder / "r01-s1", TRIAL, lambda record: record.update(epochs=numbered))
-    trial = read_search(folder).trials["r01-s1"]
-    assert trial.epochs == ()
-    assert trial.notes
-
-
-def test_a_digit_changed_in_a_trials_record_costs_a_note(folder: Storage) -> None:
-    content = (folder / "r01-s1").read(TRIAL) or b""
-    (folder / "r01-s1").write(TRIAL, content.replace(b'"miou": 51', b'"miou": 91'))
-    trial = read_search(folder).trials["r01-s1"]
-    assert trial.epochs == ()
-    assert "checksum" in trial.notes[0]
 
 
 def test_a_folder_without_a_search_is_an_error(tmp_path: Path) -> None:

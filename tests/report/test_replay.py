@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from searches import CONFIG, SESSION, epochs, row, write_search, write_trial
+from helpers.rows import CONFIG, SESSION
+from searches import epochs, row, write_search, write_trial
 
 from tune_bisenet.config import Expect, Run, WarmupPoly
 from tune_bisenet.records import Epoch, TrialSpec, TrialState

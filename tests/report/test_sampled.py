@@ -17,7 +17,6 @@ from tune_bisenet.report.figures import MAX_LINES
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.sampled import (
     Sample,
-    best_lines,
     best_sample,
     fresh_seed_tables,
     samples_of,
@@ -71,17 +70,6 @@ def test_a_parameter_has_the_widest_range_and_all_choices(samples: list[Sample])
     assert found.keys() == RANGES.keys()
     assert found["sgd_lr"] == RANGES["sgd_lr"]
     assert found["accumulation"] == RANGES["accumulation"]
-
-
-def test_the_best_is_compared_with_the_best_declared_row(tmp_path: Path) -> None:
-    search = search_of(tmp_path)
-    best = max(search.states, key=lambda state: (state.status == "finished", state.best_miou or 0))
-    row = max(search.states[:2], key=lambda state: state.best_miou or 0)
-    first, caution = best_lines(search)
-    assert f"{best.trial} reached {best.best_miou:.2f} %" in first
-    assert f"{(best.best_miou or 0) - (row.best_miou or 0):+.2f} points over {row.trial}" in first
-    assert "--confirm" in caution
-    assert "No trial" in best_lines(search_of(tmp_path / "begun", trials=0))[0]
 
 
 def fresh_table(folder: Path, **options: object) -> Table:
@@ -150,19 +138,6 @@ def test_the_source_of_a_run_makes_the_same_run(run: Run) -> None:
     again = eval(to_python(run), {name: getattr(config, name) for name in dir(config)})
     assert again == run
     assert again.fingerprint() == run.fingerprint()
-
-
-def test_defaults_are_left_out_but_for_the_columns_of_the_table() -> None:
-    assert to_python(SPACE.runs[0].model_copy(update={"expect": None})) == (
-        "Run(\n"
-        '    name="r01",\n'
-        "    optimizer=SGD(lr=0.01, momentum=0.9, weight_decay=0.0001),\n"
-        "    schedule=WarmupPoly(warmup_iterations=1100, power=0.9),\n"
-        "    loss=CrossEntropy(aux_weight=1.0),\n"
-        "    accumulation=1,\n"
-        "    max_grad_norm=None,\n"
-        ")"
-    )
 
 
 def test_the_history_has_stopped_trials_too_and_the_best_so_far_never_falls(samples: list[Sample]) -> None:

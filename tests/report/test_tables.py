@@ -10,10 +10,9 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+from helpers.rows import SESSION
 from searches import (
     MIOU,
-    RUNS,
-    SESSION,
     cut,
     epochs,
     point,
@@ -25,7 +24,6 @@ from searches import (
 )
 
 from tune_bisenet.classes import CLASS_NAMES
-from tune_bisenet.config import AdamW
 from tune_bisenet.records import TRIAL
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.tables import (
@@ -82,20 +80,6 @@ def test_a_search_silent_for_longer_than_its_epochs_take_has_perhaps_died(tmp_pa
     slow = read_search(folder)
     assert search_state(slow, slow.changed + timedelta(hours=4))[0] == "running"
     assert search_state(slow, slow.changed + timedelta(hours=6))[0] == "silent"
-
-
-def test_settings_show_what_varies_and_mark_what_is_not_the_baselines(search: SearchRecord) -> None:
-    table = settings_table(search)
-    assert table.lines == [{"run": "r01", "accumulation": "1"}, {"run": "r02", "accumulation": "2"}]
-    assert [cell for line in table.lines for cell in line.values() if isinstance(cell, Marked)] == ["2"]
-    assert "optimizer lr 0.01" in table.text
-
-
-def test_a_setting_that_a_row_does_not_have_is_told_apart_from_none(tmp_path: Path) -> None:
-    adamw = {"optimizer": AdamW(lr=0.001, weight_decay=1e-4), "max_grad_norm": 1.0}
-    trials = RUNS | {"r02-s0": RUNS["r02-s0"].model_copy(update=adamw)}
-    first, second = settings_table(search_of(tmp_path, trials=trials)).lines
-    assert (second["optimizer momentum"], first["max grad norm"]) == ("–", "none")
 
 
 def test_the_leaderboard_is_best_first_with_notes(tmp_path: Path) -> None:

@@ -1,20 +1,17 @@
 """`--plan` from end to end: a real benchmark, a page, and nothing left behind. Mistakes are refused."""
 
 import re
-from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
 import torch
+from helpers.object_store import object_store
+from helpers.rows import SESSION, plain_manifest
 from helpers.searches import move_into, on_frames, write_frames, write_sampled_space, write_space
-from moto.server import ThreadedMotoServer
 
 from tune_bisenet import run
 from tune_bisenet.options import parse_options
-from tune_bisenet.records import SEARCH, TRIALS, DataInfo, Manifest, SavedState, Session, SpaceInfo, TrialState, to_json
+from tune_bisenet.records import SEARCH, TRIALS, SavedState, TrialState, to_json
 from tune_bisenet.search.prepare import survey_search
 
 
@@ -62,16 +59,6 @@ def test_a_cluster_that_does_not_exist_yet_can_be_planned_for(place: Path, capsy
     assert halves["device"] == "4 trials at once, 0.5 GPU, 2 CPU cores each, fp32"
 
 
-def test_a_plan_says_what_deciding_takes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--gpus", "4", "--images-per-second", "1", "--decide", "--looks", "2,4"]
-    page = page_of(capsys, *on_frames(place), *flags)
-    assert re.search(r"about \d+ trials if every claim .*, 20 at most$", page["looks"])
-    first, _, rest = page["cost"].partition(" without them; with them about ")
-    *fewer, most = [float(number) for number in re.findall(r"([\d.]+) GPU-hours", rest)]
-    assert float(first.split()[0]) <= min(fewer) <= max(fewer) <= most
-    assert most == pytest.approx(2 * float(first.split()[0]), rel=0.02)
-
-
 def test_a_plan_says_what_was_published_where_a_row_expects_a_level(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,15 +78,11 @@ def test_a_speed_that_cannot_be_timed_is_not_known(place: Path, capsys: pytest.C
 
 def test_a_study_is_planned_by_what_it_may_draw(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_sampled_space(place / "sampled.py", num_epochs=4)
-    flags = ["--backbone", "imagenet", "--trials", "7", "--confirm", "2", "--images-per-second", "1"]
+    flags = ["--backbone", "imagenet", "--time-budget", "1h", "--images-per-second", "1"]
     page = page_of(capsys, *on_frames(place, "sampled.py"), *flags)
-    assert page["trials"].startswith("7, ")
-    assert "up to 6 with fresh seeds" in page["trials"]
     assert page["backbone"] == "ResNet-18, imagenet"
     assert not (place / "torch").exists(), "weights are not fetched for a plan"
-    bounded = page_of(capsys, *on_frames(place, "sampled.py"), "--time-budget", "1h", "--images-per-second", "1")
-    assert bounded["limits"].startswith("ends after 1 h 0 min")
-    assert "room for about 186" in bounded["time"]  # an hour of 38.64 s trials, two at once
+    assert "room for about 186" in page["time"]  # an hour of 38.64 s trials, two at once
 
 
 def begun(place: Path) -> None:
@@ -107,26 +90,11 @@ def begun(place: Path) -> None:
     flags = {"space": str(place / "space.py"), "data": str(place / "frames"), "backbone": "none", "scheduler": "fifo"}
     options, mistyped = parse_options(flags | {"storage": str(place), "name": "x"})
     search = survey_search(options, mistyped, default_name="x")
-    session = Session(
-        started=datetime.now(UTC),
-        command=(),
-        commit=None,
-        python="",
-        packages={},
-        cpus_per_trial=1,
-        threads_per_trial=2,
-        gpus_per_trial=0,
-        trials_at_once=1,
-    )
-    manifest = Manifest(
+    manifest = plain_manifest(
         name="x",
         config=search.config,
-        space=SpaceInfo(title="", baseline="r01", measured_share=0.1),
-        data=DataInfo(digests={}, train_images=8, val_images=3),
-        backbone_digest="none",
-        proxy=None,
         trials={run.name: run for run in search.runs},
-        sessions=(session,),
+        sessions=[SESSION | {"threads_per_trial": 2, "gpus_per_trial": 0}],
     )
     ended = TrialState.of_run("r01", search.runs[0], status="finished", epochs=4, seconds=40.0, best_miou=1.0)
     folder = place / "x"
@@ -143,46 +111,26 @@ def test_a_plan_to_resume_counts_what_is_left(place: Path, capsys: pytest.Captur
     assert page["time"].startswith("about 2 min 51 s")  # four trials of four epochs
 
 
-def test_a_plan_says_where_threads_are_those_of_the_first_session(
+def test_a_plan_to_add_names_its_trials_and_the_threads_of_the_first_session(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun(place)
     flags = ["--name", "x", "--storage", str(place), "--images-per-second", "9", "--gpus", "1"]
     fewer = page_of(capsys, "--add", "--seeds", "1", *flags, "--cpus-per-trial", "1")
+    assert "r01, " in fewer["trials"]
+    assert "r01-s1" in fewer["trials"], "as the search itself will name it"
     assert fewer["device"] == "1 trial at once, 1 GPU, 1 CPU core each, 2 threads as in the first session, fp32"
     as_many = page_of(capsys, "--resume", *flags, "--cpus-per-trial", "2")
     assert "thread" not in as_many["device"]
 
 
-def test_a_plan_to_add_names_trials_as_the_search_will(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    begun(place)
-    page = page_of(capsys, "--add", "--seeds", "1", "--name", "x", "--storage", str(place), "--images-per-second", "9")
-    assert "r01, " in page["trials"]
-    assert "r01-s1" in page["trials"]
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, str]]:
-    """An empty bucket of a real S3 server, that of moto."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
-    client.create_bucket(Bucket="mine")
-    yield client, f"s3://mine/searches?scheme=http&region=us-east-1&endpoint_override={host}:{port}"
-    server.stop()
-
-
-def test_object_storage_is_only_read(place: Path, capsys: pytest.CaptureFixture[str], bucket: tuple[Any, str]) -> None:
-    client, storage = bucket
+def test_object_storage_is_only_read(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--space", str(place / "space.py"), "--data", str(place / "frames"), "--images-per-second", "1"]
-    page_of(capsys, *flags, "--backbone", "none", "--storage", storage)
-    assert client.list_objects_v2(Bucket="mine")["KeyCount"] == 0
-    assert "there is no bucket not-mine" in refusal_of(
-        capsys, "--plan", *flags, "--storage", storage.replace("//mine", "//not-mine")
-    )
+    with object_store() as store:
+        page_of(capsys, *flags, "--backbone", "none", "--storage", store.uri("searches"))
+        assert store.listed() == []
+        refusal = refusal_of(capsys, "--plan", *flags, "--storage", store.uri("searches", bucket="not-mine"))
+    assert "there is no bucket not-mine" in refusal
 
 
 MISTAKES = {

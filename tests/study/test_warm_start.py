@@ -21,10 +21,10 @@ from helpers.light_search import (
     setup_of,
     trials_in,
 )
+from helpers.rows import plain_manifest
 from optuna.trial import BaseTrial
 
 from tune_bisenet.config import Run
-from tune_bisenet.options import Options, resolve_options
 from tune_bisenet.records import (
     ENDED_WELL,
     KNOWN,
@@ -32,7 +32,6 @@ from tune_bisenet.records import (
     TRIAL,
     TRIALS,
     Latency,
-    Manifest,
     Origin,
     SavedState,
     Status,
@@ -53,29 +52,7 @@ from tune_bisenet.study.warm_start import fresh_runs, warm_start
 place = pytest.fixture(make_place)
 _closed = pytest.fixture(autouse=True)(close_connections)
 
-SESSION = {
-    "started": "2026-03-01T10:00:00+00:00",
-    "command": (),
-    "commit": None,
-    "python": "3.11",
-    "packages": {},
-    "cpus_per_trial": 1,
-    "threads_per_trial": 1,
-    "gpus_per_trial": 0,
-    "trials_at_once": 1,
-}
-MANIFEST = Manifest.model_validate(
-    {
-        "name": "earlier",
-        "config": resolve_options(Options(space="rows"), default_data="streets"),
-        "space": {"title": "Rows", "baseline": "a", "measured_share": 0.1},
-        "data": {"digests": {"32x64": "feedbeef"}, "train_images": 8, "val_images": 3},
-        "backbone_digest": "none",
-        "proxy": None,
-        "trials": {},
-        "sessions": [SESSION],
-    }
-)
+MANIFEST = plain_manifest(space={"title": "Rows", "baseline": "a", "measured_share": 0.1})
 
 
 def write_grid(place: Path, runs: Mapping[str, Run], *, states: Sequence[TrialState] = (), **changes: Any) -> Storage:

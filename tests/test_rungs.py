@@ -474,7 +474,3 @@ def test_runs_that_are_never_judged_save_nothing_and_lose_nothing() -> None:
     seen = forecast(rows(3, num_epochs=1), ITERATIONS_PER_EPOCH)
     assert (seen.epochs_share_saved, set(seen.best_stopped.values()), seen.bearers) == (0, {0}, "")
     assert "none" in str(seen)
-
-
-def test_a_forecast_is_repeatable() -> None:
-    assert forecast(rows(10), ITERATIONS_PER_EPOCH) == forecast(rows(10), ITERATIONS_PER_EPOCH)

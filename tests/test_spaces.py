@@ -16,7 +16,6 @@ from tune_bisenet.spaces import (
     RowOverrides,
     Sampled,
     iterations_per_epoch,
-    proxy_caption,
     published_levels,
     resolve_runs,
     with_control,
@@ -98,10 +97,6 @@ def test_the_ten_runs_are_expected_to_do_what_the_table_says() -> None:
         if run.expect is not None
     ]
     assert found == EXPECTED
-
-
-def test_no_two_of_the_ten_runs_train_the_same() -> None:
-    assert len({run.fingerprint() for run in spaces.load_space("runs10").runs}) == 10
 
 
 # --- a grid -----------------------------------------------------------------------------------------------------------
@@ -218,43 +213,7 @@ def test_a_broken_space_is_refused_with_the_reason(tmp_path: Path, name: str, te
         load(tmp_path / name, text)
 
 
-def test_an_unknown_space_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"runs11 .*runs10"):
-        spaces.load_space("runs11")
-    with pytest.raises(InputError, match=r"no file .*nowhere\.py"):
-        spaces.load_space(str(tmp_path / "nowhere.py"))
-
-
 # --- the table --------------------------------------------------------------------------------------------------
-
-
-def test_the_table_of_the_ten_runs_says_all_that_tells_them_apart() -> None:
-    lines = spaces.space_to_markdown(spaces.load_space("runs10").runs).splitlines()
-    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
-    assert cells["r01"] == [
-        "SGD lr 0.01, momentum 0.9, wd 0.0001",
-        "warm-up 1100 to 0.01, poly 0.9",
-        "CE, alpha 1.0",
-        "–",
-        "mIoU 55 to 57 %",
-    ]
-    assert cells["r04"][2] == "CE, alpha 0.4"
-    assert cells["r05"][2] == "CE, alpha 1.0; after epoch 35 Lovász on main"
-    assert cells["r06"][3:] == ["gradient accumulation × 2", "+1 to +2 over r01"]
-    assert cells["r07"][3:] == ["gradient clipping, max norm 1.0", "+0.3 to +0.5 over r01"]
-    assert cells["r08"][1] == "warm-up 2500 to 0.01, poly 0.9"
-    assert cells["r09"][0] == "AdamW lr 0.001, wd 0.0001"
-    assert cells["r09"][4] == "mIoU 57.5 to 58.5 %, sooner than r01"
-    assert cells["r10"][2] == "class-weighted CE, alpha 1.0"
-
-
-def test_the_table_is_markdown_with_aligned_columns() -> None:
-    text = spaces.space_to_markdown(spaces.load_space("runs10").runs)
-    lines = text.splitlines()
-    assert text.endswith("|\n")
-    assert len(lines) == 12
-    assert len({len(line) for line in lines}) == 1
-    assert set(lines[1]) == set("|-")
 
 
 # --- rows resolved to runs --------------------------------------------------------------------------------------------
@@ -359,13 +318,6 @@ def test_a_proxy_changes_nothing_but_what_is_counted_in_iterations_or_epochs() -
     changed = {key for key, value in found.model_dump().items() if value != declared.model_dump()[key]}
     assert changed == {"num_epochs", "image_size", "schedule", "loss"}
     assert found.loss.aux_weight == declared.loss.aux_weight
-
-
-def test_a_proxy_has_a_caption_with_its_scale() -> None:
-    run = resolved(row(), STREETS, num_epochs=8, proxy=True)
-    caption = proxy_caption(run, STREETS)
-    assert caption.startswith("Proxy: 8 epochs of 24 iterations")
-    assert "500 an epoch" in caption
 
 
 def published(*runs: Run, num_train: int = 2975, **changes: Any) -> str:

@@ -106,6 +106,7 @@ def test_a_folder_is_named_below_its_uri(tmp_path: Path) -> None:
     assert (Storage.at(str(tmp_path)) / "a").uri == f"{tmp_path}/a"
     folder = Storage(pyarrow.fs.LocalFileSystem(), "bucket/searches", "s3://bucket/searches?region=eu-central-1") / "a"
     assert (folder.path, folder.uri) == ("bucket/searches/a", "s3://bucket/searches/a?region=eu-central-1")
+    assert (folder.name, folder.parent.uri) == ("a", "s3://bucket/searches?region=eu-central-1")
     assert Storage.at((Storage.at(tmp_path.as_uri()) / "a").uri).path == str(tmp_path / "a")
 
 
@@ -148,11 +149,6 @@ def test_a_path_with_a_scheme_inside_is_no_address(tmp_path: Path) -> None:
 def test_bytes_that_are_not_utf8_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"caf\\udce9' has bytes that are not UTF-8"):
         Storage.at(f"{tmp_path}/caf\udce9")
-
-
-def test_options_of_an_address_stay_where_they_are() -> None:
-    folder = Storage(pyarrow.fs.LocalFileSystem(), "bucket/searches/a", "s3://bucket/searches/a?region=eu-central-1")
-    assert (folder.name, folder.parent.uri) == ("a", "s3://bucket/searches?region=eu-central-1")
 
 
 @pytest.mark.parametrize(

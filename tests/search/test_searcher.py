@@ -150,9 +150,13 @@ def test_several_at_once_come_to_a_whole_end(search: Search) -> None:
     assert_whole(several, trials_in(several))
 
 
-def test_a_lost_study_is_rebuilt(search: Search, undisturbed: Search) -> None:
+def test_a_lost_study_is_rebuilt_with_what_it_began_with(search: Search, place: Path) -> None:
+    search, undisturbed = (
+        replace(search, folder=Storage.at(str(place / name)), known=earlier_trials(3)) for name in ("lost", "kept")
+    )
+    undisturbed.run()
     stop_after(search, 10)
-    (Path(search.folder.path) / "study.db").unlink()
+    (place / "lost" / "study.db").unlink()
     search.run()
     assert_equal(search, undisturbed)
 

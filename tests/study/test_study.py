@@ -19,7 +19,6 @@ from helpers.light_search import (
     ended,
     make_place,
     record_of,
-    results,
     row,
     sample,
     setup_of,
@@ -310,14 +309,6 @@ def test_what_a_killed_driver_left_running_waits_and_live_trials_run_on(url: str
     assert ask(study) == second
 
 
-def test_a_trial_without_a_folder_is_asked_for_again(url: str) -> None:
-    study = open_study(url, limit=3)
-    trained, lost = train_next(study, 2), ask(study)
-    resumed = open_study(url, limit=3, records=[record_of(spec) for spec in trained])
-    assert ask(resumed) == lost
-    assert resumed.ask() is None
-
-
 def test_a_study_behind_its_folders_is_told_what_they_have(url: str) -> None:
     study = open_study(url)
     ended_since, further_since = ask(study), ask(study)
@@ -340,13 +331,6 @@ def test_a_study_ahead_of_its_folders_returns_how_trials_ended(url: str, lr: flo
     assert study.ask() is None
 
 
-def test_a_study_that_agrees_with_its_folders_stays_as_it_is(url: str) -> None:
-    trained = train_next(open_study(url, limit=5, known=EARLIER), 5)
-    before = trials_at(url)
-    open_study(url, limit=5, records=[record_of(spec) for spec in trained], known=EARLIER)
-    assert trials_at(url) == before
-
-
 def test_a_failed_trial_that_waits_again_is_a_new_trial_with_the_same_parameters(url: str) -> None:
     study = open_study(url, limit=1)
     spec = ask(study)
@@ -361,24 +345,6 @@ def test_a_failed_trial_that_waits_again_is_a_new_trial_with_the_same_parameters
     first, retried = (trial for trial in trials_at(url) if name_in_search(trial) == "a")
     assert first.state is OptunaState.FAIL
     assert (retried.state, retried.user_attrs["retry_of"]) == (OptunaState.COMPLETE, first.number)
-
-
-def test_a_lost_study_is_rebuilt_from_the_folders(url: str, place: Path) -> None:
-    study = open_study(url, limit=12, known=EARLIER)
-    trained, cut_off = train_next(study, 7), ask(study)
-    study.report(cut_off.trial, 1, curve_of(cut_off.run)[0].miou)
-    study.close()
-    before = trials_at(url)
-    (place / "study.db").unlink()
-    records = [*(record_of(spec) for spec in trained), record_of(cut_off, epochs=1)]
-    rebuilt = open_study(url, limit=12, records=records, known=EARLIER)
-    after = {trial.number: trial for trial in trials_at(url)}
-    kept = [trial for trial in before if trial.state is not OptunaState.FAIL]
-    assert results(kept) == results([after[trial.number] for trial in kept])
-    for trial in kept:
-        assert after[trial.number].user_attrs == trial.user_attrs
-        assert after[trial.number].distributions == trial.distributions
-    assert ask(rebuilt) == cut_off
 
 
 def test_in_a_rebuilt_study_no_name_is_given_twice(url: str, place: Path) -> None:

@@ -1,7 +1,5 @@
 """BiSeNet V1 as the paper and the public implementations have it, parameter for parameter."""
 
-import socket
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -99,15 +97,9 @@ def test_without_auxiliary_heads_the_main_scores_are_the_same(network: BiSeNet) 
     assert torch.equal(found.main, expected.main)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "nearest"),
-    [(500, 1000, "480x992 and 512x1024"), (64, 100, "64x96 and 64x128"), (16, 64, "32x64 and 32x64")],
-)
-def test_a_size_off_the_grid_is_refused_with_the_nearest_that_are_on_it(
-    network: BiSeNet, height: int, width: int, nearest: str
-) -> None:
-    with pytest.raises(ValueError, match=f"image size {height}x{width} is not a multiple of 32.*{nearest}"):
-        network(torch.zeros(1, 3, height, width))
+def test_a_size_off_the_grid_is_refused(network: BiSeNet) -> None:
+    with pytest.raises(ValueError, match="image size 64x100 is not a multiple of 32"):
+        network(torch.zeros(1, 3, 64, 100))
 
 
 def without_gradient(network: BiSeNet) -> set[str]:
@@ -131,15 +123,6 @@ def test_the_context_path_sees_the_whole_image(network: BiSeNet) -> None:
     network.eval()(given).main[..., 0, 0].sum().backward()
     assert given.grad is not None
     assert given.grad[..., -1].any()
-
-
-def test_building_a_network_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_arguments: object) -> None:
-        raise AssertionError("the constructor opened a socket")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    BiSeNet()
 
 
 def test_one_seed_draws_the_same_weights() -> None:

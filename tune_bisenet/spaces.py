@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, assert_never
@@ -136,29 +136,23 @@ def with_control(grid: Grid) -> Grid:
     return replace(grid, runs=(*grid.runs, control))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatencyRanges:
-    """Lists what decides how long a prediction takes: varied where latency is a goal of the search, and only there."""
-
-    head_widths: tuple[int, ...] = (64, 128, 256)
-    """Channels of the hidden layer of the head that predicts."""
-    input_scales: tuple[float, ...] = (0.5, 0.75, 1.0)
-    """Shares of the image size that the search is asked for."""
-
-
 @dataclass(frozen=True)
 class Sampled:
     """Runs drawn one by one: `sample` chooses by Optuna's `suggest_*`, and its conditions are plain `if`s.
 
     The name of a drawn run does not matter: the search gives it one. The rows of `around` are the first points; `point`
-    says of each row which values `sample` must be given to draw it.
+    says of each row which values `sample` must be given to draw it. Widths and scales decide how long a prediction
+    takes: they are varied where latency is a goal of the search, and only there.
     """
 
     title: str
     sample: "Callable[[BaseTrial], Run]"
     around: Grid | None = None
     point: "Callable[[Run], Mapping[str, Param]] | None" = None
-    latency: LatencyRanges = field(default_factory=LatencyRanges)
+    head_widths: tuple[int, ...] = (64, 128, 256)
+    """Channels of the hidden layer of the head that predicts."""
+    input_scales: tuple[float, ...] = (0.5, 0.75, 1.0)
+    """Shares of the image size that the search is asked for."""
 
     def __post_init__(self) -> None:
         if (self.around is None) != (self.point is None):

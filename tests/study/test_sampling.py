@@ -15,7 +15,7 @@ from optuna.trial import BaseTrial
 
 from tune_bisenet.config import Param, Run, Sampler
 from tune_bisenet.options import InputError
-from tune_bisenet.spaces import LatencyRanges, Sampled
+from tune_bisenet.spaces import Sampled
 from tune_bisenet.study import sampling
 
 PARAMS: dict[str, Param] = {"lr": 0.02, "optimizer": "sgd", "momentum": 0.7, "aux_weight": 0.5, "accumulation": 2}
@@ -58,8 +58,8 @@ def test_a_space_says_which_widths_and_scales_are_tried() -> None:
     def sample_rate(trial: BaseTrial) -> Run:
         return row("drawn", trial.suggest_float("lr", 0.01, 0.1))
 
-    latency = LatencyRanges(head_widths=(32,), input_scales=(1.0,))
-    space = search_space(Sampled("rates", sample_rate, latency=latency), objectives=("miou", "latency"))
+    rates = Sampled("rates", sample_rate, head_widths=(32,), input_scales=(1.0,))
+    space = search_space(rates, objectives=("miou", "latency"))
     runs = [draw.run for draw in space.test_draws(seed=0, count=5)]
     assert {(run.head_width, run.image_size) for run in runs} == {(32, (32, 64))}
 

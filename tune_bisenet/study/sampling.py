@@ -84,8 +84,8 @@ class SearchSpace:
         (run,) = spaces.resolve_runs([self.space.sample(trial)], self.settings, self.facts)
         if "latency" not in self.objectives:
             return run
-        width = trial.suggest_categorical("head_width", self.space.latency.head_widths)
-        scale = trial.suggest_categorical("input_scale", self.space.latency.input_scales)
+        width = trial.suggest_categorical("head_width", self.space.head_widths)
+        scale = trial.suggest_categorical("input_scale", self.space.input_scales)
         return Run.model_validate(
             run.model_dump() | {"head_width": width, "image_size": scale_size(run.image_size, scale)}
         )

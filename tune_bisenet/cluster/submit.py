@@ -76,10 +76,6 @@ class UnreachableError(JobError):
     """The cluster does not answer at the moment."""
 
 
-class LostError(Exception):
-    """The cluster has not answered for RECONNECT_SECONDS."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -103,9 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _say(*(f"error: {problem}" for problem in problems_of(error)))
         return _REFUSED
-    except LostError as error:
-        _say(str(error))
-        return _LOST
     except KeyboardInterrupt:
         _say("Interrupted. What is on the cluster continues; `list` shows it.")
         return _INTERRUPTED
@@ -345,8 +338,8 @@ class JobClient(JobSubmissionClient):
             )
         return job_id
 
-    def follow(self, job_id: str) -> JobDetails:
-        """Print a job's log from its beginning until it has ended. Raise LostError if the cluster is away too long."""
+    def follow(self, job_id: str) -> JobDetails | None:
+        """Print a job's log from its beginning until it has ended; None if the cluster is away too long."""
         start_time, num_printed = self.get_job_info(job_id).start_time, 0
         answered_at, pause_seconds = time.monotonic(), SHORTEST_PAUSE_SECONDS
         while True:
@@ -355,7 +348,8 @@ class JobClient(JobSubmissionClient):
             except UnreachableError as error:
                 if time.monotonic() - answered_at > RECONNECT_SECONDS:
                     again = f"Job {job_id} continues if the head lives. Follow it again: {self.command('logs', job_id)}"
-                    raise LostError(f"{error}\n{again}") from error
+                    _say(str(error), again)
+                    return None
                 if pause_seconds == SHORTEST_PAUSE_SECONDS:
                     _say(f"The connection is lost; job {job_id} continues. Retrying for {RECONNECT_SECONDS:.0f} s.")
                 time.sleep(pause_seconds)
@@ -409,6 +403,8 @@ def _follow(client: JobClient, job_id: str) -> int:
         _say(f"\nJob {job_id} continues. Follow it again: {client.command('logs', job_id)}")
         _say(f"End it: {client.command('stop', job_id)}")
         return _INTERRUPTED
+    if job is None:
+        return _LOST
     if job.status == JobStatus.FAILED and job.driver_exit_code is None:
         _say(job.message or "")  # why it never ran, or was lost; its log cannot say
     _say(f"job {job_id}: {_describe(job)}.")

@@ -138,12 +138,11 @@ def test_pictures_have_a_bounded_size_and_the_baseline_comes_first(tmp_path: Pat
     for name in RUNS:
         (folder / name).write(BEST_PREDICTIONS, large)
     shown, notes = gallery(read_search(folder))
-    assert shown
     assert notes == []
-    assert {(one.width, one.height) for panels in shown.frames.values() for one in panels} == {
+    assert {(one.width, one.height) for panels in shown.values() for one in panels} == {
         (PICTURE_WIDTH, PICTURE_WIDTH // 2)
     }
-    panels = next(iter(shown.frames.values()))
+    panels = next(iter(shown.values()))
     assert [panel.title.split(",")[0].split(":")[0] for panel in panels] == ["image", "label", "r01-s1", "r02-s1"]
     assert MIOU["r02-s1"] > MIOU["r02-s0"]
 
@@ -153,5 +152,4 @@ def test_a_frame_that_one_trial_lacks_is_shown_without_it(tmp_path: Path) -> Non
     fewer = replace(best(), names=("street one", "another"))
     (folder / "r02-s1").write(BEST_PREDICTIONS, predictions_to_bytes(fewer))
     shown, _ = gallery(read_search(folder))
-    assert shown
-    assert [len(panels) for panels in shown.frames.values()] == [4, 3]
+    assert [len(panels) for panels in shown.values()] == [4, 3]

@@ -92,13 +92,8 @@ class Panel:
     height: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gallery:
-    """Frames by name, each with its panels."""
-
-    frames: Mapping[str, Sequence[Panel]]
-    legend: Sequence[tuple[str, str]] = LEGEND
-
+Gallery = Mapping[str, Sequence[Panel]]
+"""Frames by name, each with its panels."""
 
 Block = str | Table | PythonSource | Plots | Gallery
 
@@ -370,7 +365,7 @@ def _heat_figure(
     return Figure(name=name, title=title, caption=caption, data=data, layout=layout, min_width=HEATMAP_MIN_WIDTH)
 
 
-def gallery(search: SearchRecord) -> tuple[Gallery | None, list[str]]:
+def gallery(search: SearchRecord) -> tuple[Gallery, list[str]]:
     """Return a few of the frames that were kept, by the baseline and the best of the other rows; and notes."""
     best_trials: dict[str, str] = {}
     for state in best_first(search.states):
@@ -388,7 +383,7 @@ def gallery(search: SearchRecord) -> tuple[Gallery | None, list[str]]:
         except ValueError as error:
             notes.append(f"{trial}: {error}")
     names = next(iter(shown.values())).names[:NUM_FRAMES] if shown else ()
-    return Gallery(frames={name: _panels(name, shown) for name in names}) if names else None, notes
+    return {name: _panels(name, shown) for name in names}, notes
 
 
 def _panels(name: str, shown: Mapping[str, BestPredictions]) -> list[Panel]:

@@ -262,6 +262,7 @@ def _render_html(report: Report, sections: Sequence[Section], now: datetime) -> 
         sentence=sentence,
         sections=sections,
         figures=[asdict(figure) for figure in shown],
+        legend=figures.LEGEND,
         style=_source("report.css"),
         scripts=scripts,
         script_hashes=" ".join(f"'sha256-{digest}'" for digest in digests),

@@ -114,29 +114,22 @@ def test_the_two_packages_are_sent_whole_and_nothing_else(tmp_path: Path) -> Non
     assert sent == {name for name in files if "__pycache__" not in name and "/." not in name}
 
 
-def test_what_is_sent_runs_by_itself_with_a_space_given_by_its_path(tmp_path: Path) -> None:
+def test_what_is_sent_runs_by_itself_with_a_space_given_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     write_space(here / "mine.py", {"a": 0.01, "b": 0.02}, num_epochs=3)
     (here / "rates.py").write_text("RATE = 0.25\n")
     with (here / "mine.py").open("a") as file:
         file.write("import rates\nSPACE = Grid('of a helper', (row('z', rates.RATE),))\n")
-    code = (
-        "import sys; sys.path.insert(0, ''); from pathlib import Path; "
-        "from tune_bisenet.cluster.submit import prepare_submission; "
-        "search = prepare_submission(sys.argv[2:]); search.stage(Path(sys.argv[1])); print(search.entrypoint)"
-    )
-    prepared = subprocess.run(
-        [sys.executable, "-c", code, str(there), "--space", "mine.py", *STORAGE],
-        cwd=here,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    flags = build_parser().parse_args(shlex.split(prepared.stdout)[4:])
-    assert flags.space == "mine"
-    assert flags.name.startswith("mine-20")
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(here)
+    submission = prepare_submission(["--space", "mine.py", *STORAGE])
+    monkeypatch.delitem(sys.modules, "rates")
+    submission.stage(there)
+    assert flags_there(submission)["space"] == "mine"
+    assert submission.name.startswith("mine-20")
     where = "import sys; sys.path.insert(0, ''); import tune_bisenet, search_spaces.mine, rates; "
     where += "print(tune_bisenet.__file__, search_spaces.__file__, rates.__file__)"
     assert alone(there, "-c", where).count(str(there)) == 3

@@ -24,6 +24,7 @@ from tune_bisenet.records import read_saved_state
 from tune_bisenet.report import __main__ as report_command
 from tune_bisenet.report.page import Report
 from tune_bisenet.search.console import print_plan, print_results
+from tune_bisenet.search.forecast import estimate_search
 from tune_bisenet.search.prepare import PreparedSearch, prepare_search
 from tune_bisenet.search.state import SessionOutcome
 
@@ -111,7 +112,7 @@ def test_what_the_terminal_says_before_and_after_a_search(search: str, results: 
     prepared = resumed(search)
     folder, states = prepared.folder, read_saved_state(prepared.folder).states
     resources = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
-    print_plan(console, prepared, resources, states)
+    print_plan(console, estimate_search(prepared, resources, states))
     print_results(console, prepared, states, report=Report.of(folder), outcome=SessionOutcome())
     check(f"terminal-{search}.txt", screen.getvalue(), results)
 

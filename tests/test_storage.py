@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.fs
 import pytest
 import requests
-from helpers.object_store import KEY_ID, SECRET, ObjectStore, object_store
+from helpers.object_store import KEY_ID, OUTAGES, SECRET, ObjectStore, Outage, object_store
 
 from tune_bisenet.storage import RetryPolicy, Storage, StorageError
 
@@ -284,16 +284,17 @@ def test_the_limit_is_set_in_the_environment(tmp_path: Path, monkeypatch: pytest
 # --- a server that goes away ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("outage", OUTAGES)
 def test_reads_writes_moves_and_listings_wait_for_a_server(
-    store: ObjectStore, caplog: pytest.LogCaptureFixture
+    store: ObjectStore, outage: Outage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = Storage.at(store.uri("waits"))
+    folder = Storage.at(store.uri(f"waits/{outage.replace(' ', '-')}"))
     folder.write("a", b"1")
     folder.write("kept", b"3")
     for_tune = folder.retrying_filesystem
 
     def upload() -> None:
-        with for_tune.open_output_stream("bucket/waits/tune") as stream:
+        with for_tune.open_output_stream(f"{folder.path}/tune") as stream:
             stream.write(b"4")
 
     results: dict[str, Any] = {}
@@ -304,7 +305,7 @@ def test_reads_writes_moves_and_listings_wait_for_a_server(
         "list": lambda: len(folder.infos()),
         "tune": upload,
     }
-    store.go_away()
+    store.go_away(outage)
     threads = [threading.Thread(target=lambda n=n, f=f: results.update({n: f()})) for n, f in attempts.items()]
     for thread in threads:
         thread.start()

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from errno import EBADF, EDQUOT, EINVAL, ELOOP, ENAMETOOLONG, ENOSPC, ENOSYS, ENOTEMPTY, EROFS, EXDEV
 from itertools import count
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeGuard, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
@@ -112,20 +112,33 @@ class RetryPolicy:
         """Wait longer each time, at random so that processes do not retry in step, and never past the limit."""
         verb = "written" if writing else "read"
         reason = one_line(error)
-        if isinstance(error, OSError) and error.errno in _FULL_CODES:
+        if is_full(error):
             reason += ". It is full: make room there"
         since = min(began, _outages.get(self.root, (began, writing))[0])
-        left = since + self.seconds - time.monotonic()
+        seconds = min(self.seconds, FAIL_FAST_SECONDS) if _is_hurried else self.seconds
+        left = since + seconds - time.monotonic()
         if left <= 0:
-            raise StorageError(f"{self.root} could not be {verb} for {self.seconds - left:.0f} s: {reason}") from error
+            raise StorageError(f"{self.root} could not be {verb} for {seconds - left:.0f} s: {reason}") from error
         with _outages_lock:
             is_new = self.root not in _outages
             _outages.setdefault(self.root, (time.monotonic(), writing))
         if is_new:
             message = "%s cannot be %s (%s). Retrying for up to %.0f s; nothing is lost meanwhile."
-            _log.warning(message, self.root, verb, reason, self.seconds)
+            _log.warning(message, self.root, verb, reason, seconds)
         pause = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(number, 16)) * random.uniform(0.5, 1)
-        time.sleep(min(pause, left))
+        until = time.monotonic() + min(pause, left)
+        was_hurried = _is_hurried  # the signal that ends a process may come in the middle of a pause
+        while (rest := until - time.monotonic()) > 0 and was_hurried == _is_hurried:
+            time.sleep(min(rest, FIRST_PAUSE_SECONDS))
+
+
+_is_hurried = False
+
+
+def hurry() -> None:
+    """Let this process wait for seconds only from now on: it was told to end. A signal's handler may call this."""
+    global _is_hurried
+    _is_hurried = True
 
 
 _outages: Final[dict[str, tuple[float, bool]]] = {}
@@ -151,6 +164,11 @@ def _is_transient(error: Exception) -> bool:
         return error.errno not in _PERMANENT_CODES and "NO_SUCH_KEY" not in str(error)
     # Libraries under fsspec raise errors of their own for networks; Python's and pyarrow's are mistakes of ours.
     return type(error).__module__.partition(".")[0] not in ("builtins", "pyarrow", "tune_bisenet")
+
+
+def is_full(error: BaseException) -> TypeGuard[OSError]:
+    """Return whether a disk has no room left, or a user's share of it."""
+    return isinstance(error, OSError) and error.errno in _FULL_CODES
 
 
 def _remedy(error: Exception) -> str | None:
@@ -223,9 +241,7 @@ class Storage:
 
     @property
     def retrying_filesystem(self) -> pyarrow.fs.FileSystem:
-        """Return a file system for libraries such as Tune; in object storage it retries as this folder does."""
-        if self.local_path is not None:
-            return self.filesystem
+        """Return a file system for libraries such as Tune, which retries as this folder does."""
         return pyarrow.fs.PyFileSystem(RetryingFileSystem(self.filesystem, self.retry))
 
     def fail_fast(self) -> Self:
@@ -284,11 +300,38 @@ class Storage:
         partial = f"{self.path}/.{name}.part" if is_local else target  # an object appears when its upload has ended
 
         def attempt() -> None:
-            _put(self.filesystem, partial, content)
+            try:
+                _put(self.filesystem, partial, content)
+            except OSError:
+                if is_local:  # what is left of it would take room from others that wait for some
+                    Path(partial).unlink(missing_ok=True)
+                raise
             if is_local:
                 self.filesystem.move(partial, target)
 
         self.retry(attempt, writing=True)
+
+    def extend(self, name: str, content: bytes, *, length: int) -> None:
+        """Let a file that holds the first `length` bytes of `content` hold all of it.
+
+        On a local disk it grows in place, as those who follow it expect; an object is written again.
+        """
+        if self.local_path is None:
+            self.write(name, content)
+            return
+        path = self.local_path / name
+
+        def attempt() -> None:
+            with path.open("ab") as file:
+                file.truncate(length)  # a full disk may have taken a part of what comes next
+                file.write(memoryview(content)[length:])
+
+        self.retry(attempt, writing=True)
+
+    def remove_partial_files(self) -> None:
+        """Delete what processes that were killed while they wrote a file here have left of it."""
+        for path in self.local_path.glob(".*.part") if self.local_path else ():
+            path.unlink(missing_ok=True)
 
     def upload(self, source: Path, name: str) -> None:
         """Create or replace a file with the content of a local one, which may be larger than memory."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.object_store import (
+    OUTAGES,
     ObjectStore,
     StoredSearch,
     assert_no_secret,
@@ -24,7 +25,7 @@ from tune_bisenet.search.resources import RESTARTABLE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(2700)]
 
-NUM_EPOCHS = 6
+NUM_EPOCHS = 10
 ALL_EPOCHS = 2 * NUM_EPOCHS
 OUTAGE_SECONDS = 15
 
@@ -51,17 +52,19 @@ def test_a_search_outlives_its_server_and_its_driver_and_is_resumed_elsewhere(
     search = StoredSearch(place, store, "moved")
     with Driver(place, *search.flags) as driver:
         driver.until(search.has_done(2))
-        trainers, log_length = driver.trainers(), len(driver.log)
-        store.go_away()
-        time.sleep(OUTAGE_SECONDS)
-        assert driver.process.poll() is None
-        num_reports = driver.log[log_length:].count("s3://bucket cannot be")
-        assert 1 <= num_reports <= 2, "once when it was written, once when it was read"
-        store.come_back()
-        assert search.num_epochs < ALL_EPOCHS
-        driver.until(search.has_done(search.num_epochs + 2))
-        assert driver.trainers() == trainers
-        assert "s3://bucket answers again after" in driver.log
+        trainers = driver.trainers()
+        for outage in OUTAGES:
+            log_length = len(driver.log)
+            store.go_away(outage)
+            time.sleep(OUTAGE_SECONDS)
+            assert driver.process.poll() is None
+            num_reports = driver.log[log_length:].count("s3://bucket cannot be")
+            assert 1 <= num_reports <= 2, "once when it was written, once when it was read"
+            store.come_back()
+            assert search.num_epochs < ALL_EPOCHS
+            driver.until(search.has_done(search.num_epochs + 2))
+            assert driver.trainers() == trainers
+            assert "s3://bucket answers again after" in driver.log[log_length:]
         end_process(driver.process.pid, signal.SIGKILL)
     before = search.num_epochs
     assert search.num_epochs < ALL_EPOCHS, "it was killed in the middle"
@@ -79,6 +82,16 @@ def test_a_search_outlives_its_server_and_its_driver_and_is_resumed_elsewhere(
         assert "s3://bucket could not be" in driver.log
         assert "run the same command again with --resume" in driver.log
         assert "packing frames" not in driver.log, "they were fetched"
+    assert search.num_epochs < ALL_EPOCHS
+    with resume(search, elsewhere) as driver:
+        driver.until(search.has_done(search.num_epochs + 1))
+        store.go_away("is silent")
+        driver.until(lambda: "s3://bucket cannot be" in driver.log)
+        end_process(driver.process.pid, signal.SIGTERM)
+        code = driver.end(seconds=120)
+        store.come_back()
+        assert code == 128 + signal.SIGTERM
+        assert "--resume" in driver.log
     assert search.num_epochs < ALL_EPOCHS
     with resume(search, elsewhere) as driver:
         assert driver.end() == 0

@@ -7,12 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from urllib.request import urlopen
 
 import boto3
@@ -20,12 +21,16 @@ import pytest
 from helpers import processes, searches
 from helpers.processes import PROJECT, environment
 from moto.server import ThreadedMotoServer
+from werkzeug.serving import make_server
 
 from tune_bisenet.search.state import LEADERBOARD_CSV
 
 KEY_ID = "AKIAOFATEST000000000"
 SECRET = "theSecretOfATest/+0123456789abcdefghijkl"
 BUCKET = "bucket"
+
+Outage = Literal["refuses", "answers 500", "is silent"]
+OUTAGES: tuple[Outage, ...] = get_args(Outage)
 
 
 class ObjectStore:
@@ -40,6 +45,8 @@ class ObjectStore:
         self.requests: list[str] = []
         self.before_answer: Callable[[str], None] = lambda _request: None
         """Called with each request's line before it is answered, by the thread that answers it."""
+        self._broken: Any = None
+        self._is_back = threading.Event()
         self.come_back()
         urlopen(f"{self.endpoint}/moto-api/reset", data=b"").close()  # moto keeps one content for all its servers
         self._client().create_bucket(Bucket=BUCKET)
@@ -52,10 +59,27 @@ class ObjectStore:
         """Return an address as a user with an own server writes it."""
         return f"s3://{bucket}/{path}?endpoint_override={self.endpoint}&scheme=http&region=us-east-1"
 
-    def go_away(self) -> None:
+    def go_away(self, how: Outage = "refuses") -> None:
+        """Leave the port to nobody, who refuses connections, or to a server that cannot do better."""
         self._server.stop()
+        if how == "refuses":
+            return
+
+        def answer(_environ: Any, start_response: Any) -> list[bytes]:
+            if how == "is silent":
+                self._is_back.wait()
+            start_response("500 Internal Server Error", [])
+            return [b""]
+
+        self._is_back.clear()
+        self._broken = make_server("127.0.0.1", self.port, answer, threaded=True)
+        threading.Thread(target=self._broken.serve_forever, daemon=True).start()
 
     def come_back(self) -> None:
+        self._is_back.set()
+        if self._broken:
+            self._broken.shutdown()
+            self._broken = None
         self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
         self._server.start()
 

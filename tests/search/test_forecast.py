@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from tune_bisenet.config import SGD, AdamW, Optimizer, Resources, Run
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.packing import prepare_packed
 from tune_bisenet.data.streets import Streets
-from tune_bisenet.options import parse_options
+from tune_bisenet.options import InputError, parse_options
 from tune_bisenet.records import TrialState
 from tune_bisenet.search.forecast import (
     KEEPING_SECONDS,
+    SEARCH_BYTES,
     TRIAL_SECONDS,
     UNBOUNDED_SAMPLE,
     VAL_SHARE,
@@ -28,6 +30,7 @@ from tune_bisenet.search.forecast import (
     find_workload,
     makespan,
     pack_bytes,
+    trial_bytes,
 )
 from tune_bisenet.search.prepare import PreparedSearch, survey_search
 from tune_bisenet.spaces import DataFacts
@@ -174,6 +177,32 @@ def test_the_sizes_of_checkpoints_are_forecast(
 
 def test_storage_holds_all_best_weights_and_the_checkpoints_of_running_trials(place: Path) -> None:
     estimate = estimate_of(place)
-    best, last = checkpoint_bytes(estimate.search.example)
-    assert estimate.storage_bytes == 5 * best + 2 * 2 * last
+    example, facts = estimate.search.example, estimate.search.facts
+    best, last = checkpoint_bytes(example)
+    kept = trial_bytes(example, facts, frame_size=(32, 64))
+    assert best < kept < best + 1e6
+    assert estimate.storage_bytes == SEARCH_BYTES + 5 * kept + 2 * 3 * last
     assert math.isclose(last, 2 * best)
+    begun = [state(f"r{row:02}", status="waiting", epochs=1, seconds=1.0) for row in range(1, 5)]
+    begun += [state("r05", status="finished", epochs=4, seconds=4.0)]
+    resumed = estimate_search(estimate.search, TWO_CORES, begun)
+    assert resumed.storage_bytes == SEARCH_BYTES + 4 * kept + 4 * 3 * last, "all four have checkpoints"
+    unbounded = estimate_of(place, space=str(place / "sampled.py"), time_budget="1h")
+    assert unbounded.storage_bytes == SEARCH_BYTES + 2 * kept + 2 * 3 * last
+
+
+def test_room_for_results_is_what_is_free_and_what_their_trials_have(place: Path) -> None:
+    estimate = estimate_of(place)
+    folder, free = estimate.search.folder.local_path, estimate.free_storage_bytes
+    assert folder is not None
+    assert free is not None
+    for name in ("r01", "another"):
+        (folder / name).mkdir(parents=True)
+        with (folder / name / "last.pt").open("wb") as file:
+            file.truncate(10**12)  # a sparse file takes no room
+    assert estimate.free_storage_bytes == pytest.approx(10**12 + free, rel=0.01)
+    estimate.check_storage()
+    (run, epochs), *_ = estimate.workload.remaining
+    endless = (run.model_copy(update={"num_epochs": 10**11}), epochs)
+    with pytest.raises(InputError, match=r"need up to 1e\+03 TB in .*mine, where .* are free: make room there"):
+        replace(estimate, workload=replace(estimate.workload, remaining=(endless,))).check_storage()

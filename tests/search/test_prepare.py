@@ -25,6 +25,7 @@ from tune_bisenet.report.read import read_search
 from tune_bisenet.report.verdicts import judge_search
 from tune_bisenet.search import driver
 from tune_bisenet.search.console import print_plan
+from tune_bisenet.search.forecast import estimate_search
 from tune_bisenet.search.prepare import CACHE_VARIABLE, DATASET_VARIABLE, PreparedSearch, prepare_search
 from tune_bisenet.search.state import SessionOutcome
 from tune_bisenet.storage import Storage
@@ -314,7 +315,7 @@ def test_sparse_labels_are_told_in_the_plan(frames: Path) -> None:
     assert "only 25 % of the pixels in the val labels" in warning
     screen = io.StringIO()
     resources = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=1)
-    print_plan(Console(file=screen, width=1000), prepared, resources, [])
+    print_plan(Console(file=screen, width=1000), estimate_search(prepared, resources, []))
     assert warning in screen.getvalue()
     assert "validation: car 25 %; 18 never; void 75 %" in screen.getvalue()
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from helpers.searches import epoch_numbers, write_frames
 
-from tune_bisenet import storage as storage_module
 from tune_bisenet.config import Run, TrialContext
 from tune_bisenet.data import packing
 from tune_bisenet.records import TRIAL, Latency, TrialRecord, TrialSpec, read_trial, write_trial
@@ -278,46 +277,45 @@ def test_a_node_without_the_pack_and_the_data_fetches_the_drivers_pack(
     assert (tmp_path / "worker" / small_data.path.name / "train.arrow").is_file()
 
 
-class FailingForEvents:
-    """A file system without local paths that takes everything but TensorBoard's files, until it is told to."""
+class SlowToTakeEvents:
+    """A file system without local paths that refuses TensorBoard's files so many times, and takes everything else."""
 
     def __init__(self, folder: Path) -> None:
         self._inner = pyarrow.fs.SubTreeFileSystem(str(folder), pyarrow.fs.LocalFileSystem())
-        self.takes_events = True
+        self.num_refusals = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def open_output_stream(self, path: str, **options: Any) -> Any:
-        if "tfevents" in path and not self.takes_events:
+        if "tfevents" in path and self.num_refusals:
+            self.num_refusals -= 1
             raise ConnectionResetError("unreachable")
         return self._inner.open_output_stream(path, **options)
 
 
 @pytest.fixture
-def filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FailingForEvents:
+def filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlowToTakeEvents:
     """The file system of every storage of this test."""
-    filesystem = FailingForEvents(tmp_path)
+    filesystem = SlowToTakeEvents(tmp_path)
     bucket = Storage(filesystem, "bucket", "s3://bucket", RetryPolicy("s3://bucket"))
     monkeypatch.setattr(Storage, "at", lambda _address: bucket)
-    monkeypatch.setattr(storage_module, "FIRST_PAUSE_SECONDS", 60.0)  # longer than a copy is retried
     return filesystem
 
 
-@pytest.mark.slow
-def test_event_files_that_cannot_be_copied_do_not_end_a_trial_and_follow_later(
-    run: Run, context: TrialContext, tmp_path: Path, filesystem: FailingForEvents, caplog: pytest.LogCaptureFixture
+def test_event_files_wait_for_storage_as_checkpoints_do(
+    run: Run, context: TrialContext, tmp_path: Path, filesystem: SlowToTakeEvents, caplog: pytest.LogCaptureFixture
 ) -> None:
-    filesystem.takes_events = False
+    filesystem.num_refusals = 2
     copied = []
 
-    def report(result: Report) -> None:
+    def report(_result: Report) -> None:
         copied.append(len(list((tmp_path / "bucket" / run.name).glob("*.tfevents.*"))))
-        filesystem.takes_events = result["epoch"] >= 2
+        filesystem.num_refusals = 1
 
     run_trial(TrialSpec(trial=run.name, run=run), context, report=report)
-    assert copied == [0, 0, 1]
-    assert caplog.text.count("TensorBoard's files are not copied") == 2
+    assert copied == [1] * run.num_epochs
+    assert caplog.text.count("s3://bucket cannot be written") == 1 + run.num_epochs
 
 
 @pytest.mark.usefixtures("filesystem")

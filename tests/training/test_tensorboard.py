@@ -56,14 +56,14 @@ def write_epochs(tracker: TrialWriter, mious: list[float], *, first: int, best: 
     for number, miou in enumerate(mious, start=first):
         best = max(best, miou)
         tracker.add_epoch(epoch(number, miou), best=epoch(number, best))
+        tracker.flush()
 
 
 KILLED_WORKER = """
 import os, signal, sys
-from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from test_tensorboard import R02, TrialWriter, write_epochs
-tracker = TrialWriter(Path(sys.argv[1]), run=R02, trial="r02", completed_epochs=0)
+from test_tensorboard import R02, Storage, TrialWriter, write_epochs
+tracker = TrialWriter(Storage.at(sys.argv[1]), run=R02, trial="r02", completed_epochs=0)
 write_epochs(tracker, [5.0, 15.0, 99.0, 98.0], first=1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -73,18 +73,21 @@ os.kill(os.getpid(), signal.SIGKILL)
 def search_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write three trials: one finished, one killed after 4 epochs and resumed from the 2nd, one diverged."""
     root = tmp_path_factory.mktemp("search")
-    HParamsTable(Storage.at(str(root)), TRIALS).write()
-    with TrialWriter(root / "r01", run=R01, trial="r01", completed_epochs=0) as tracker:
+    storage = Storage.at(str(root))
+    for name in TRIALS:
+        (storage / name).make()
+    HParamsTable(storage, TRIALS).write()
+    with TrialWriter(storage / "r01", run=R01, trial="r01", completed_epochs=0) as tracker:
         write_epochs(tracker, MIOU["r01"], first=1)
         tracker.add_triptychs(3, [("street 1", PICTURE)])
         tracker.end("finished")
     test_folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     worker = [sys.executable, "-c", KILLED_WORKER, str(root / "r02"), *test_folders]
     assert subprocess.run(worker, check=False).returncode == -signal.SIGKILL
-    with TrialWriter(root / "r02", run=R02, trial="r02", completed_epochs=2) as tracker:
+    with TrialWriter(storage / "r02", run=R02, trial="r02", completed_epochs=2) as tracker:
         write_epochs(tracker, MIOU["r02"][2:], first=3, best=15.0)
         tracker.end("stopped")
-    with TrialWriter(root / "r03", run=TRIALS["r03"], trial="r03", completed_epochs=0) as tracker:
+    with TrialWriter(storage / "r03", run=TRIALS["r03"], trial="r03", completed_epochs=0) as tracker:
         tracker.add_epoch(epoch(1, 1.0), best=epoch(1, 1.0))
         tracker.add_epoch(epoch(2, 99.0, loss=math.nan), best=epoch(1, 1.0))
         tracker.end("diverged")
@@ -228,7 +231,7 @@ def test_a_row_is_flattened_with_constants_and_none_and_values_have_their_column
 def test_a_writer_whose_clock_is_behind_comes_after_the_last(tmp_path: Path) -> None:
     ahead = tmp_path / "events.out.tfevents.9000000000.other.1"
     ahead.touch()
-    with TrialWriter(tmp_path, run=R01, trial="r01", completed_epochs=1):
+    with TrialWriter(Storage.at(str(tmp_path)), run=R01, trial="r01", completed_epochs=1):
         assert max(path.name for path in tmp_path.iterdir()).startswith("events.out.tfevents.9000000001.")
 
 

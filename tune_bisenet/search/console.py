@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from tune_bisenet.config import Resources, format_size, trial_name
+from tune_bisenet.config import format_size, trial_name
 from tune_bisenet.options import NO_BACKBONE
 from tune_bisenet.records import Epoch, TrialState
 from tune_bisenet.report import leaderboard
@@ -28,7 +28,7 @@ from tune_bisenet.report.power import Power
 from tune_bisenet.report.sampled import best_lines
 from tune_bisenet.report.terminal import format_verdicts
 from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, format_expected
-from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, checkpoint_bytes, estimate_search
+from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, checkpoint_bytes
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.search.state import SessionOutcome
 from tune_bisenet.spaces import published_levels
@@ -37,9 +37,9 @@ from tune_bisenet.text import counted, format_bytes, format_duration, redact
 TITLE_WIDTH: Final = 11
 
 
-def print_plan(console: Console, search: PreparedSearch, resources: Resources, states: Sequence[TrialState]) -> None:
-    """Print what is left to do after `states`, what it takes, where results go, and how to watch and to resume."""
-    estimate = estimate_search(search, resources, states)
+def print_plan(console: Console, estimate: Estimate) -> None:
+    """Print what is left to do, what it takes, where results go, and how to watch and to resume."""
+    search = estimate.search
     lines = plan_lines(estimate)
     if study := search.study:
         left_out = "".join(f"; without {name}: {reason}" for name, reason in study.left_out.items())
@@ -178,13 +178,18 @@ def _cost(hours: float, estimate: Estimate) -> str:
 
 def _disk(estimate: Estimate) -> str:
     packs, free = estimate.pack_bytes, estimate.free_bytes
-    scarce = ": NOT ENOUGH" if packs > free else ""
-    text = f"{format_bytes(packs)} of packed frames on every node, {format_bytes(free)} are free here{scarce}"
+    text = f"{format_bytes(packs)} of packed frames on every node, {_free_here(packs, free)}"
     if not estimate.workload.remaining:
         return text
     best, last = map(format_bytes, checkpoint_bytes(estimate.search.example))
-    total = "" if estimate.workload.is_unbounded else f", at most {format_bytes(estimate.storage_bytes)} in all"
-    return f"{text}; in storage {best} a trial, 2 x {last} more until it has ended{total}"
+    needed, free_storage = estimate.storage_bytes, estimate.free_storage_bytes
+    text += f"; in storage weights of {best} a trial, 3 x {last} more while it runs"
+    text += "" if estimate.workload.is_unbounded else f", at most {format_bytes(needed)} in all"
+    return text if free_storage is None else f"{text}, {_free_here(needed, free_storage)}"
+
+
+def _free_here(needed: int, free: int) -> str:
+    return f"{format_bytes(free)} are free here{': NOT ENOUGH' if needed > free else ''}"
 
 
 def _print_page(console: Console, lines: Iterable[tuple[str, str]], estimate: Estimate) -> None:

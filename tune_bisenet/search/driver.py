@@ -76,13 +76,15 @@ def _run_session(
     saved = read_saved_state(folder)
     stopper = _make_stopper(search, saved.scheduler)
     state = _restore_state(search, saved, stopper)
+    estimate = estimate_search(search, resources, state.states)
+    estimate.check_storage()
     manifest = _make_manifest(search, resources, command)
     write_manifest(folder, manifest)
     state.write()
     searcher = _make_searcher(search, state, max_running)
     table = HParamsTable(folder, {name: spec.run for name, spec in search.specs.items()})
     table.write()
-    print_plan(console, search, resources, state.states)
+    print_plan(console, estimate)
     use_gpu = resources.gpus_per_trial > 0 and search.options.device != "cpu"
     context = search.trial_context(threads_per_trial=resources.threads_per_trial, use_gpu=use_gpu)
     with SearchProgress(console) as progress, refreshed(folder):

@@ -10,16 +10,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from tune_bisenet import rungs, spaces
-from tune_bisenet.config import SGD, Resources, Run, format_size
+from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.config import SGD, Resources, Run, format_size, trial_name
 from tune_bisenet.data.packed import FORMAT_VERSION, Header
+from tune_bisenet.options import InputError
 from tune_bisenet.records import ENDED_WELL, TrialState
 from tune_bisenet.report.power import ASSUMED_NOISE, ExpectedTrials, Power, expected_trials, powers
 from tune_bisenet.report.verdicts import NoiseSummary
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.spaces import DataFacts
+from tune_bisenet.text import format_bytes
+from tune_bisenet.training.tensorboard import NUM_PICTURED_EPOCHS, TRIPTYCH_HEIGHT
 
 if TYPE_CHECKING:
     from tune_bisenet.training.benchmark import TrainingBenchmark
@@ -37,6 +42,13 @@ TRIAL_SECONDS: Final = 0.24
 
 UNBOUNDED_SAMPLE: Final = 100
 """Number of trials that stand for a search which only time or money ends."""
+
+SEARCH_BYTES: Final = 20_000_000
+"""Of what a search has once: mostly the report, whose page of 5 MB is written beside the one before."""
+
+TRIAL_BYTES: Final = 200_000
+EPOCH_BYTES: Final = 10_000
+"""Of a trial's records beside weights and pictures, ours, TensorBoard's and Tune's, and of each of its epochs."""
 
 CONFIRMED_RUNS: Final = 3
 """At most so many runs get fresh seeds by `--confirm`: the best, the best row, and the baseline."""
@@ -210,15 +222,42 @@ class Estimate:
     @property
     def free_bytes(self) -> int:
         """Free space of this machine where frames are packed."""
-        cache_dir = self.search.cache_dir
-        return shutil.disk_usage(next(folder for folder in (cache_dir, *cache_dir.parents) if folder.exists())).free
+        return _free_bytes(self.search.cache_dir)
 
     @property
     def storage_bytes(self) -> int:
-        """Return the most that the trials left keep in storage: best weights, and the checkpoints of those running."""
-        sizes = [checkpoint_bytes(run) for run, _epochs in self.workload.remaining]
-        checkpoints = sorted((2 * last for _best, last in sizes), reverse=True)
-        return sum(best for best, _last in sizes) + sum(checkpoints[: self.resources.concurrency])
+        """Return the most that the trials left take in storage at any time; where no number bounds them, of a few.
+
+        A trial that runs, or was cut off, has two checkpoints, and writes a file of at most that size beside them.
+        """
+        remaining, facts, num_running = self.workload.remaining, self.search.facts, self.resources.concurrency
+        if self.workload.is_unbounded:
+            remaining = remaining[:num_running]
+        checkpoints = sorted((checkpoint_bytes(run)[1] for run, _epochs in remaining), reverse=True)
+        num_running = max(num_running, sum(epochs > 0 for _run, epochs in remaining))
+        kept = (trial_bytes(run, facts, frame_size=self.search.source.frame_size) for run, _epochs in remaining)
+        return SEARCH_BYTES + sum(kept) + 3 * sum(checkpoints[:num_running])
+
+    @property
+    def free_storage_bytes(self) -> int | None:
+        """Return the room for `storage_bytes`: what is free, and what these trials have; None in object storage."""
+        search = self.search
+        if search.folder.local_path is None:
+            return None
+        default_seed = search.config.default_seed
+        trials = [trial_name(run, default_seed=default_seed) for run, _epochs in self.workload.remaining]
+        present = sum(info.size or 0 for name in trials for info in (search.folder / name).infos())
+        return _free_bytes(search.folder.local_path) + present
+
+    def check_storage(self) -> None:
+        """Raise InputError if the trials that are left do not fit on the storage's disk."""
+        needed, free = self.storage_bytes, self.free_storage_bytes
+        if self.workload.remaining and free is not None and free < needed:
+            raise InputError(
+                f"the results need up to {format_bytes(needed)} in {self.search.folder.path}, where "
+                f"{format_bytes(free)} are free: make room there, name another --storage, or run fewer trials at once "
+                "by --max-concurrent."
+            )
 
     @property
     def powers(self) -> list[Power]:
@@ -296,6 +335,17 @@ def pack_bytes(facts: DataFacts, *, image_size: tuple[int, int], frame_size: tup
     return facts.num_train * train.row_bytes + facts.num_val * val.row_bytes
 
 
+def trial_bytes(run: Run, facts: DataFacts, *, frame_size: tuple[int, int]) -> int:
+    """Return the most that a trial leaves in storage when it has ended, as if no picture were compressed."""
+    from tune_bisenet.training.engine import NUM_SAMPLES
+
+    num_pixels = math.prod(run.image_size)
+    best = facts.num_val * 4 * NUM_CLASSES**2 + NUM_SAMPLES * (3 * num_pixels + 2 * math.prod(frame_size))
+    shrink = min(1.0, TRIPTYCH_HEIGHT / run.image_size[0])
+    pictures = min(run.num_epochs, NUM_PICTURED_EPOCHS + 1) * NUM_SAMPLES * 9 * math.ceil(num_pixels * shrink**2)
+    return checkpoint_bytes(run)[0] + best + pictures + run.num_epochs * EPOCH_BYTES + TRIAL_BYTES
+
+
 def checkpoint_bytes(run: Run) -> tuple[int, int]:
     """Return the sizes of `best.pt` and of `last.pt`, which holds the optimizer's numbers of each weight as well."""
     from tune_bisenet.training.benchmark import weights_bytes
@@ -303,3 +353,8 @@ def checkpoint_bytes(run: Run) -> tuple[int, int]:
     best = weights_bytes(run.head_width)
     numbers_per_weight = 1 + bool(run.optimizer.momentum) if isinstance(run.optimizer, SGD) else 3
     return best, best * numbers_per_weight
+
+
+def _free_bytes(folder: Path) -> int:
+    """Return the free space of the disk where a folder is, or will be."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free

@@ -9,7 +9,6 @@ import logging
 import math
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -43,10 +42,7 @@ from tune_bisenet.records import (
 from tune_bisenet.storage import Storage, retry_seconds
 from tune_bisenet.training import benchmark, checkpoint, engine
 from tune_bisenet.training.engine import EpochEnd, Training
-from tune_bisenet.training.tensorboard import TrialWriter, triptych
-
-NUM_PICTURED_EPOCHS: Final = 8
-"""How often, in all, validation pictures are written."""
+from tune_bisenet.training.tensorboard import NUM_PICTURED_EPOCHS, TrialWriter, triptych
 
 FIRST_EPOCH_DEADLINE_SECONDS: Final = 4 * 3600.0
 DEADLINE_FACTOR: Final = 20.0
@@ -71,6 +67,7 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
     search = Storage.at(context.storage)
     folder = search / spec.trial
     folder.make()
+    folder.remove_partial_files()
     torch.set_num_threads(context.threads_per_trial)
     torch.backends.cudnn.benchmark = True  # crops and batches keep their size
     data = _open_data(spec, context)
@@ -88,7 +85,7 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
     record = partial(TrialRecord.of_spec, spec, latency=latency, environments=environments)
     write_trial(search, record(history))
     with ExitStack() as stack:
-        writer = stack.enter_context(_MirroredWriter(folder, spec, completed_epochs=len(history)))
+        writer = stack.enter_context(TrialWriter(folder, run=spec.run, trial=spec.trial, completed_epochs=len(history)))
         stack.callback(faulthandler.cancel_dump_traceback_later)
         if history:  # the driver may have died before it heard of this epoch
             report(make_report(history, latency))
@@ -97,12 +94,12 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
             history.append(end.epoch)
             _save_epoch(training, end, history, data, folder, identity=identity)
             write_trial(search, record(history))
-            writer.add(end, history, data)
+            _log_epoch(writer, end, history, data, num_epochs=spec.run.num_epochs)
             report(make_report(history, latency))
             if end.epoch.diverged:
                 return
             _die_if_hung(history)
-        writer.finish()
+        writer.end("finished")
 
 
 def make_report(history: Sequence[Epoch], latency: Latency | None) -> dict[str, Any]:
@@ -178,54 +175,16 @@ def _die_if_hung(history: list[Epoch]) -> None:
     faulthandler.dump_traceback_later(seconds + retry_seconds(), exit=True)
 
 
-class _MirroredWriter:
-    """A trial's TensorBoard files in its folder; in object storage, copied there after every epoch.
-
-    A copy that fails costs nothing: the next one has everything.
-    """
-
-    def __init__(self, folder: Storage, spec: TrialSpec, *, completed_epochs: int) -> None:
-        self._num_epochs = spec.run.num_epochs
-        self._folder = folder.fail_fast()
-        self._stack = ExitStack()
-        self._mirrored = folder.local_path is None
-        self._logdir = folder.local_path or Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-        self._writer = self._stack.enter_context(
-            TrialWriter(self._logdir, run=spec.run, trial=spec.trial, completed_epochs=completed_epochs)
-        )
-
-    def __enter__(self) -> "_MirroredWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is SystemExit:  # how Tune stops a trial
-            self._writer.end("stopped")
-            self._mirror()
-        self._stack.close()
-
-    def add(self, end: EpochEnd, history: list[Epoch], data: Packed) -> None:
-        """Write an epoch's scalars, now and then with pictures."""
-        epoch = end.epoch.epoch
-        self._writer.add_epoch(end.epoch, best=best_of(history))
-        if epoch % math.ceil(self._num_epochs / NUM_PICTURED_EPOCHS) == 0 or epoch == self._num_epochs:
-            pictures = [
-                (data.val.names[index], triptych(data.val.images[index], data.val.labels[index], prediction.numpy()))
-                for index, prediction in end.samples.items()
-            ]
-            self._writer.add_triptychs(epoch, pictures)
-        if end.epoch.diverged:
-            self._writer.end("diverged")
-        self._mirror()
-
-    def finish(self) -> None:
-        self._writer.end("finished")
-        self._mirror()
-
-    def _mirror(self) -> None:
-        if not self._mirrored:
-            return
-        try:
-            for path in self._logdir.iterdir():
-                self._folder.write(path.name, path.read_bytes())
-        except OSError as error:
-            _log.warning("TensorBoard's files are not copied before the next epoch: %s", error)
+def _log_epoch(writer: TrialWriter, end: EpochEnd, history: Sequence[Epoch], data: Packed, *, num_epochs: int) -> None:
+    """Write an epoch's scalars for TensorBoard, now and then with pictures."""
+    epoch = end.epoch.epoch
+    writer.add_epoch(end.epoch, best=best_of(history))
+    if epoch % math.ceil(num_epochs / NUM_PICTURED_EPOCHS) == 0 or epoch == num_epochs:
+        pictures = [
+            (data.val.names[index], triptych(data.val.images[index], data.val.labels[index], prediction.numpy()))
+            for index, prediction in end.samples.items()
+        ]
+        writer.add_triptychs(epoch, pictures)
+    if end.epoch.diverged:
+        writer.end("diverged")
+    writer.flush()

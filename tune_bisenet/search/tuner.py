@@ -37,7 +37,7 @@ from tune_bisenet.search.resources import RESTARTABLE
 from tune_bisenet.search.searcher import Searcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
 from tune_bisenet.search.trainable import train_trial
-from tune_bisenet.storage import Storage, StorageError
+from tune_bisenet.storage import Storage, StorageError, hurry, is_full
 from tune_bisenet.training.tensorboard import HParamsTable
 
 METRIC: Final = "miou"
@@ -82,7 +82,7 @@ def run_trials(
     """
     outcome = SessionOutcome()
     callback = TuneCallback(state, stopper, progress, searcher, limits, resources.gpus_per_trial, outcome)
-    with _restartable():
+    with _restartable(outcome):
         with _signals(outcome):
             while searcher.begin() and not callback.is_cut_off():
                 epochs_before = _epochs_done(state)
@@ -92,7 +92,7 @@ def run_trials(
                 except KeyboardInterrupt:
                     break
                 except (RayError, TuneError) as error:
-                    if _epochs_done(state) == epochs_before or _find_storage_error(error):
+                    if _epochs_done(state) == epochs_before or _find_outage(error):
                         raise
                     _log.warning("Tune gave up (%s); another Tune experiment trains what is left.", error)
                 else:
@@ -274,6 +274,7 @@ class TuneCallback(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         error = _error_of(trial)
+        _raise_outage(error)
         if error.startswith("ray::"):  # a traceback out of the worker
             message = f"failed and is tried again from its last epoch:\n{error}"
         else:  # mostly not the trial's fault
@@ -282,6 +283,7 @@ class TuneCallback(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         name, error = _name_of(trial), _error_of(trial)
+        _raise_outage(error)
         _log.error("%s failed:\n%s", name, error)
         self.state.on_error(name, _last_line(error))
         self.searcher.on_end(self.state[name])
@@ -323,6 +325,14 @@ def _error_of(trial: Trial) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", last).strip()  # without Ray's colours
 
 
+def _raise_outage(error: str) -> None:
+    """Raise StorageError if a worker's storage did not answer for as long as it is retried: no trial is to blame."""
+    if outage := re.search(
+        r"^tune_bisenet\.storage\.StorageError: (.* could not be (?:read|written) for .*)$", error, re.M
+    ):
+        raise StorageError(outage[1])
+
+
 def _last_line(error: str) -> str:
     return error.rpartition("\n")[2].strip() or "unknown error"
 
@@ -337,6 +347,7 @@ def _signals(outcome: SessionOutcome) -> Iterator[None]:
     def handle(number: int, _frame: FrameType | None) -> None:
         again = outcome.signal_number is not None
         outcome.signal_number = number
+        hurry()
         if again or signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
             raise KeyboardInterrupt
         signal.raise_signal(signal.SIGUSR1)
@@ -351,21 +362,25 @@ def _signals(outcome: SessionOutcome) -> Iterator[None]:
 
 
 @contextmanager
-def _restartable() -> Iterator[None]:
-    """End the process, as one to be run again, if storage did not answer for as long as it is retried."""
+def _restartable(outcome: SessionOutcome) -> Iterator[None]:
+    """End the process, as one to be run again, if storage did not answer for as long as it is retried.
+
+    After a signal that is seconds, and the code is the signal's: every trial's folder knows how far it is.
+    """
     try:
         yield
     except Exception as error:
-        cause = _find_storage_error(error)
+        cause = _find_outage(error)
         if cause is None:
             raise
         reason = str(cause).removesuffix(".")
         _log.error("%s. Nothing is lost: when it answers, run the same command again with --resume.", reason)
-        os._exit(RESTARTABLE)  # threads of Tune's still wait for it, and pyarrow's end badly with the interpreter
+        # Threads of Tune's still wait for it, and pyarrow's end badly with the interpreter.
+        os._exit(128 + outcome.signal_number if outcome.signal_number else RESTARTABLE)
 
 
-def _find_storage_error(error: BaseException | None) -> StorageError | None:
-    """Return the error of ours under Tune's."""
-    while error is not None and not isinstance(error, StorageError):
+def _find_outage(error: BaseException | None) -> OSError | None:
+    """Return the error under Tune's that says that storage does not answer, or that Ray's own folder is full."""
+    while error is not None and not isinstance(error, StorageError) and not is_full(error):
         error = error.__cause__ or error.__context__
     return error

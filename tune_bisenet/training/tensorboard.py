@@ -8,7 +8,6 @@ import re
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, Self, Union, get_args, get_origin
 
@@ -40,41 +39,49 @@ METRICS: Final = (
 
 TABLE_FILE: Final = "events.out.tfevents.0000000000.experiment"
 TABLE_SECONDS: Final = 30.0  # the table is written again for each trial that a study adds, but not more often
+NUM_PICTURED_EPOCHS: Final = 8
+"""How often, in all, a trial's validation pictures are written."""
 TRIPTYCH_HEIGHT: Final = 256
 """Pixels at most: at full size, ten runs with four pictures an epoch would leave some 2 GB of event files."""
 GAP: Final = 4  # white pixels between the pictures of a triptych
 
 
 class TrialWriter:
-    """The event file of one trial, whose steps are epochs; a context manager that closes it.
+    """The event file of one trial, whose steps are epochs; a context manager for the time in which it is trained.
 
     `completed_epochs` is where the trial resumes, 0 for a new one: TensorBoard ignores what an earlier writer left of
-    later epochs. Closed without `end`, as after an error or a kill, the trial's session stays open.
+    later epochs. Without `end`, as after an error or a kill, the trial's session stays open. Records are kept until
+    `flush` writes them, which waits for storage as everything does that is written to it.
 
     torch's SummaryWriter names its file by the second: resumed within one, or on a node whose clock is behind, it
-    would be read before the file of the attempt that was killed, whose epochs would then replace its own.
+    would be read before the file of the attempt that was killed, whose epochs would then replace its own. A disk that
+    is full when it writes leaves it with half a record.
     """
 
-    def __init__(self, logdir: Path, *, run: Run, trial: str, completed_epochs: int) -> None:
-        logdir.mkdir(parents=True, exist_ok=True)
-        names = (re.search(r"\.tfevents\.(\d+)", path.name) for path in logdir.iterdir())
+    def __init__(self, folder: Storage, *, run: Run, trial: str, completed_epochs: int) -> None:
+        names = (re.search(r"\.tfevents\.(\d+)", info.base_name) for info in folder.infos())
         stamp = max([int(time.time()), *(int(name[1]) + 1 for name in names if name)])
-        path = logdir / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter(path.open("xb"))
+        self._folder = folder
+        self._name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._content = io.BytesIO()
+        self._records = RecordWriter(self._content)
+        self._num_flushed = 0  # bytes
         self._epoch = completed_epochs
         self._write(0, file_version="brain.Event:2")
         # A reader takes the first START of a folder for its beginning and purges only at later ones: always write it.
         self._write(completed_epochs + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         self._write(0, summary=summary_v2.hparams_pb(hparams(run), trial_id=trial))
+        self.flush()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        self._records.close()
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        if kind is SystemExit:  # how Tune stops a trial
+            self.end("stopped")
 
     def add_epoch(self, epoch: Epoch, *, best: Epoch | None) -> None:
-        """Write all scalars of an epoch as one record, on disk when this returns. All scores are in percent.
+        """Add all scalars of an epoch as one record. All scores are in percent.
 
         `best` is the trial's best epoch so far. A diverged epoch has no scores.
         """
@@ -97,7 +104,7 @@ class TrialWriter:
         self._write_values(epoch.epoch, [{"tag": tag, "simple_value": value} for tag, value in scalars.items()])
 
     def add_triptychs(self, step: int, pictures: list[tuple[str, NDArray[np.uint8]]]) -> None:
-        """Write named RGB pictures, uint8 (H, W, 3), under `pictures/NAME`."""
+        """Add named RGB pictures, uint8 (H, W, 3), under `pictures/NAME`."""
         values = []
         for name, picture in pictures:
             buffer = io.BytesIO()
@@ -112,6 +119,13 @@ class TrialWriter:
         code = api_pb2.STATUS_FAILURE if status == "diverged" else api_pb2.STATUS_SUCCESS
         info = plugin_data_pb2.SessionEndInfo(status=code, end_time_secs=time.time())
         self._write(self._epoch, summary=_hparams_summary(metadata.SESSION_END_INFO_TAG, session_end_info=info))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write to storage what was added since the last time."""
+        content = self._content.getvalue()
+        self._folder.extend(self._name, content, length=self._num_flushed)
+        self._num_flushed = len(content)
 
     def _write_values(self, step: int, values: Sequence[Mapping[str, Any]]) -> None:
         self._write(step, summary=summary_pb2.Summary(value=values))
@@ -119,7 +133,6 @@ class TrialWriter:
     def _write(self, step: int, **content: Any) -> None:
         event = event_pb2.Event(step=step, wall_time=time.time(), **content)
         self._records.write(event.SerializeToString())
-        self._records.flush()
 
 
 class HParamsTable:

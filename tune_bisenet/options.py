@@ -252,6 +252,13 @@ class Options(Frozen):
         "torch uses as many threads; later sessions of a search use as many as its first, whatever they reserve",
     )
     max_concurrent: Number | None = _flag(WHERE, "N", "run at most N trials at once")
+    stall_timeout: Seconds | None = _flag(
+        WHERE,
+        "10m",
+        "end the process of a trial that has got nowhere for so long, log its stack, and resume the trial from its "
+        "last epoch (default: ten times what an epoch of it takes, at least 5 minutes; 4 hours for its first epoch, if "
+        "the process answers). Waiting for storage is no stall, nor are 4 hours of packing",
+    )
     device: Literal["auto", "cuda", "cpu"] = _flag(
         WHERE,
         "auto|cuda|cpu",

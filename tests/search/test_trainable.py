@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,13 @@ import pyarrow.fs
 import pytest
 import torch
 from helpers.searches import epoch_numbers, write_frames
+from ray import tune
 
 from tune_bisenet.config import Run, TrialContext
 from tune_bisenet.data import packing
-from tune_bisenet.records import TRIAL, Latency, TrialRecord, TrialSpec, read_trial, write_trial
-from tune_bisenet.search.trainable import run_trial
+from tune_bisenet.options import InputError
+from tune_bisenet.records import TRIAL, Latency, TrialRecord, TrialSpec, read_trial, to_plain, write_trial
+from tune_bisenet.search.trainable import FAILURE, LACKS, _describe_failure, run_trial, train_trial
 from tune_bisenet.storage import RetryPolicy, Storage
 from tune_bisenet.training import checkpoint
 
@@ -167,6 +169,54 @@ def test_the_state_of_another_run_is_refused_and_left_as_it_is(run: Run, context
     with pytest.raises(checkpoint.CheckpointError, match="another run"):
         train(run, context)
     assert (folder / "last.pt").read_bytes() == before
+
+
+# --- what no retry mends ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reports_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run, TrialContext], list[Report]]:
+    """What Tune is told by its trainable."""
+
+    def train_under_tune(run: Run, context: TrialContext) -> list[Report]:
+        reports: list[Report] = []
+        monkeypatch.setattr(tune, "report", reports.append)
+        train_trial(to_plain(TrialSpec(trial=run.name, run=run)), context=context.model_dump(mode="json"))
+        return reports
+
+    return train_under_tune
+
+
+def test_what_no_retry_mends_is_reported_in_the_words_of_the_error(
+    run: Run, context: TrialContext, folder: Path, reports_of: Callable[[Run, TrialContext], list[Report]]
+) -> None:
+    (report,) = reports_of(run, context)
+    assert report.keys() == {FAILURE}
+    assert "this node does not see" in report[FAILURE], "the search's folder is on another disk"
+    folder.mkdir(parents=True)
+    (report,) = reports_of(run, context.model_copy(update={"data_digests": {"32x64": "0" * 16}}))
+    assert "holds other frames on this node" in report[FAILURE]
+    train(run.model_copy(update={"num_epochs": 1}), context)
+    (report,) = reports_of(run, context)
+    assert "another run" in report[FAILURE]
+
+
+def test_memory_that_torch_does_not_get_is_reported_as_such(
+    run: Run, context: TrialContext, folder: Path, reports_of: Callable[[Run, TrialContext], list[Report]]
+) -> None:
+    folder.mkdir(parents=True)
+    (report,) = reports_of(run.model_copy(update={"head_width": 10**9}), context)
+    assert report[LACKS] == "memory"
+    assert "you tried to allocate" in report[FAILURE]
+
+
+def test_an_error_that_comes_from_a_network_or_a_disk_is_raised_so_that_tune_tries_again() -> None:
+    with pytest.raises(InputError, match="cannot be fetched") as caught:
+        raise InputError("the weights cannot be fetched") from ConnectionResetError("reset")
+    with pytest.raises(InputError):
+        _describe_failure(caught.value)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        _describe_failure(RuntimeError("a fault of the program"))
 
 
 # --- what it was trained in -------------------------------------------------------------------------------------------

@@ -1,27 +1,36 @@
 """Real Tune searches: which trials stop early, what a second search takes over, how errors of trials are read."""
 
+import faulthandler
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypedDict
 
 import pytest
 import ray
-from helpers.rows import plain_row
+from helpers.rows import plain_epoch, plain_row
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 from rich.console import Console
 
-from tune_bisenet.config import Expect, Run
+from tune_bisenet import storage as storage_module
+from tune_bisenet.config import Expect, Resources, Run
+from tune_bisenet.data import packing
 from tune_bisenet.options import Limits
-from tune_bisenet.records import TrialSpec, to_plain
+from tune_bisenet.records import TrialSpec, measure, to_plain
 from tune_bisenet.rungs import AshaRule, MedianRule, Stopper, StoppingRule, protected_rows
+from tune_bisenet.search import tuner
 from tune_bisenet.search.console import SearchProgress
 from tune_bisenet.search.searcher import GridSearcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
+from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SIGNAL
 from tune_bisenet.search.tuner import StoppingScheduler, TuneCallback
 from tune_bisenet.storage import Storage
 
@@ -192,6 +201,49 @@ class Intruder(Callback):
             self.replaced.add(name_of(trial))
 
 
+def callback_of(names: Sequence[str], folder: Path, **fields: Any) -> tuple[SearchState, TuneCallback]:
+    """Return the callback of a search of these trials, two at once, and the search's state."""
+    specs = {name: TrialSpec(trial=name, run=row(name)) for name in names}
+    state = SearchState(Storage.at(str(folder)), [], captions=[], baseline=None, scheduler_state=dict)
+    callback = TuneCallback(
+        state,
+        Stopper(rule=None, iterations_per_epoch=hundred),
+        SearchProgress(Console(quiet=True)),
+        GridSearcher(specs, state),
+        Limits(),
+        **{"resources": resources(), "outcome": SessionOutcome()} | fields,
+    )
+    return state, callback
+
+
+def resources(**fields: Any) -> Resources:
+    defaults = {"cpus_per_trial": 1, "gpus_per_trial": 0.0, "max_concurrent": None, "concurrency": 2}
+    return Resources.model_validate(defaults | fields)
+
+
+def run_with(
+    trainable: Callable[[dict[str, Any]], None], names: Sequence[str], callbacks: list[Callback], folder: Path
+) -> None:
+    """Run trials of these names under Tune, each of which has two tries."""
+    tuner = tune.Tuner(
+        trainable,
+        param_space={
+            "trial": tune.grid_search(list(names)),
+            "run": tune.sample_from(lambda config: config_of(row(config["trial"]))["run"]),
+        },
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler_of(None), trial_name_creator=name_of, trial_dirname_creator=name_of
+        ),
+        run_config=tune.RunConfig(
+            storage_path=str(folder / "tune"),
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
 @in_ray
 def test_errors_of_trials_are_read_as_text_and_no_pickle_in_storage_is_loaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -201,34 +253,9 @@ def test_errors_of_trials_are_read_as_text_and_no_pickle_in_storage_is_loaded(
             os._exit(1)
         raise ValueError("out of luck")
 
-    specs = {name: TrialSpec(trial=name, run=row(name)) for name in ("raises", "dies")}
-    folder = Storage.at(str(tmp_path))
-    state = SearchState(folder, [], captions=[], baseline=None, scheduler_state=dict)
-    callback = TuneCallback(
-        state,
-        Stopper(rule=None, iterations_per_epoch=hundred),
-        SearchProgress(Console(quiet=True)),
-        GridSearcher(specs, state),
-        Limits(),
-        gpus_per_trial=0.0,
-        outcome=SessionOutcome(),
-    )
+    state, callback = callback_of(["raises", "dies"], tmp_path)
     intruder = Intruder(tmp_path / "the code ran")
-    tuner = tune.Tuner(
-        fail,
-        param_space={
-            "trial": tune.grid_search(list(specs)),
-            "run": tune.sample_from(lambda config: to_plain(specs[config["trial"]])["run"]),
-        },
-        tune_config=tune.TuneConfig(trial_name_creator=name_of, trial_dirname_creator=name_of),
-        run_config=tune.RunConfig(
-            storage_path=str(tmp_path / "tune"),
-            failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[callback, intruder],
-            verbose=0,
-        ),
-    )
-    tuner.fit()
+    run_with(fail, ["raises", "dies"], [callback, intruder], tmp_path)
     assert intruder.replaced == {"raises", "dies"}
     assert not intruder.trace.exists()
     assert {trial.trial: trial.status for trial in state.states} == {"raises": "failed", "dies": "failed"}
@@ -237,6 +264,115 @@ def test_errors_of_trials_are_read_as_text_and_no_pickle_in_storage_is_loaded(
     assert "raises failed and is tried again from its last epoch:\nray::" in caplog.text
     assert "dies lost its process (" in caplog.text
     assert "\x1b" not in caplog.text
+
+
+@in_ray
+def test_a_trial_that_blocks_is_found_with_its_stack_and_tried_again_and_one_that_does_not_answer_is_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "SECONDS_BETWEEN_LOOKS", 0.5)
+    epoch = asdict(plain_epoch(1, 10.0)) | {"diverged": False} | measure([plain_epoch(1, 10.0)], latency_ms=None)
+
+    def run_trial(config: dict[str, Any]) -> None:
+        faulthandler.register(STACK_SIGNAL)
+        first = tmp_path / config["trial"]
+        if not first.exists():
+            first.touch()
+            if config["trial"] == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(1000)
+        tune.report(epoch)
+
+    state, callback = callback_of(["blocked", "stopped"], tmp_path, stall_timeout=20.0)
+    run_with(run_trial, ["blocked", "stopped"], [callback], tmp_path)
+    assert [trial.epochs for trial in state.states] == [1, 1], "each had a second try"
+    (blocked,) = (record.getMessage() for record in caplog.records if "blocked has stalled" in record.getMessage())
+    assert "did not answer" not in blocked
+    assert "test_tuner.py" in blocked
+    assert "in run_trial" in blocked
+    (stopped,) = (record.getMessage() for record in caplog.records if "stopped has stalled" in record.getMessage())
+    assert "its process did not answer" in stopped
+
+
+@in_ray
+def test_a_trial_that_says_that_nothing_mends_its_error_has_one_try(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(config: dict[str, Any]) -> None:
+        with (tmp_path / "tries").open("a") as file:
+            file.write(config["trial"])
+        tune.report({FAILURE: "the checkpoint is of another run.\nDelete it."})
+
+    state, callback = callback_of(["r01"], tmp_path)
+    run_with(refuse, ["r01"], [callback], tmp_path)
+    assert (tmp_path / "tries").read_text() == "r01"
+    assert (state["r01"].status, state["r01"].error) == ("failed", "the checkpoint is of another run. Delete it.")
+    assert "r01 failed:\nthe checkpoint" in caplog.text
+
+
+# --- memory, and how long a trial may take ----------------------------------------------------------------------------
+
+KILLED = (
+    "2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 127.0.0.1, ID: 4a25) was "
+    "11.45GB used / 23.54GB limit (0.486488) OOM kill reason: Memory usage 12175695872B exceeded threshold"
+)
+"""The beginning of what Ray 2.60 says."""
+
+
+@pytest.mark.parametrize(("concurrency", "fewer"), [(2, [1]), (5, [4, 3, 2, 1]), (16, [12, 9, 7, 6])])
+def test_where_memory_runs_out_fewer_trials_run_at_once_and_none_has_failed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, concurrency: int, fewer: list[int]
+) -> None:
+    names = [f"r{number}" for number in range(20)]
+    state, callback = callback_of(names, tmp_path, resources=resources(concurrency=concurrency))
+    for number in fewer:
+        callback.is_to_restart = False
+        for _ in range(2):  # Ray kills several at once: they count as one
+            callback.on_killed_for_memory(KILLED)
+        assert (callback.outcome.max_concurrent, callback.is_to_restart) == (number, True)
+    assert "ended the process: 11.45GB of 23.54GB were in use on 127.0.0.1. Those" in caplog.text
+    assert {trial.status for trial in state.states} == {"waiting"}
+
+
+def test_the_last_trial_is_alone_however_many_could_run(tmp_path: Path) -> None:
+    state, callback = callback_of(["r01", "r02"], tmp_path, resources=resources(concurrency=8))
+    state.on_error("r02", "for another reason")
+    trial_result(callback, "r01", {FAILURE: "you tried to allocate 9 TB", LACKS: "memory"})
+    assert state["r01"].error.startswith("out of memory: you tried to allocate 9 TB No other trial")
+    assert callback.outcome.max_concurrent is None
+
+
+def test_what_does_not_fit_into_a_gpu_of_its_own_is_no_neighbours_fault(tmp_path: Path) -> None:
+    for gpus, failed in ((1.0, True), (0.5, False)):
+        state, callback = callback_of(["r01", "r02"], tmp_path, resources=resources(gpus_per_trial=gpus))
+        trial_result(callback, "r01", {FAILURE: "CUDA out of memory.", LACKS: "GPU memory"})
+        assert (state["r01"].status == "failed", callback.is_to_restart) == (failed, not failed)
+
+
+def trial_result(callback: TuneCallback, name: str, result: dict[str, Any]) -> None:
+    trial = Trial("stub", config=config_of(row(name)), trial_name_creator=name_of, stub=True)
+    callback.on_trial_result(0, [trial], trial, result)
+
+
+def test_a_stall_is_ten_epochs_and_storage_and_packing_have_their_own_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_BISENET_RETRY_SECONDS", "7")
+    state, callback = callback_of(["r01"], tmp_path)
+    assert callback._stall_seconds("r01") == 300
+    assert callback._longest_stall("r01", "in forward") == 4 * 3600, "no epoch is measured"
+    state.on_result("r01", measure([plain_epoch(1, 10.0)], latency_ms=None) | {"seconds": 100.0})
+    assert callback._stall_seconds("r01") == callback._longest_stall("r01", "in forward") == 1000
+    callback.stall_timeout = 60.0
+    assert callback._longest_stall("r01", "in forward") == 60
+    assert callback._longest_stall("r01", None) == 67, "it may wait for storage"
+    assert callback._longest_stall("r01", stack_in(storage_module)) == 67
+    assert callback._longest_stall("r01", stack_in(packing)) == 4 * 3600
+
+
+def stack_in(module: ModuleType) -> str:
+    """Return what faulthandler writes of a thread that is in this module."""
+    return f'Thread 0x1 (most recent call first):\n  File "{module.__file__}", line 1 in wait\n'
 
 
 # --- without a cluster ------------------------------------------------------------------------------------------------

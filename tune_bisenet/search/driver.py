@@ -10,6 +10,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
@@ -89,19 +90,29 @@ def _run_session(
     context = search.trial_context(threads_per_trial=resources.threads_per_trial, use_gpu=use_gpu)
     with SearchProgress(console) as progress, refreshed(folder):
         progress.update([*state.states, *searcher.pending()])
-        train = partial(run_trials, context=context, resources=resources, state=state, table=table, progress=progress)
+        train = partial(
+            run_trials,
+            context=context,
+            resources=resources,
+            stall_timeout=search.options.stall_timeout,
+            state=state,
+            table=table,
+            progress=progress,
+        )
         outcome = train(searcher, stopper=stopper, limits=limits)
         while not outcome.is_cut_off and (more := _next_look(search, progress)):
             search = more
             trials = {name: spec.run for name, spec in search.specs.items()}
             manifest = manifest.model_copy(update={"config": search.config, "trials": trials})
             write_manifest(folder, manifest)
-            outcome = train(GridSearcher(search.specs, state), stopper=stopper, limits=limits)
+            new_trials, at_once = GridSearcher(search.specs, state), outcome.max_concurrent
+            outcome = train(new_trials, stopper=stopper, limits=limits, max_concurrent=at_once)
         if limits.confirm and outcome.signal_number is None:
             # No limit holds for fresh seeds, and nothing stops them early.
             fresh = GridSearcher(searcher.fresh_trials(limits.confirm), state)
             never = _make_stopper(search, None, scheduler="fifo")
-            outcome.signal_number = train(fresh, stopper=never, limits=Limits()).signal_number
+            confirmed = train(fresh, stopper=never, limits=Limits(), max_concurrent=outcome.max_concurrent)
+            outcome = replace(confirmed, limit=outcome.limit)
     write_manifest(folder, _end_session(manifest, outcome))
     print_results(console, search, state.states, report=write_safely(folder), outcome=outcome)
     if outcome.signal_number is not None:
@@ -221,7 +232,9 @@ def _make_manifest(search: PreparedSearch, resources: Resources, command: Sequen
 
 def _end_session(manifest: Manifest, outcome: SessionOutcome) -> Manifest:
     *before, last = manifest.sessions
-    end = {"ended": _now(), "signal": outcome.signal_number, "limit": outcome.limit or None}
+    end: dict[str, Any] = {"ended": _now(), "signal": outcome.signal_number, "limit": outcome.limit or None}
+    if outcome.max_concurrent is not None:
+        end["trials_at_once"] = outcome.max_concurrent
     return manifest.model_copy(update={"sessions": (*before, last.model_copy(update=end))})
 
 

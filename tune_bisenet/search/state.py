@@ -52,6 +52,8 @@ class SessionOutcome:
 
     signal_number: int | None = None
     limit: str = ""
+    max_concurrent: int | None = None
+    """How many trials ran at once at most after memory had run out; None if it has not."""
 
     @property
     def is_cut_off(self) -> bool:

@@ -7,8 +7,11 @@ from `last.pt` there; Tune's own checkpoints are not used (docs/decisions/0001-s
 import faulthandler
 import logging
 import math
+import os
 import platform
 import re
+import signal
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -24,6 +27,7 @@ from tune_bisenet.config import TrialContext, format_size
 from tune_bisenet.data.packed import Packed, open_packed
 from tune_bisenet.data.packing import fetch_packed, open_source, prepare_packed
 from tune_bisenet.data.source import frame_group
+from tune_bisenet.options import problems_of
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
     BestPredictions,
@@ -39,27 +43,55 @@ from tune_bisenet.records import (
     read_sound_trial,
     write_trial,
 )
-from tune_bisenet.storage import Storage, retry_seconds
+from tune_bisenet.storage import Storage
 from tune_bisenet.training import benchmark, checkpoint, engine
 from tune_bisenet.training.engine import EpochEnd, Training
 from tune_bisenet.training.tensorboard import NUM_PICTURED_EPOCHS, TrialWriter, triptych
 
-FIRST_EPOCH_DEADLINE_SECONDS: Final = 4 * 3600.0
-DEADLINE_FACTOR: Final = 20.0
-MIN_DEADLINE_SECONDS: Final = 600.0
+FAILURE: Final = "failure"
+"""The key of a report that ends its trial as failed, in words. Tune tries again whatever is raised."""
+LACKS: Final = "lacks"
+"""The key, beside it, of what was too small: the memory of the machine, or that of its GPU."""
+
+STACK_SIGNAL: Final = signal.SIGUSR2
+"""Lets a worker write the stacks of its threads to its log, whatever it is busy with."""
+STACK_SECONDS: Final = 10.0
+"""How long a worker may take for that: a process that is stopped never does."""
 
 _log = logging.getLogger(__name__)
 
 
 def train_trial(config: dict[str, Any], *, context: dict[str, Any]) -> None:
-    """Tune's function trainable. `config` is a `TrialSpec` and `context` a `TrialContext`, both as plain dicts."""
-    search = Storage.at(context["storage"])
-    if search.local_path is not None and not search.exists():  # this node would write to a disk of its own
-        raise ValueError(
-            f"this node does not see {search.path}: on several machines --storage must be a URI, such as "
-            "s3://bucket/searches, or a path that all of them share."
-        )
-    run_trial(from_plain(TrialSpec, config), TrialContext.model_validate(context), report=tune.report)
+    """Tune's function trainable. `config` is a `TrialSpec` and `context` a `TrialContext`, both as plain dicts.
+
+    What would fail again at each try is reported, not raised.
+    """
+    faulthandler.register(STACK_SIGNAL)
+    try:
+        search = Storage.at(context["storage"])
+        if search.local_path is not None and not search.exists():  # this node would write to a disk of its own
+            raise ValueError(
+                f"this node does not see {search.path}: on several machines --storage must be a URI, such as "
+                "s3://bucket/searches, or a path that all of them share."
+            )
+        run_trial(from_plain(TrialSpec, config), TrialContext.model_validate(context), report=tune.report)
+    except (ValueError, MemoryError, RuntimeError) as error:
+        tune.report(_describe_failure(error))
+
+
+def _describe_failure(error: ValueError | MemoryError | RuntimeError) -> dict[str, Any]:
+    """Return the report of a failure that a retry cannot mend, or only with more memory; raise any other again."""
+    comes_from_outside = isinstance(error.__cause__ or error.__context__, OSError)  # a network or disk, which may mend
+    if isinstance(error, ValueError) and not comes_from_outside:
+        report = {FAILURE: "\n".join(problems_of(error))}
+    elif isinstance(error, torch.OutOfMemoryError):
+        report = {FAILURE: str(error), LACKS: "GPU memory"}
+    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        report = {FAILURE: str(error), LACKS: "memory"}
+    else:
+        raise error
+    _log.exception("The trial has failed.")
+    return report
 
 
 def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[str, Any]], None]) -> None:
@@ -86,10 +118,8 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
     write_trial(search, record(history))
     with ExitStack() as stack:
         writer = stack.enter_context(TrialWriter(folder, run=spec.run, trial=spec.trial, completed_epochs=len(history)))
-        stack.callback(faulthandler.cancel_dump_traceback_later)
         if history:  # the driver may have died before it heard of this epoch
             report(make_report(history, latency))
-        _die_if_hung(history)
         for end in engine.fit(training):
             history.append(end.epoch)
             _save_epoch(training, end, history, data, folder, identity=identity)
@@ -98,7 +128,6 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
             report(make_report(history, latency))
             if end.epoch.diverged:
                 return
-            _die_if_hung(history)
         writer.end("finished")
 
 
@@ -164,15 +193,21 @@ def _save_epoch(
     checkpoint.save(training, history, folder, identity=identity)
 
 
-def _die_if_hung(history: list[Epoch]) -> None:
-    """(Re)arm a timer that ends this process, with a traceback, if an epoch takes absurdly long: Ray never notices.
+def read_stack(pid: int) -> str:
+    """Return the stacks of a worker's threads on this node, which the worker writes itself; empty if it does not.
 
-    Waiting for storage that does not answer is not absurd.
+    Ray lets a worker's standard error be a file.
     """
-    seconds = FIRST_EPOCH_DEADLINE_SECONDS
-    if history:
-        seconds = max(MIN_DEADLINE_SECONDS, DEADLINE_FACTOR * max(epoch.seconds for epoch in history))
-    faulthandler.dump_traceback_later(seconds + retry_seconds(), exit=True)
+    log = Path(f"/proc/{pid}/fd/2").resolve()
+    size = began_with = log.stat().st_size
+    os.kill(pid, STACK_SIGNAL)
+    deadline = time.monotonic() + STACK_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(STACK_SECONDS / 20)
+        size_before, size = size, log.stat().st_size
+        if size == size_before > began_with:
+            break
+    return log.read_bytes()[began_with:].decode(errors="replace").strip()
 
 
 def _log_epoch(writer: TrialWriter, end: EpochEnd, history: Sequence[Epoch], data: Packed, *, num_epochs: int) -> None:

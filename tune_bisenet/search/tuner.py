@@ -9,15 +9,17 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from ray import tune
-from ray.exceptions import RayError
+import ray
+from ray import ObjectRef, tune
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.tune import Callback
 from ray.tune.error import TuneError
 from ray.tune.execution import class_cache
@@ -26,6 +28,7 @@ from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 from ray.tune.result import DEFAULT_METRIC
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher as RaySearcher
+from ray.util import get_node_ip_address
 
 from tune_bisenet.config import Resources, Run, TrialContext
 from tune_bisenet.data.packing import publish_packed
@@ -36,8 +39,9 @@ from tune_bisenet.search.console import SearchProgress
 from tune_bisenet.search.resources import RESTARTABLE
 from tune_bisenet.search.searcher import Searcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
-from tune_bisenet.search.trainable import train_trial
-from tune_bisenet.storage import Storage, StorageError, hurry, is_full
+from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SECONDS, read_stack, train_trial
+from tune_bisenet.storage import Storage, StorageError, hurry, is_full, retry_seconds
+from tune_bisenet.text import counted, format_duration
 from tune_bisenet.training.tensorboard import HParamsTable
 
 METRIC: Final = "miou"
@@ -54,12 +58,29 @@ preemption (`cluster.daemons`).
 SECONDS_BETWEEN_LOOKS: Final = 10.0
 """At all trials of a search, which may be thousands."""
 
+STALL_FACTOR: Final = 10.0
+MIN_STALL_SECONDS: Final = 300.0
+FIRST_EPOCH_STALL_SECONDS: Final = 4 * 3600.0
+SECONDS_TO_ASK: Final = 60.0
+"""Ray may have to start a process on the trial's node, which looks at the other one."""
+
+TRIAL_FRAME: Final = "in run_trial\n"
+PACKING_FRAME: Final = "tune_bisenet/data/packing.py"
+STORAGE_FRAME: Final = "tune_bisenet/storage.py"
+
+OUT_OF_MEMORY: Final = "out of memory"
+"""How errors begin that may be the fault of other trials."""
+RAY_KILLED: Final = "due to the node running low on memory"
+"""What Ray says of a process that it has killed for memory."""
+
 SECONDS_WITHOUT_TRIAL: Final = 600.0
 """After which the user is told that trials wait for a node: a machine of a cloud takes minutes to start."""
 
 AWS_KEYS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 """Tune would hand these to its workers by name and value, which Ray writes into its logs and shows to anyone who asks.
 Workers of this machine inherit them; nodes of a cluster have a role, or an environment of their own."""
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 _log = logging.getLogger(__name__)
 
@@ -74,29 +95,40 @@ def run_trials(
     state: SearchState,
     table: HParamsTable,
     progress: SearchProgress,
+    stall_timeout: float | None = None,
+    max_concurrent: int | None = None,
 ) -> SessionOutcome:
     """Train what `searcher` hands out, until it has nothing more, a limit is reached or a signal comes.
 
-    An error that ends the whole Tune experiment, such as Ray's memory monitor killing a worker, costs each trial
-    its unfinished epoch: as long as there is progress, another experiment follows over what is left.
+    What ends the whole Tune experiment costs each trial its unfinished epoch. After an error, another experiment
+    follows over what is left as long as there is progress; where memory ran out, with fewer trials at once.
     """
-    outcome = SessionOutcome()
-    callback = TuneCallback(state, stopper, progress, searcher, limits, resources.gpus_per_trial, outcome)
+    outcome = SessionOutcome(max_concurrent=max_concurrent)
+    callback = TuneCallback(state, stopper, progress, searcher, limits, resources, outcome, stall_timeout)
     with _restartable(outcome):
         with _signals(outcome):
             while searcher.begin() and not callback.is_cut_off():
                 epochs_before = _epochs_done(state)
+                callback.is_to_restart = False
                 try:
                     _share_packs(context)
-                    _fit(TuneSearcher(searcher, table), context, resources, StoppingScheduler(stopper), callback)
+                    _fit(TuneSearcher(searcher, table), context, StoppingScheduler(stopper), callback)
                 except KeyboardInterrupt:
                     break
-                except (RayError, TuneError) as error:
-                    if _epochs_done(state) == epochs_before or _find_outage(error):
+                except Exception as error:
+                    if killed := _find_cause(error, OutOfMemoryError):  # which Tune does not expect of a trial
+                        callback.on_killed_for_memory(str(killed))
+                    elif (
+                        _epochs_done(state) == epochs_before
+                        or not _find_cause(error, (RayError, TuneError))
+                        or _find_outage(error)
+                    ):
                         raise
-                    _log.warning("Tune gave up (%s); another Tune experiment trains what is left.", error)
+                    else:
+                        _log.warning("Tune gave up (%s); another Tune experiment trains what is left.", error)
                 else:
-                    break
+                    if not callback.is_to_restart:
+                        break
         state.close()
         searcher.close()
         table.write()
@@ -121,11 +153,11 @@ def _share_packs(context: TrialContext) -> None:
 def _fit(
     searcher: "TuneSearcher",
     context: TrialContext,
-    resources: Resources,
     scheduler: "StoppingScheduler",
     callback: "TuneCallback",
 ) -> None:
     """Run one Tune experiment."""
+    resources, outcome = callback.resources, callback.outcome
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_KEYS)
     storage = Storage.at(context.storage) / TUNE
     trainable = tune.with_resources(
@@ -139,7 +171,7 @@ def _fit(
             search_alg=searcher,
             num_samples=-1,  # until the searcher is exhausted
             scheduler=scheduler,
-            max_concurrent_trials=resources.max_concurrent,
+            max_concurrent_trials=outcome.max_concurrent or resources.max_concurrent,
             reuse_actors=True,
             trial_name_creator=_name_of,
             trial_dirname_creator=_name_of,
@@ -211,9 +243,9 @@ class StoppingScheduler(FIFOScheduler):
         return metric in (None, METRIC) and mode in (None, MODE)
 
     def on_trial_result(self, _tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        if result.get("done"):
-            # The trial has returned. Tune repeats its last result, on which we decided when it came; if the trial
-            # resumed at its end and had nothing left to report, the result has none of our keys.
+        if result.get("done") or FAILURE in result:
+            # The trial has returned, or is about to. Tune repeats its last result, on which we decided when it came; if
+            # the trial resumed at its end and had nothing left to report, the result has none of our keys.
             return TrialScheduler.CONTINUE
         missing = {"epoch", METRIC, "diverged"} - result.keys()
         assert not missing, f"trial {trial} reported no {', '.join(sorted(missing))}"
@@ -230,86 +262,217 @@ class StoppingScheduler(FIFOScheduler):
         return f"stopped early: {len(self.stopper.stops)}"
 
 
+@dataclass
+class _Worker:
+    """The process of a running trial, as the driver knows it."""
+
+    actor: Any
+    """Ray ends it when nothing refers to it any more."""
+    address: ObjectRef[tuple[str, int]]
+    """Its node's IP address and its process id; asked for before it trains, as it answers nothing then."""
+    heard_at: float
+    quiet: float = 0.0
+    """Seconds since it last began or reported an epoch, without those in which the driver was busy otherwise."""
+    asked: float = 0.0
+    """How long it had been quiet when it was last asked for its stack."""
+    stalled: str = ""
+    """Why it was killed."""
+
+
 @dataclass(eq=False)
 class TuneCallback(Callback):
-    """Takes what Tune hears of trials to state, searcher and screen, and ends a search at its limit."""
+    """Takes what Tune hears of trials to state, searcher and screen; ends what stalls, and a search at its limit."""
 
     state: SearchState
     stopper: Stopper
     progress: SearchProgress
     searcher: Searcher
     limits: Limits
-    gpus_per_trial: float
+    resources: Resources
     outcome: SessionOutcome
+    stall_timeout: float | None = None
+    is_to_restart: bool = False
+    """Whether the Tune experiment is to end so that another one runs fewer trials at once."""
 
     def __post_init__(self) -> None:
         self._ran_at = self._looked_at = time.monotonic()
+        self._workers: dict[str, _Worker] = {}
+        self._last_started = ""
+        self._kills: Counter[str] = Counter()
+        self._kernel_kills = (_kernel_kills(),) * 2
+        """At the last look but one, and at the last."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks for a restore that never comes
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self.state.on_start(_name_of(trial))
+        name = _name_of(trial)
+        actor: Any = trial.temporary_state.ray_actor
+        self._last_started = name
+        self._workers[name] = _Worker(actor, actor.get_current_ip_pid.remote(), heard_at=time.monotonic())
+        self.state.on_start(name)
         self._show()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         name = _name_of(trial)
+        if FAILURE in result:
+            self._on_failure(name, result[FAILURE], lacks=result.get(LACKS, ""))
+            return
         is_new = result["epoch"] > self.state[name].epochs
         self.state.on_result(name, result)
         self.state.write_if_due()
         self.searcher.on_result(name, epoch=result["epoch"], miou=result["miou"])
+        self._workers[name] = replace(self._workers[name], heard_at=time.monotonic(), quiet=0.0, asked=0.0)
         if is_new:
             trial.max_failures = trial.num_failures + MAX_FAILURES
+            self._kills.pop(name, None)
             self.progress.epoch_done(name, Epoch(**{field.name: result[field.name] for field in fields(Epoch)}))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        name = _name_of(trial)
-        diverged = bool((trial.last_result or {}).get("diverged"))
+        name, last = _name_of(trial), trial.last_result or {}
+        self._workers.pop(name, None)
+        if FAILURE in last:
+            return
         spec = from_plain(TrialSpec, trial.config)
-        self.state.on_end(spec, diverged=diverged, stopped_by=self.stopper.stops.get(name, ""))
+        self.state.on_end(spec, diverged=bool(last.get("diverged")), stopped_by=self.stopper.stops.get(name, ""))
         self.searcher.on_end(self.state[name])
         self._show()
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        error = _error_of(trial)
+        name, error = _name_of(trial), self._why_lost(trial)
         _raise_outage(error)
+        if self._lowered_for_memory(error):
+            return
         if error.startswith("ray::"):  # a traceback out of the worker
             message = f"failed and is tried again from its last epoch:\n{error}"
         else:  # mostly not the trial's fault
             message = f"lost its process ({_last_line(error)}); it resumes from its last epoch, where there is room."
-        _log.warning("%s %s", _name_of(trial), message)
+        _log.warning("%s %s", name, message)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        name, error = _name_of(trial), _error_of(trial)
+        name, error = _name_of(trial), self._why_lost(trial)
         _raise_outage(error)
+        if not self._lowered_for_memory(error):
+            self._fail(name, error)
+
+    def on_killed_for_memory(self, reason: str) -> None:
+        """Go on after Ray has killed workers for memory: with fewer trials at once, if there were others.
+
+        A trial that was alone has as many tries as Tune gives one whose process dies.
+        """
+        for worker in self._workers.values():  # none, unless the same error cut off Tune's own end
+            ray.kill(worker.actor)
+        error = _killed_for_memory(reason)
+        if self._lowered_for_memory(error):
+            return
+        name = self._last_started
+        self._kills[name] += 1
+        if self._kills[name] > MAX_FAILURES:
+            self._fail(name, error)
+        else:
+            _log.warning("%s was killed and is tried again from its last epoch; %s", name, error)
+
+    def _on_failure(self, name: str, problem: str, *, lacks: str) -> None:
+        """Take in a trial's own word that it cannot go on: never, or not beside others that hold the memory."""
+        error = (f"{OUT_OF_MEMORY}: " if lacks else "") + " ".join(problem.split())
+        has_gpu_alone = lacks == "GPU memory" and self.resources.gpus_per_trial >= 1
+        if has_gpu_alone or not self._lowered_for_memory(error):
+            self._fail(name, error)
+
+    def _fail(self, name: str, error: str) -> None:
+        if error.startswith(OUT_OF_MEMORY):
+            error += " No other trial shared it: lower the batch size or --image-size, or give the trial more."
         _log.error("%s failed:\n%s", name, error)
         self.state.on_error(name, _last_line(error))
         self.searcher.on_end(self.state[name])
         self._show()
 
+    def _why_lost(self, trial: Trial) -> str:
+        """Return why a trial failed. What the driver or the kernel did to its process, Ray does not know."""
+        worker, error = self._workers.pop(_name_of(trial), None), _error_of(trial)
+        if worker and worker.stalled:
+            return worker.stalled
+        if RAY_KILLED in error:
+            return _killed_for_memory(error)
+        if not error.startswith("ray::") and _kernel_kills() > self._kernel_kills[0] and _is_here(worker):
+            return f"{OUT_OF_MEMORY}, probably: the kernel has just killed a process on this machine for it."
+        return error
+
+    def _lowered_for_memory(self, error: str) -> bool:
+        """Let fewer trials run at once from now on if memory ran out; return False if it did not, or for one alone."""
+        if not error.startswith(OUT_OF_MEMORY):
+            return False
+        running = sum(state.status == "running" for state in self.state.states)
+        fit = max(running, self.resources.concurrency) if self.resources.grows else self.resources.concurrency
+        at_once = min(self.outcome.max_concurrent or fit, len(self.state.unfinished()))
+        if at_once > 1 and not self.is_to_restart:
+            self.is_to_restart = True
+            self.outcome.max_concurrent = at_once - max(1, at_once // 4)
+            _log.warning(
+                "At most %s at once until this session ends, not %d: %s. Those that ran resume from their last epoch, "
+                "and no try of theirs is spent. For more at once, give them more memory, or smaller batches or images.",
+                counted(self.outcome.max_concurrent, "trial"),
+                at_once,
+                error.removesuffix("."),
+            )
+        return self.is_to_restart
+
+    def _end_if_stalled(self, name: str, worker: _Worker, now: float) -> None:
+        """Kill a process that does not answer, or is at one place for too long; Tune then resumes its trial."""
+        unheard = now - max(worker.heard_at, self._looked_at)
+        worker.quiet += min(unheard, 2 * SECONDS_BETWEEN_LOOKS)  # a driver that waits for storage hears nothing
+        if worker.stalled or worker.quiet - worker.asked < self._stall_seconds(name):
+            return
+        worker.asked = worker.quiet
+        stack = _ask_for_stack(worker)
+        if stack != "" and worker.quiet < self._longest_stall(name, stack):
+            return
+        worker.stalled = f"stalled: nothing has come of it for {format_duration(worker.quiet)}"
+        if stack == "":
+            worker.stalled += ", and its process did not answer"
+        _log.warning("%s has %s. Its process is ended.\n%s", name, worker.stalled, stack or "")
+        ray.kill(worker.actor)
+
+    def _stall_seconds(self, name: str) -> float:
+        """Return after how long a trial of which nothing is heard is looked into."""
+        state = self.state[name]
+        epoch_seconds = state.seconds / state.epochs if state.epochs else 0.0
+        return self.stall_timeout or max(MIN_STALL_SECONDS, STALL_FACTOR * epoch_seconds)
+
+    def _longest_stall(self, name: str, stack: str | None) -> float:
+        """Return how long a trial may stay at one place, by its stack; None if that is not known."""
+        timeout = self._stall_seconds(name)
+        is_first_epoch = self.stall_timeout is None and not self.state[name].epochs
+        if is_first_epoch or (stack and PACKING_FRAME in stack):
+            timeout = max(timeout, FIRST_EPOCH_STALL_SECONDS)
+        return timeout + retry_seconds() if stack is None or STORAGE_FRAME in stack else timeout
+
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         for trial in trials:  # Tune now unpickles their errors from storage, which runs whatever code is there
             trial.run_metadata.pickled_error_filename = None
+        self._workers.clear()
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         now = time.monotonic()
         if now - self._looked_at >= SECONDS_BETWEEN_LOOKS:
-            self._looked_at = now
+            for name, worker in self._workers.items():
+                self._end_if_stalled(name, worker, now)
+            self._looked_at, self._kernel_kills = now, (self._kernel_kills[1], _kernel_kills())
             if any(trial.status == Trial.RUNNING for trial in trials):
                 self._ran_at = now
             elif now - self._ran_at > SECONDS_WITHOUT_TRIAL:
                 _log.warning("No trial runs: they wait for a node that can hold one. `ray status` says why none comes.")
                 self._ran_at = now
-        if not self.outcome.is_cut_off and self.is_cut_off():
+        if self.is_to_restart or (not self.outcome.is_cut_off and self.is_cut_off()):
             signal.raise_signal(signal.SIGUSR1)  # Tune then ends as it does for a person: trials wait to be resumed
 
     def is_cut_off(self) -> bool:
         """Return whether a signal has come or a limit is reached."""
         if not self.outcome.is_cut_off:
             states = self.state.states if self.limits.gpu_hours else []  # not added up where nothing depends on it
-            hours = sum(state.seconds for state in states) * self.gpus_per_trial / 3600
+            hours = sum(state.seconds for state in states) * self.resources.gpus_per_trial / 3600
             self.outcome.limit = self.limits.limit_reached(seconds=self.state.seconds, gpu_hours=hours)
         return self.outcome.is_cut_off
 
@@ -335,6 +498,41 @@ def _raise_outage(error: str) -> None:
 
 def _last_line(error: str) -> str:
     return error.rpartition("\n")[2].strip() or "unknown error"
+
+
+def _killed_for_memory(error: str) -> str:
+    """Return in short what Ray says of a process that it has killed for memory; it lists all processes."""
+    found = re.search(r"Memory on the node \(IP: ([^,)]+).*? was (\S+) used / (\S+) limit", error, re.DOTALL)
+    used = f": {found[2]} of {found[3]} were in use on {found[1]}" if found else ""
+    return f"{OUT_OF_MEMORY}: Ray's memory monitor ended the process{used}."
+
+
+def _ask_for_stack(worker: _Worker) -> str | None:
+    """Return what a trial's process is doing; an empty string if it does not answer, None if it cannot be asked."""
+    try:
+        address, pid = ray.get(worker.address, timeout=STACK_SECONDS)
+        on_its_node = ray.remote(num_cpus=0, max_retries=0, resources={f"node:{address}": 0.001})(read_stack)
+        stacks: str = ray.get(on_its_node.remote(pid), timeout=SECONDS_TO_ASK)
+    except RayError as error:
+        _log.warning("A process cannot be asked for its stack: %s", error)
+        return None
+    threads = stacks.split("\n\n")
+    return "\n\n".join(thread for thread in threads if TRIAL_FRAME in thread) or stacks
+
+
+def _is_here(worker: _Worker | None) -> bool:
+    """Return whether a process ran on this machine, as far as is known."""
+    try:
+        return worker is None or ray.get(worker.address, timeout=0)[0] == get_node_ip_address()  # type: ignore[no-untyped-call]
+    except RayError:
+        return False
+
+
+def _kernel_kills() -> int:
+    """Return how many processes the kernel has killed for memory since this machine started; 0 if it does not tell."""
+    path = Path("/proc/vmstat")
+    found = re.search(r"^oom_kill (\d+)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 @contextmanager
@@ -379,8 +577,19 @@ def _restartable(outcome: SessionOutcome) -> Iterator[None]:
         os._exit(128 + outcome.signal_number if outcome.signal_number else RESTARTABLE)
 
 
-def _find_outage(error: BaseException | None) -> OSError | None:
+def _find_outage(error: BaseException) -> OSError | None:
     """Return the error under Tune's that says that storage does not answer, or that Ray's own folder is full."""
-    while error is not None and not isinstance(error, StorageError) and not is_full(error):
+    found: OSError | None = _find(error, lambda cause: isinstance(cause, StorageError) or is_full(cause))
+    return found
+
+
+def _find_cause(error: BaseException, kind: type[_Error] | tuple[type[_Error], ...]) -> _Error | None:
+    """Return the error of that kind under those of Tune and Ray."""
+    found: _Error | None = _find(error, lambda cause: isinstance(cause, kind))
+    return found
+
+
+def _find(error: BaseException | None, is_wanted: Callable[[BaseException], bool]) -> Any:
+    while error is not None and not is_wanted(error):
         error = error.__cause__ or error.__context__
     return error

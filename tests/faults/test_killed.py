@@ -58,13 +58,14 @@ def assert_gone_soon(driver: Driver) -> None:
 
 
 def damage_last_weights(folder: Path) -> None:
-    """Flip a byte in the state of a trial that has an older one to fall back on.
+    """Flip a byte in the newer state of a trial that has an older one to fall back on.
 
-    A driver killed between the two files has left the older one alone, and on a busy machine a trial may have come to
-    its end in the meantime: then there is nothing to flip.
+    On a busy machine trials may have come to their end in the meantime: then there is nothing to flip.
     """
-    for last in (folder / trial / "last.pt" for trial in TRIALS if (folder / trial / "previous.pt").exists()):
-        if last.exists():
+    for trial in TRIALS:
+        states = [path for name in ("last.pt", "previous.pt") if (path := folder / trial / name).exists()]
+        if len(states) == 2:
+            last = max(states, key=lambda path: path.stat().st_mtime_ns)
             content = bytearray(last.read_bytes())
             content[len(content) // 2] ^= 1
             last.write_bytes(content)

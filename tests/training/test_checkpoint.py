@@ -62,6 +62,16 @@ def local(folder: Storage, name: str) -> Path:
     return Path(folder.path) / name
 
 
+def epochs_kept(folder: Storage) -> set[int]:
+    """Return the number of epochs of each state."""
+    return {len(from_bytes(local(folder, name).read_bytes())["history"]) for name in (LAST, PREVIOUS)}
+
+
+def newest(folder: Storage) -> Path:
+    """Return the newest state. A search's own program goes by what they hold, as a copy's times say nothing."""
+    return max((local(folder, name) for name in (LAST, PREVIOUS)), key=lambda path: path.stat().st_mtime_ns)
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------
 
 
@@ -75,8 +85,24 @@ def test_a_run_resumes_from_the_last_saved_epoch_and_the_one_before_is_kept(
     assert checkpoint.resume(training, folder, identity="one") == history_of(3)
     assert training.epochs_done == 3
     assert mark_of(training) == 3.0
-    assert len(from_bytes(local(folder, PREVIOUS).read_bytes())["history"]) == 2
     assert sorted(path.name for path in Path(folder.path).iterdir()) == [LAST, PREVIOUS]
+    assert epochs_kept(folder) == {2, 3}
+    checkpoint.save(training, history_of(4), folder, identity="one")
+    assert epochs_kept(folder) == {3, 4}
+    assert len(checkpoint.resume(training, folder, identity="one")) == 4
+
+
+def test_a_save_writes_one_file_and_moves_none(training: Training, folder: Storage) -> None:
+    class WriteOnly(Storage):
+        """A folder of which nothing is renamed, deleted or looked up."""
+
+        def _refuse(self, *_: Any) -> Any:
+            raise AssertionError("a save is one file that is written")
+
+        move = delete = exists = stat = read = _refuse
+
+    save_epochs(training, WriteOnly.at(folder.path), 3)
+    assert epochs_kept(folder) == {2, 3}
 
 
 def test_nan_and_missing_scores_are_restored(training: Training, folder: Storage) -> None:
@@ -113,20 +139,20 @@ def test_a_process_that_dies_while_saving_loses_that_epoch_only(training: Traini
     save_epochs(training, folder, 2)
     mark(training, 3.0)
     die_while_saving(training, folder)
-    assert not folder.exists(LAST)
+    assert epochs_kept(folder) == {1, 2}
     assert len(checkpoint.resume(training, folder, identity="one")) == 2
     assert mark_of(training) == 2.0
     checkpoint.save(training, history_of(3), folder, identity="one")
     assert len(checkpoint.resume(training, folder, identity="one")) == 3
-    assert len(from_bytes(local(folder, PREVIOUS).read_bytes())["history"]) == 2
+    assert epochs_kept(folder) == {2, 3}
 
 
-@pytest.mark.parametrize("damage", ["cut short", "emptied", "a byte flipped", "not a state at all"])
+@pytest.mark.parametrize("damage", ["cut short", "emptied", "a byte flipped", "not a state at all", "best.pt"])
 def test_a_damaged_state_costs_one_epoch(
     training: Training, folder: Storage, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_epochs(training, folder, 2)
-    path = local(folder, LAST)
+    path = newest(folder)
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(
@@ -135,11 +161,21 @@ def test_a_damaged_state_costs_one_epoch(
             "emptied": b"",
             "a byte flipped": bytes(content),
             "not a state at all": b"<html>503 Service Unavailable</html>",
+            "best.pt": to_bytes({"format": checkpoint.FORMAT, "identity": "one", "model": {}, "epoch": {}}),
         }[damage]
     )
     assert len(checkpoint.resume(training, folder, identity="one")) == 1
     assert mark_of(training) == 1.0
-    assert "last.pt.damaged" in caplog.text
+    assert f"{path.name}.damaged" in caplog.text
+    checkpoint.save(training, history_of(2), folder, identity="one")
+    assert epochs_kept(folder) == {1, 2}
+
+
+def test_a_damaged_older_state_costs_nothing(training: Training, folder: Storage) -> None:
+    save_epochs(training, folder, 3)
+    newest(folder).with_name(PREVIOUS).write_bytes(b"")
+    assert len(checkpoint.resume(training, folder, identity="one")) == 3
+    assert mark_of(training) == 3.0
 
 
 def small_state() -> dict[str, Any]:
@@ -224,10 +260,10 @@ def test_code_in_a_state_does_not_run_and_the_state_before_replaces_it(
             from_bytes(content)
         shown = "".join(traceback.format_exception(refused.value))
         assert "weights_only" not in shown, f"{kind}: torch's advice is to run it"
-        folder.write(LAST, content)
-        assert len(checkpoint.resume(training, folder, identity="one")) == 1, f"{kind}: previous.pt replaces it"
+        folder.write(PREVIOUS, content)
+        assert len(checkpoint.resume(training, folder, identity="one")) == 1, f"{kind}: last.pt replaces it"
         assert mark_of(training) == 1.0
-    assert caplog.text.count("last.pt.damaged: not a state of plain values") == len(hostile)
+    assert caplog.text.count("previous.pt.damaged: not a state of plain values") == len(hostile)
     assert not trace.exists()
     for name in (LAST, PREVIOUS):
         folder.write(name, hostile["a pickle"])

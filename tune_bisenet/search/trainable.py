@@ -1,7 +1,7 @@
 """One trial in a worker: Tune's config becomes a `TrialSpec`, epochs become reports, and storage holds the state.
 
 A trial's folder is the whole truth about it. Whatever killed a trial, a worker or a driver, the next attempt resumes
-from `last.pt` there; Tune's own checkpoints are not used (docs/decisions/0001-storage-is-the-state.md).
+from the newest state there; Tune's own checkpoints are not used (docs/decisions/0001-storage-is-the-state.md).
 """
 
 import faulthandler

@@ -1,9 +1,10 @@
 """Save and load a run's state, whole or not at all, versioned, checked and without code; load backbone weights.
 
-A running trial has three files: `last.pt` to resume from, `previous.pt` in case that one is damaged, and `best.pt`, the
-weights of its best epoch, which alone remains when the trial has ended. Each is an archive as torch writes it, followed
-by its SHA-256, which torch.load skips. The archive's own CRC-32 sums do not cover its directory, where one flipped bit
-makes torch load anything as weights.
+A running trial has three files: `last.pt` and `previous.pt`, the states after its last two epochs, and `best.pt`, the
+weights of its best epoch, which alone remains when the trial has ended. The first two are written in turns, so that a
+save is one file written whole, and never a rename, which object storage does not have; what they hold says which is
+newer. Each is an archive as torch writes it, followed by its SHA-256, which torch.load skips. The archive's own CRC-32
+sums do not cover its directory, where one flipped bit makes torch load anything as weights.
 """
 
 import hashlib
@@ -41,15 +42,12 @@ class DamagedError(CheckpointError):
 
 
 def save(training: Training, history: list[Epoch], folder: Storage, *, identity: str) -> None:
-    """Write `last.pt`, keeping the one before as `previous.pt`. `identity` names run, data and precision."""
+    """Write the state over that of two epochs ago. `identity` names run, data and precision."""
     state = _state(training, identity) | {
         "optimizer": training.optimizer.state_dict(),
         "history": _EPOCHS.dump_python(history),
     }
-    content = to_bytes(state)
-    if folder.exists(LAST):
-        folder.move(LAST, PREVIOUS)
-    folder.write(LAST, content)
+    folder.write(LAST if len(history) % 2 else PREVIOUS, to_bytes(state))
 
 
 def save_best(training: Training, epoch: Epoch, folder: Storage, *, identity: str) -> None:
@@ -70,19 +68,22 @@ def _state(training: Training, identity: str) -> dict[str, Any]:
 def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]:
     """Restore `training` from `folder` and return its epochs so far; an empty list if there is no state.
 
-    A damaged `last.pt`, or one that holds code, costs one epoch: `previous.pt` replaces it; if both are, the run starts
-    again. Raises CheckpointError if the state is of another format, or belongs to another run, which must never be
-    continued under this one's name.
+    The newer of the two states counts. If that is damaged, or holds code, it costs one epoch: the other replaces it; if
+    both are, the run starts again. Raises CheckpointError if a state is of another format, or belongs to another run,
+    which must never be continued under this one's name.
     """
+    states = []
     for name in (LAST, PREVIOUS):
         content = folder.read(name)
         if content is None:
             continue
         try:
             state = from_bytes(content)
+            if not {"optimizer", "history"} <= state.keys():
+                raise DamagedError("not a state to resume from")
         except DamagedError as error:
             _log.warning("%s/%s is renamed to %s%s: %s", folder.path, name, name, DAMAGED_SUFFIX, error)
-            folder.move(name, f"{name}{DAMAGED_SUFFIX}")  # else the next save would replace the good one with it
+            folder.move(name, f"{name}{DAMAGED_SUFFIX}")
             continue
         except CheckpointError as error:
             raise CheckpointError(
@@ -95,12 +96,15 @@ def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]
                 f"{identity}): its settings, data, backbone or precision differ. Give this search another --name, or "
                 "move that folder away."
             )
-        training.model.load_state_dict(state["model"])
-        training.optimizer.load_state_dict(state["optimizer"])
-        history = _EPOCHS.validate_python(state["history"])
-        training.epochs_done = len(history)
-        return history
-    return []
+        states.append(state)
+    if not states:
+        return []
+    newest = max(states, key=lambda state: len(state["history"]))
+    training.model.load_state_dict(newest["model"])
+    training.optimizer.load_state_dict(newest["optimizer"])
+    history = _EPOCHS.validate_python(newest["history"])
+    training.epochs_done = len(history)
+    return history
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:

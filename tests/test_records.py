@@ -2,7 +2,9 @@
 
 import json
 import math
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.rows import plain_epoch, plain_row
@@ -10,12 +12,15 @@ from helpers.rows import plain_epoch, plain_row
 from tune_bisenet.records import (
     TRIAL,
     DamagedFileError,
+    Session,
     TrialRecord,
     TrialSpec,
     best_of,
+    code_changes,
     measure,
     read_sound_trial,
     read_trial,
+    source_digest,
     write_trial,
 )
 from tune_bisenet.storage import Storage
@@ -81,3 +86,40 @@ def test_every_changed_digit_of_a_record_is_noticed(folder: Storage) -> None:
 def test_epochs_count_from_1_without_gaps(numbers: list[int]) -> None:
     with pytest.raises(ValueError, match=r"epoch \d is missing"):
         TrialRecord.of_spec(RECORD.spec, [plain_epoch(number, 40.0) for number in numbers])
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------
+
+
+def session(**changes: Any) -> Session:
+    made: dict[str, Any] = {
+        "started": datetime(2026, 3, 1, tzinfo=UTC),
+        "command": ("python",),
+        "commit": "a" * 40,
+        "source": "0123456789abcdef",
+        "python": "3.12.1",
+        "packages": {"torch": "2.14", "numpy": "2.1"},
+        "cpus_per_trial": 1,
+        "threads_per_trial": 1,
+        "gpus_per_trial": 0.0,
+        "trials_at_once": 2,
+    }
+    return Session(**made | changes)
+
+
+def test_what_code_and_versions_have_changed_between_sessions_is_said_in_one_sentence() -> None:
+    first = session()
+    assert code_changes([]) == code_changes([first]) == code_changes([first, first]) == ""
+    newer = session(commit="b" * 40 + "+changes", source="f" * 16, packages={"torch": "2.15", "numpy": "2.1"})
+    changes = "commit aaaaaaaaaaaa → bbbbbbbbbbbb+changes; torch 2.14 → 2.15"
+    told = f"Code changed between sessions: {changes}; results of both are in this search."
+    assert code_changes([first, first, newer]) == told
+    assert "torch 2.14 → 2.15 → 2.14" in code_changes([first, newer, first])
+
+
+def test_code_that_changed_under_the_same_commit_or_none_is_noticed() -> None:
+    for commit in ("a" * 40 + "+changes", None):
+        before, after = session(commit=commit), session(commit=commit, source="f" * 16)
+        assert "source 0123456789abcdef → ffffffffffffffff" in code_changes([before, after])
+    assert code_changes([session(source=""), session()]) == "", "an earlier version recorded none"
+    assert len(source_digest()) == 16

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import requests
 from helpers.object_store import KEY_ID, OUTAGES, SECRET, ObjectStore, Outage, object_store
 
-from tune_bisenet.storage import RetryPolicy, Storage, StorageError
+from tune_bisenet.storage import ConditionalFile, RetryPolicy, Storage, StorageError
 
 RETRY = "TUNE_BISENET_RETRY_SECONDS"
 
@@ -56,6 +57,56 @@ def test_files_are_written_replaced_moved_and_deleted(storage: Storage) -> None:
     assert not storage.exists("b")
     with pytest.raises(FileNotFoundError):
         storage.delete("b")
+
+
+def test_a_file_is_written_only_by_who_knows_what_it_holds(storage: Storage) -> None:
+    storage.make()
+    one, two = ConditionalFile(storage, "lease"), ConditionalFile(storage, "lease")
+    assert one.is_exact == (storage.filesystem.type_name == "s3")
+    assert (one.read(), two.read()) == (None, None)
+    assert one.write(b"1")
+    assert not two.write(b"2"), "the file is there now"
+    assert not two.write(b"2"), "and a refusal teaches nothing"
+    assert one.write(b"3")
+    assert two.read() == b"3"
+    assert two.write(b"4")
+    assert not one.write(b"5")
+    assert two.write(b"6")
+    assert storage.read("lease") == b"6"
+    storage.delete("lease")
+    assert not two.write(b"7"), "it is gone"
+    assert two.read() is None
+    assert two.write(b"8")
+
+
+def test_of_many_who_write_at_once_s3_lets_one(store: ObjectStore, tmp_path: Path) -> None:
+    folder = Storage.at(store.uri(tmp_path.name))
+    files = [ConditionalFile(folder, "lease") for _ in range(6)]
+    for first in range(0, 18, 6):
+        assert len({file.read() for file in files}) == 1
+        contents = [f"{number}".encode() for number in range(first, first + 6)]
+        with ThreadPoolExecutor(len(files)) as pool:
+            wrote = list(pool.map(ConditionalFile.write, files, contents))
+        assert wrote.count(True) == 1
+
+
+def test_a_write_whose_answer_was_lost_is_known_as_done(store: ObjectStore, tmp_path: Path) -> None:
+    file = ConditionalFile(Storage.at(store.uri(tmp_path.name)), "lease")
+    for content in (b"1", b"2"):
+        lost: list[str] = []
+
+        def lose_first(request: str, lost: list[str] = lost) -> None:
+            if "PUT" in request and not lost:
+                lost.append(request)
+                raise ConnectionError("dropped")
+
+        store.before_answer = lose_first
+        try:
+            assert file.write(content)
+        finally:
+            store.before_answer = lambda _request: None
+        assert lost
+        assert file.folder.read("lease") == content
 
 
 def test_folders_are_created_with_their_parents_and_list_their_contents(storage: Storage) -> None:

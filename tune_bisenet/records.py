@@ -6,7 +6,7 @@
     TRIAL/best.npz     `BestPredictions`
 
 `search.json` and `trial.json` carry a checksum of what they hold: JSON that was damaged may still be JSON. What is in
-`trials.json` counts only as far as the trials' own records agree.
+`trials.json` counts only as far as the trials' own records agree, and has a checksum for what they do not know.
 
 Nothing here knows Ray, torch or Optuna. IoU, mIoU and accuracy are in percent.
 """
@@ -18,6 +18,7 @@ import math
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -48,9 +49,9 @@ KNOWN: Final = "known.json"
 """Trials of earlier searches that the study began with; in the search's folder, if there are any."""
 TRIAL: Final = "trial.json"
 LAST: Final = "last.pt"
-"""The state that an unfinished trial resumes from; deleted, like the next, when the trial has ended."""
+"""The state that an unfinished trial resumes from, after an epoch of odd number; deleted when the trial has ended."""
 PREVIOUS: Final = "previous.pt"
-"""The state one epoch earlier, in case `last.pt` is damaged."""
+"""The same after an epoch of even number: the newer of the two counts, the other is there in case it is damaged."""
 BEST_WEIGHTS: Final = "best.pt"
 """The weights of a trial's best epoch."""
 BEST_PREDICTIONS: Final = "best.npz"
@@ -71,6 +72,9 @@ def is_reserved(name: str) -> bool:
     names = (SEARCH, TRIALS, KNOWN, LEADERBOARD_CSV, LEADERBOARD_MD, HTML, MARKDOWN, TABLES, TUNE)
     return name.lower() in names or name.lower().startswith((STUDY, "events.out.tfevents"))
 
+
+READERS: Final = 16
+"""Files read at once: object storage answers slowly, but many requests at a time."""
 
 COMMIT_VARIABLE: Final = "TUNE_BISENET_COMMIT"
 """Tells a submitted job the commit of its code: a job is sent without its git history."""
@@ -305,8 +309,9 @@ class SavedState:
     """Holds what is in `trials.json`."""
 
     states: tuple[TrialState, ...] = ()
-    scheduler: dict[str, Any] | None = None
-    """What the stopping rule has seen."""
+    scheduler: Any = None
+    """What the stopping rule has seen, as plain values; None if nothing, or if it was damaged."""
+    scheduler_checksum: str = field(default="", compare=False, repr=False)
     seconds: float = 0.0
     """The running time of the search in all its sessions."""
 
@@ -321,6 +326,8 @@ class Session(Frozen):
     """The limit that ended it, in words."""
     command: tuple[str, ...]
     commit: str | None
+    source: str = ""
+    """A digest of the package's files, which may have changed under the same commit; empty if it is not known."""
     python: str
     packages: dict[str, str]
     cpus_per_trial: int
@@ -415,7 +422,8 @@ def from_json(kind: type[_Value], content: bytes, *, path: str) -> _Value:
 def _checksum(content: bytes) -> str:
     """Return the checksum of a JSON object, however it is laid out; one that it holds itself does not count."""
     plain = json.loads(content)
-    plain.pop("checksum", None)
+    if isinstance(plain, dict):
+        plain.pop("checksum", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -457,9 +465,17 @@ def write_manifest(folder: Storage, manifest: Manifest) -> None:
 def read_saved_state(folder: Storage) -> SavedState:
     """Return what `trials.json` holds; nothing if it is missing or damaged: every trial's folder has its part."""
     try:
-        return read_record(SavedState, folder, TRIALS) or SavedState()
+        saved = read_record(SavedState, folder, TRIALS) or SavedState()
     except DamagedFileError:
         return SavedState()
+    is_sound = saved.scheduler_checksum == _checksum(to_json(saved.scheduler, Any))
+    return saved if is_sound else replace(saved, scheduler=None)
+
+
+def write_saved_state(folder: Storage, saved: SavedState) -> None:
+    """Write `trials.json`."""
+    checksum = _checksum(to_json(saved.scheduler, Any))
+    folder.write(TRIALS, to_json(replace(saved, scheduler_checksum=checksum)))
 
 
 def read_trial(folder: Storage) -> TrialRecord | None:
@@ -473,6 +489,14 @@ def read_sound_trial(folder: Storage) -> TrialRecord | None:
         return read_trial(folder)
     except DamagedFileError:
         return None
+
+
+def read_sound_trials(search: Storage, names: Iterable[str]) -> dict[str, TrialRecord]:
+    """Return the record of each of these trials of a search that has one and is not damaged."""
+    listed = list(names)
+    with ThreadPoolExecutor(READERS) as pool:
+        records = pool.map(lambda name: read_sound_trial(search / name), listed)
+        return {name: record for name, record in zip(listed, records, strict=True) if record}
 
 
 def write_trial(search: Storage, record: TrialRecord) -> None:
@@ -503,6 +527,31 @@ def predictions_to_bytes(best: BestPredictions) -> bytes:
     arrays: dict[str, Any] = vars(best) | {"groups": np.array(best.groups), "names": np.array(best.names)}
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
+
+
+def code_changes(sessions: Sequence[Session]) -> str:
+    """Say in a sentence what code and package versions have changed between sessions; empty if nothing has."""
+    columns: dict[str, list[str]] = {}
+    for session in sessions:
+        commit, mark, changes = (session.commit or "").partition("+")
+        code = {"commit": f"{commit[:12]}{mark}{changes}", "source": session.source, "Python": session.python}
+        for name, version in (code | session.packages).items():
+            versions = columns.setdefault(name, [])
+            if version and version not in versions[-1:]:
+                versions.append(version)
+    changed = {name: " → ".join(versions) for name, versions in columns.items() if len(versions) > 1}
+    if "commit" in changed:
+        changed.pop("source", None)  # says the same
+    listed = "; ".join(f"{name} {versions}" for name, versions in changed.items())
+    return f"Code changed between sessions: {listed}; results of both are in this search." if listed else ""
+
+
+def source_digest() -> str:
+    """Return 16 hex digits over the package's Python files: what runs, whatever its commit is."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def project_commit() -> str | None:

@@ -225,9 +225,9 @@ class Stopper:
         return reason
 
     def add_known(self, run: Run, trial: str, curve: Sequence[float]) -> None:
-        """Add a trial of an earlier search to compare with: mIoU after epochs 1, 2, ...; it stops no trial by itself.
+        """Add a trial of an earlier search or session to compare with: mIoU after epochs 1, 2, ...; it stops no trial.
 
-        Known epochs are not judged when they are reported, so no trial of this search may have its name.
+        Known epochs are not judged when they are reported, so no trial of this search may have the name of another's.
         """
         if self.rule is None:
             return

@@ -53,7 +53,7 @@ _REFUSALS: Final = {
     ): (
         r"ACCESS[_ ]?DENIED|HTTP status 40[13]|PERMISSION_?DENIED|\bForbidden\b|INVALID_?ACCESS_?KEY|"
         r"INVALID_?CLIENT_?TOKEN|SIGNATURE_?DOES_?NOT_?MATCH|UNRECOGNIZED_?CLIENT|MISSING_?AUTHENTICATION|"
-        r"UNAUTHENTICATED|could not be verified"
+        r"UNAUTHENTICATED|could not be verified|Unable to locate credentials"
     ),
     "The bucket is in another region: name it, as in s3://bucket/x?region=eu-central-1.": (
         r"HTTP status 301|configured region is|region .* is wrong"
@@ -381,6 +381,94 @@ class Storage:
         self.retry(attempt, writing=True)
 
 
+class ConditionalFile:
+    """A file that several processes write, each only if no other has written it since it last read or wrote it.
+
+    S3 itself compares. Elsewhere this does, so that two who write in the same moment are not kept apart: `is_exact`
+    says so.
+    """
+
+    def __init__(self, folder: Storage, name: str) -> None:
+        self.folder = folder
+        self._name = name
+        self._version: Any = None
+        """The file's ETag in S3, elsewhere its content; None if there was no file."""
+        self._client = _open_s3_client(folder) if folder.filesystem.type_name == "s3" else None
+        bucket, _, path = folder.path.partition("/")
+        self._object = {"Bucket": bucket, "Key": f"{path}/{name}".lstrip("/")}
+
+    @property
+    def is_exact(self) -> bool:
+        return self._client is not None
+
+    def read(self) -> bytes | None:
+        """Return the file's bytes; None if there is no such file."""
+        if self._client is None:
+            self._version = content = self.folder.read(self._name)
+            return content
+        answer = self._ask("get_object") or {"ETag": None, "Body": None}
+        self._version = answer["ETag"]
+        body: bytes | None = answer["Body"]
+        return body
+
+    def write(self, content: bytes) -> bool:
+        """Write `content`, which no other process writes; return whether the file holds it. If not, read it first."""
+        if self._client is None:
+            if self.folder.read(self._name) != self._version:
+                return False
+            self.folder.write(self._name, content)
+            self._version = content
+            return True
+        condition = {"IfMatch": self._version} if self._version else {"IfNoneMatch": "*"}
+        answer = self._ask("put_object", Body=content, **condition)
+        if answer is None:  # or a first attempt succeeded, and only its answer was lost
+            answer = self._ask("get_object")
+            if answer is None or answer["Body"] != content:
+                return False
+        self._version = answer["ETag"]
+        return True
+
+    def _ask(self, method: str, **arguments: Any) -> dict[str, Any] | None:
+        """Return what S3 answers, its body read; None if the file is not there or is not what a condition says."""
+        from botocore.exceptions import ClientError
+
+        def attempt() -> dict[str, Any] | None:
+            try:
+                answer: dict[str, Any] = getattr(self._client, method)(**self._object, **arguments)
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("NoSuchKey", "PreconditionFailed"):
+                    return None
+                raise
+            return answer | ({"Body": answer["Body"].read()} if "Body" in answer else {})
+
+        return self.folder.retry(attempt, writing=method == "put_object")
+
+
+def _open_s3_client(folder: Storage) -> Any:
+    """Open S3 as `_open_s3` does, by boto3: pyarrow writes without conditions."""
+    import boto3  # late, as it takes a while
+    from botocore.config import Config
+
+    endpoint, options = _s3_options(folder.uri)
+    if endpoint and "://" not in endpoint:
+        endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
+    config = Config(
+        connect_timeout=FAIL_FAST_SECONDS,
+        read_timeout=FAIL_FAST_SECONDS,
+        retries={"total_max_attempts": 1},
+        request_checksum_calculation="when_required",  # not every server knows the newer sums
+        s3={"addressing_style": "path"} if endpoint else None,
+    )
+    return boto3.client("s3", region_name=folder.filesystem.region, endpoint_url=endpoint, config=config)
+
+
+def _s3_options(address: str) -> tuple[str | None, dict[str, str]]:
+    """Return the server that is named in an address or else in the environment, and all options of the address."""
+    options = dict(parse_qsl(urlsplit(address).query))
+    variables = (os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
+    return options.get("endpoint_override") or variables[0] or variables[1], options
+
+
 def _put(filesystem: Any, path: str, content: bytes, metadata: Any = None) -> None:
     with filesystem.open_output_stream(path, metadata=metadata) as stream:
         stream.write(content)
@@ -407,12 +495,9 @@ def _open_s3(address: str, *, region: str) -> Any:
 
     Background writes wait for threads of the pool that Tune's copies run in, and can deadlock.
     """
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    query = parse_qsl(urlsplit(address).query)
-    options = {"endpoint_override": endpoint} | {
-        name: {"true": True, "false": False}.get(value, value) for name, value in query
-    }
-    fixed = {"region": region, "background_writes": False, "allow_delayed_open": True}
+    endpoint, query = _s3_options(address)
+    options = {name: {"true": True, "false": False}.get(value, value) for name, value in query.items()}
+    fixed = {"endpoint_override": endpoint, "region": region, "background_writes": False, "allow_delayed_open": True}
     return pyarrow.fs.S3FileSystem(**options | fixed)
 
 

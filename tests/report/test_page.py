@@ -39,6 +39,7 @@ from tune_bisenet.records import (
     predictions_to_bytes,
     read_trial,
 )
+from tune_bisenet.report.__main__ import main as report_main
 from tune_bisenet.report.page import (
     HTML,
     MARKDOWN,
@@ -179,6 +180,19 @@ def test_a_search_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     assert Elements(page_of(folder)).sections == [name for name in SECTIONS if name != "noise"], "nothing repeats"
     study = Elements(page_of(write_study(tmp_path / "study", trials=0, latency=True)))
     assert study.sections[:5] == STUDY_SECTIONS
+
+
+def test_code_that_changed_between_sessions_is_said_on_the_page_and_in_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newer = SESSION | {"commit": "fedcba9876543210<b>", "packages": {"torch": "2.16.0"}}
+    folder = write_search(tmp_path, sessions=[SESSION, SESSION, newer])
+    told = "Code changed between sessions: commit 0123456789ab → fedcba987654; torch 2.15.0 → 2.16.0"
+    assert told in page_of(folder)
+    assert report_main([str(tmp_path)]) == 0
+    assert told in capsys.readouterr().out
+    assert "fedcba987654; torch 2.15.0 → 2.16.0" in (tmp_path / "report.md").read_text()
+    assert "Code changed" not in page_of(write_search(tmp_path / "same", sessions=[SESSION, SESSION]))
 
 
 @pytest.mark.parametrize("name", ["what?now", "it's", "$HOME"])

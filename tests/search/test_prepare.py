@@ -5,21 +5,31 @@ import json
 import os
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.object_store import object_store
-from helpers.rows import plain_state
+from helpers.rows import plain_epoch, plain_state
 from helpers.searches import move_into, on_frames, write_frames, write_space
 from PIL import Image
 from rich.console import Console
 
 from tune_bisenet import run
 from tune_bisenet.config import Resources
-from tune_bisenet.options import parse_options
-from tune_bisenet.records import SavedState, read_manifest, to_json, write_manifest
+from tune_bisenet.options import InputError, parse_options
+from tune_bisenet.records import (
+    SavedState,
+    TrialRecord,
+    read_manifest,
+    read_saved_state,
+    to_json,
+    write_manifest,
+    write_saved_state,
+    write_trial,
+)
 from tune_bisenet.report.__main__ import main as report_main
 from tune_bisenet.report.read import read_search
 from tune_bisenet.report.verdicts import judge_search
@@ -531,9 +541,94 @@ def test_changed_frames_are_refused(capsys: pytest.CaptureFixture[str], search: 
     assert f"the frames in {frames} have changed" in message
 
 
-def test_changed_rows_are_refused(capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path) -> None:
+def test_changed_rows_are_refused_with_the_difference(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path
+) -> None:
     write_space(place / "space.py", {"a": 0.01, "b": 0.03}, num_epochs=2, baseline="a")
-    assert "row b has changed" in refused(capsys, *resumed(search), "--resume")
+    assert "row b has changed: optimizer lr 0.02 → 0.03." in refused(capsys, *resumed(search), "--resume")
+
+
+def resume_with(search: PreparedSearch, place: Path, rows: dict[str, float], **flags: object) -> PreparedSearch:
+    """Prepare a session with these rows in the space, and write what it would begin with."""
+    write_space(place / "space.py", rows, num_epochs=2, baseline="a")
+    storage, name = resumed(search)[1::2]
+    again = prepared(**{"storage": storage, "name": name, "resume": not flags} | flags)
+    write_manifest(again.folder, driver._make_manifest(again, RESOURCES, COMMAND))
+    return again
+
+
+def test_a_row_that_was_taken_out_and_put_back_changed_is_refused(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path
+) -> None:
+    for spec in search.specs.values():
+        write_trial(search.folder, TrialRecord.of_spec(spec, [plain_epoch(1, 10.0), plain_epoch(2, 11.0)]))
+    assert resume_with(search, place, {"a": 0.01, "b": 0.02}).changes == ()
+    (gone,) = resume_with(search, place, {"a": 0.01}).changes
+    assert "taken out: row b; results stay in storage" in gone
+    write_space(place / "space.py", {"a": 0.01, "b": 0.2}, num_epochs=2, baseline="a")
+    message = refused(capsys, *resumed(search), "--resume")
+    assert "row b has changed: optimizer lr 0.02 → 0.2." in message
+    (back,) = resume_with(search, place, {"a": 0.01, "b": 0.02}).changes
+    assert "put back: row b, with the results in storage" in back
+
+
+def test_rows_are_put_into_a_search_by_add_alone(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path
+) -> None:
+    rows = {"a": 0.01, "b": 0.02, "c": 0.05, "d": 0.07}
+    for file in ("space.py", "moved.py"):
+        write_space(place / file, rows, num_epochs=2, baseline="a")
+        message = refused(capsys, *resumed(search), "--resume", "--space", file)
+        assert "rows c, d: not in this search" in message
+        assert "--add --runs c,d" in message
+    more = resume_with(search, place, rows, add=True, runs="c,d")
+    assert more.changes == ("put in: rows c, d",)
+    assert {run.name for run in more.runs} == set(rows)
+    assert resume_with(search, place, rows).changes == ()
+
+
+def test_the_digest_of_a_size_that_is_not_trained_any_more_is_kept(search: PreparedSearch) -> None:
+    before = read_manifest(search.folder)
+    assert before is not None
+    digests = {"64x128": "of another size"} | before.data.digests
+    data = before.data.model_copy(update={"digests": digests})
+    write_manifest(search.folder, before.model_copy(update={"data": data}))
+    storage, name = resumed(search)[1::2]
+    again = prepared(storage=storage, name=name, resume=True)
+    assert driver._make_manifest(again, RESOURCES, COMMAND).data.digests == digests
+
+
+def test_what_the_stopping_rule_saw_is_rebuilt_from_the_trials_where_it_is_lost(
+    search: PreparedSearch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended, running = list(search.specs.values())[:2]
+    epochs = [plain_epoch(1, 10.0), plain_epoch(2, 11.0)]
+    stopped = TrialRecord.of_spec(ended, epochs)
+    stopped = replace(stopped, state=replace(stopped.state, status="stopped", stopped_by="below the median"))
+    write_trial(search.folder, stopped)
+    write_trial(search.folder, TrialRecord.of_spec(running, epochs))
+    storage, name = resumed(search)[1::2]
+    again = prepared(storage=storage, name=name, resume=True)
+    again = replace(again, config=again.config.model_copy(update={"scheduler": "median"}))
+    stopper = driver._restore_stopper(again, read_saved_state(again.folder))
+    assert stopper.seen == {2: {ended.trial: {1: 10.0, 2: 11.0}, running.trial: {1: 10.0}}}
+    assert stopper.stops == {ended.trial: "below the median"}
+    assert "trials.json was missing or damaged" in caplog.text
+    caplog.clear()
+    write_saved_state(again.folder, SavedState(scheduler=stopper.to_json()))
+    assert driver._restore_stopper(again, read_saved_state(again.folder)).to_json() == stopper.to_json()
+    assert not caplog.text
+
+
+def test_a_search_that_another_driver_has_run_since_it_was_checked_is_not_overwritten(search: PreparedSearch) -> None:
+    storage, name = resumed(search)[1::2]
+    late = prepared(storage=storage, name=name, resume=True)
+    write_manifest(late.folder, driver._make_manifest(late, RESOURCES, COMMAND))
+    before = late.folder.read("search.json")
+    for checked in (late, replace(late, earlier=None)):
+        with pytest.raises(InputError, match="another driver has run the search"):
+            driver.run_search(checked, Console(), COMMAND)
+    assert late.folder.read("search.json") == before
 
 
 def test_a_measure_is_declared_before_results_are_seen(

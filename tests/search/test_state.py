@@ -1,13 +1,21 @@
 """The state of a search: trials from waiting to ended, copies in storage, what a resumed search keeps, the lock."""
 
 import csv
+import json
+import os
+import re
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from helpers.object_store import ObjectStore, object_store
 from helpers.rows import plain_epoch, plain_row, plain_state
 
 from tune_bisenet.options import InputError
@@ -24,15 +32,17 @@ from tune_bisenet.records import (
     TrialRecord,
     TrialSpec,
     TrialState,
+    from_json,
     measure,
     read_manifest,
     read_saved_state,
     read_trial,
+    to_json,
     write_trial,
 )
 from tune_bisenet.search import state as state_module
-from tune_bisenet.search.state import SearchState, complete_states, end_trial, restore
-from tune_bisenet.storage import Storage
+from tune_bisenet.search.state import Holder, SearchState, complete_states, end_trial, restore
+from tune_bisenet.storage import ConditionalFile, Storage
 
 SCHEDULER = {"seen": [], "stops": {"b": "too slow"}}
 
@@ -200,6 +210,31 @@ def test_damaged_states_count_as_missing(folder: Storage, content: bytes | None)
     assert found == ([] if content is not None else [plain_state("a", status="running", **measured(1))])
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"seen": []},
+        {"stops": {}},
+        {"seen": [{"num_epochs": 4, "trial": "a", "miou": {"2": 99.0}}]},
+        {"seen": 5},
+        {"seen": [{}]},
+        {"stops": None},
+        {"more": 1},
+        5,
+        [],
+        "text",
+    ],
+    ids=str,
+)
+def test_an_edited_memory_of_the_stopping_rule_is_forgotten(state: SearchState, folder: Storage, edit: Any) -> None:
+    state.write()
+    plain = json.loads(folder.read(TRIALS) or b"")
+    plain["scheduler"] = plain["scheduler"] | edit if isinstance(edit, dict) else edit
+    folder.write(TRIALS, json.dumps(plain).encode())
+    saved = read_saved_state(folder)
+    assert (list(saved.states), saved.scheduler) == (state.states, SCHEDULER if edit == {"seen": []} else None)
+
+
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_manifest_is_an_error_that_names_it(folder: Storage, content: bytes) -> None:
     folder.write(SEARCH, content)
@@ -277,23 +312,144 @@ def test_an_unknown_trial_begins_from_nothing() -> None:
     assert restore("a-s3", run, []) == TrialState(trial="a-s3", run="a", seed=3, num_epochs=4)
 
 
+# --- one driver at a time ---------------------------------------------------------------------------------------------
+
 HOLDER = """
 import sys
-from tune_bisenet.search.state import exclusive
+from tune_bisenet.search import state
 from tune_bisenet.storage import Storage
-with exclusive(Storage.at(sys.argv[1])):
+state.RENEWAL_SECONDS = 0.2
+with state.exclusive(Storage.at(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
-def test_one_process_at_a_time_runs_a_search_and_a_killed_one_does_not_block_it(folder: Storage) -> None:
-    command = [sys.executable, "-c", HOLDER, folder.path]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=folder.path), state_module.exclusive(folder):
-            pass
-        holder.kill()
-    with state_module.exclusive(folder):
+@contextmanager
+def held(address: str) -> Iterator[subprocess.Popen[str]]:
+    """Let another process run the search at `address`, until its input is closed or it is killed."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", HOLDER, address]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
+
+
+def assert_refused(folder: Storage, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(InputError) as refused, state_module.exclusive(folder):
         pass
+    told = rf"process {holder.pid} on {socket.gethostname()}, since 20\d\d-.* UTC, is running the search in "
+    assert re.search(told + re.escape(folder.uri), str(refused.value)), refused.value
+
+
+def test_one_process_at_a_time_runs_a_search_and_a_killed_one_does_not_block_it(folder: Storage) -> None:
+    with held(folder.path) as holder:
+        assert_refused(folder, holder)
+        holder.kill()
+        holder.wait()
+        with state_module.exclusive(folder):
+            pass
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture
+def leased(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """The folder of a search in S3, whose leases are looked at often."""
+    monkeypatch.setattr(state_module, "LOOK_SECONDS", 0.1)
+    return Storage.at(store.uri(f"{tmp_path.name}/search"))
+
+
+def lease_of(folder: Storage) -> ConditionalFile:
+    return ConditionalFile(folder.parent, ".search.driver.json")
+
+
+def write_lease(folder: Storage, **changes: Any) -> Holder:
+    """Give the search to a driver of another machine."""
+    other = replace(Holder.of_this_process(), host="elsewhere", machine="another", **changes)
+    file = lease_of(folder)
+    file.read()
+    assert file.write(to_json(other))
+    return other
+
+
+def test_in_object_storage_a_renewed_lease_keeps_others_out_until_its_process_is_dead(
+    leased: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    with held(leased.uri) as holder:
+        assert_refused(leased, holder)
+        holder.kill()
+        holder.wait()
+        caplog.clear()
+        with state_module.exclusive(leased):
+            pass
+    assert not caplog.text, "a dead process of this machine is not waited for"
+    with held(leased.uri) as holder:  # nor is one that has ended
+        _, errors = holder.communicate("")
+        assert (holder.returncode, errors) == (0, "")
+    with state_module.exclusive(leased):
+        pass
+
+
+@pytest.mark.parametrize("content", ["another machine's", b"{}", b""])
+def test_a_lease_that_nobody_renews_ends(
+    leased: Storage, content: str | bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(state_module, "LEASE_SECONDS", 0.5)
+    if isinstance(content, str):
+        write_lease(leased)
+    else:
+        assert lease_of(leased).write(content)
+    with state_module.exclusive(leased):
+        holder = from_json(Holder, lease_of(leased).read() or b"", path="the lease")
+        assert holder.pid == os.getpid()
+    assert "ran the search in" in caplog.text
+    assert ("process" in caplog.text and "on elsewhere" in caplog.text) == isinstance(content, str)
+
+
+def test_a_driver_whose_lease_was_taken_ends_at_once_and_leaves_it_alone(leased: Storage) -> None:
+    with held(leased.uri) as holder:
+        for _ in range(50):  # its own renewal may come between reading and writing
+            with suppress(AssertionError):
+                other = write_lease(leased)
+                break
+        assert holder.wait(timeout=120) == 75
+        assert holder.stderr is not None
+        errors = holder.stderr.read()
+        assert f"process {other.pid} on elsewhere" in errors
+        assert "--resume" in errors
+    assert from_json(Holder, lease_of(leased).read() or b"", path="the lease") == other
+
+
+def test_a_renewal_that_storage_does_not_answer_is_tried_again(store: ObjectStore, leased: Storage) -> None:
+    with held(leased.uri) as holder:
+        before = lease_of(leased).read()
+        store.go_away()
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                holder.wait(timeout=2)
+        finally:
+            store.come_back()
+        while lease_of(leased).read() == before:
+            assert holder.poll() is None
+
+
+def test_where_storage_compares_nothing_the_lease_holds_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(state_module, "LOOK_SECONDS", 0.1)
+    folder = Storage.at(f"memory://{tmp_path}/search")
+    folder.parent.make()
+    with state_module.exclusive(folder):
+        threading.Timer(0.5, lambda: write_lease(folder, renewals=1)).start()
+        with pytest.raises(InputError, match=f"process {os.getpid()}"), state_module.exclusive(folder):
+            pass
+    assert "cannot keep two drivers apart that begin" in caplog.text

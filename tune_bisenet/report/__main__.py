@@ -81,7 +81,7 @@ def _print(search: SearchRecord, table: RenderableType, lines: Sequence[str] = (
     console = Console()
     console.print(table)
     notes = [f"note: {note}" for note in search.all_notes]
-    for text in [*([search.manifest.proxy] if search.manifest.proxy else []), *notes, *lines]:
+    for text in [*filter(None, [search.manifest.proxy, search.code_changes]), *notes, *lines]:
         console.print(
             text, highlight=False, markup=False, emoji=False, soft_wrap=True
         )  # unbroken: a path must survive copying

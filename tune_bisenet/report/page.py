@@ -256,6 +256,7 @@ def _render_html(report: Report, sections: Sequence[Section], now: datetime) -> 
     environment.tests["a"] = lambda value, name: type(value).__name__ == name
     return environment.get_template(HTML).render(
         manifest=search.manifest,
+        code_changes=search.code_changes,
         notes=search.all_notes,
         now=tables.format_time(now),
         state=word,
@@ -281,6 +282,7 @@ def _render_markdown(report: Report, sections: Sequence[Section], now: datetime)
         f"# {_escaped(manifest.name)}: {_escaped(manifest.space.title)}",
         f"{_escaped(sentence)} This page: {tables.format_time(now)}.",
         *([f"**{_escaped(manifest.proxy)}**"] if manifest.proxy else []),
+        *([_escaped(report.search.code_changes)] if report.search.code_changes else []),
         *(["Not everything could be read. What follows is made from the rest."] if notes else []),
         *(f"- {_escaped(note)}" for note in notes),
     ]

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from tune_bisenet.records import (
     BEST_PREDICTIONS,
     ENDED_WELL,
     KNOWN,
+    READERS,
     SEARCH,
     TRIAL,
     TRIALS,
@@ -32,6 +33,7 @@ from tune_bisenet.records import (
     TrialSpec,
     TrialState,
     best_of,
+    code_changes,
     find_contradiction,
     read_manifest,
     read_record,
@@ -41,9 +43,6 @@ from tune_bisenet.storage import Storage
 from tune_bisenet.text import one_line
 
 Unit = Literal["GPU-hours", "machine-hours"]
-
-READERS: Final = 16
-"""Files read at once: object storage answers slowly, but many requests at a time."""
 
 _Value = TypeVar("_Value")
 
@@ -129,6 +128,11 @@ class SearchRecord:
     def fresh_trials(self) -> dict[str, ReportedTrial]:
         """Those at fresh seeds, trained after a study had made its choice."""
         return {name: record for name, record in self.trials.items() if record.spec.origin == "confirm"}
+
+    @property
+    def code_changes(self) -> str:
+        """Say what code and package versions have changed between its sessions; empty if nothing has."""
+        return code_changes(self.manifest.sessions)
 
     @property
     def all_notes(self) -> list[str]:

@@ -82,6 +82,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         *([("sampler", f"{config.sampler}, for {' and '.join(config.objectives)}")] if search.study else []),
         *([("limits", "ends after " + " or ".join(bounds))] if bounds else []),
         ("data", f"{config.data}: {facts.num_train} training and {facts.num_val} validation images, {sizes}"),
+        *[("changed", text) for text in search.changes],
         *_label_lines(search),
         ("backbone", f"ResNet-18, {'from scratch' if config.backbone == NO_BACKBONE else config.backbone}"),
         ("device", f"{trials} at once{grows}, {gpus}{cores} each{threads}, {config.precision}"),

@@ -5,6 +5,7 @@ the trials themselves (`tuner`), fresh seeds for the best of a study, and the re
 """
 
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
 
@@ -21,14 +22,20 @@ from tune_bisenet import __version__, spaces
 from tune_bisenet.config import Resources
 from tune_bisenet.options import InputError, Limits, Options
 from tune_bisenet.records import (
+    ENDED_WELL,
+    TRIALS,
     DataInfo,
     Manifest,
     SavedState,
     Session,
     SpaceInfo,
     StudyInfo,
+    code_changes,
     project_commit,
+    read_manifest,
     read_saved_state,
+    read_sound_trials,
+    source_digest,
     write_manifest,
 )
 from tune_bisenet.report.page import refreshed, write_safely
@@ -54,15 +61,23 @@ UNBOUNDED_TRIALS: Final = 10_000
 CORES_PER_GPU: Final = 4
 """Of a cluster that does not exist yet: what the smallest cloud machines have beside a GPU."""
 
+_log = logging.getLogger(__name__)
+
 PACKAGES: Final = ("torch", "torchvision", "ray", "pyarrow", "numpy", "optuna", "pydantic", "tensorboard")
 
 
 def run_search(search: PreparedSearch, console: Console, command: Sequence[str]) -> int:
     """Run one session and return its exit code. Raises InputError; StorageError if storage does not answer."""
-    options = search.options
-    with exclusive(search.folder), ray_session(options.address) as cluster:
-        resources = _allocate(search, cluster())
-        return _run_session(search, resources, console, command, max_running=lambda: cluster().max_in_flight(resources))
+    with exclusive(search.folder):
+        if read_manifest(search.folder) != search.earlier:
+            raise InputError(
+                f"another driver has run the search in {search.folder.uri} since this one began to check it. "
+                "Run the same command again, a new search under another --name."
+            )
+        with ray_session(search.options.address) as cluster:
+            resources = _allocate(search, cluster())
+            running = partial(_run_session, search, resources, console, command)
+            return running(max_running=lambda: cluster().max_in_flight(resources))
 
 
 def _run_session(
@@ -75,11 +90,13 @@ def _run_session(
 ) -> int:
     folder, limits = search.folder, search.config.limits
     saved = read_saved_state(folder)
-    stopper = _make_stopper(search, saved.scheduler)
+    stopper = _restore_stopper(search, saved)
     state = _restore_state(search, saved, stopper)
     estimate = estimate_search(search, resources, state.states)
     estimate.check_storage()
     manifest = _make_manifest(search, resources, command)
+    if changes := code_changes(manifest.sessions[-2:]):
+        search = replace(search, changes=(*search.changes, changes))
     write_manifest(folder, manifest)
     state.write()
     searcher = _make_searcher(search, state, max_running)
@@ -110,7 +127,7 @@ def _run_session(
         if limits.confirm and outcome.signal_number is None:
             # No limit holds for fresh seeds, and nothing stops them early.
             fresh = GridSearcher(searcher.fresh_trials(limits.confirm), state)
-            never = _make_stopper(search, None, scheduler="fifo")
+            never = _make_stopper(search, "fifo")
             confirmed = train(fresh, stopper=never, limits=Limits(), max_concurrent=outcome.max_concurrent)
             outcome = replace(confirmed, limit=outcome.limit)
     write_manifest(folder, _end_session(manifest, outcome))
@@ -160,18 +177,36 @@ def _restore_state(search: PreparedSearch, saved: SavedState, stopper: Stopper) 
     )
 
 
-def _make_stopper(search: PreparedSearch, saved: dict[str, Any] | None, *, scheduler: str | None = None) -> Stopper:
-    """Return the stopping rule with what an earlier driver saw, and with the trials of earlier searches."""
+def _make_stopper(search: PreparedSearch, scheduler: str) -> Stopper:
+    """Return the stopping rule before it has seen a trial of this search."""
     stopper = Stopper(
-        rule=RULES[scheduler or search.config.scheduler],
+        rule=RULES[scheduler],
         iterations_per_epoch=partial(spaces.iterations_per_epoch, data=search.facts),
         protected=protected_rows(search.space.rows),
     )
-    if saved:
-        stopper = stopper.restored(saved)
     for known in search.study.known if search.study else ():
         curve = [epoch.miou for epoch in known.epochs if not epoch.diverged]
         stopper.add_known(known.spec.run, f"earlier/{known.source}", curve)
+    return stopper
+
+
+def _restore_stopper(search: PreparedSearch, saved: SavedState) -> Stopper:
+    """Return the stopping rule with what earlier drivers saw and decided; where that is lost, as trials record it.
+
+    The last epoch of a trial that has not ended then counts as not seen: the trial reports it again, and is judged.
+    """
+    stopper = _make_stopper(search, search.config.scheduler)
+    if saved.scheduler is not None:
+        return stopper.restored(saved.scheduler)
+    records = read_sound_trials(search.folder, search.specs) if search.earlier else {}
+    for name, record in records.items():
+        has_ended = record.state.status in ENDED_WELL
+        curve = [epoch.miou for epoch in record.epochs if not epoch.diverged]
+        stopper.add_known(record.spec.run, name, curve if has_ended else curve[:-1])
+        if has_ended and record.state.stopped_by:
+            stopper.stops[name] = record.state.stopped_by
+    if any(record.epochs for record in records.values()):
+        _log.warning("%s was missing or damaged: what the stopping rule has seen was rebuilt from the trials.", TRIALS)
     return stopper
 
 
@@ -201,10 +236,12 @@ def _make_manifest(search: PreparedSearch, resources: Resources, command: Sequen
         objectives=config.objectives,
         warm_start=(config.warm_start,) if config.warm_start else (),
     )
+    before = search.earlier.data.digests if search.earlier else {}
     session = Session(
         started=_now(),
         command=tuple(command),
         commit=project_commit(),
+        source=source_digest(),
         python=platform.python_version(),
         packages={"tune-bisenet": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         cpus_per_trial=resources.cpus_per_trial,
@@ -221,7 +258,9 @@ def _make_manifest(search: PreparedSearch, resources: Resources, command: Sequen
             measured_share=search.space.measured_share,
             second_measure=search.space.second_measure,
         ),
-        data=DataInfo(digests=pack_digests(search.packs), train_images=facts.num_train, val_images=facts.num_val),
+        data=DataInfo(
+            digests=before | pack_digests(search.packs), train_images=facts.num_train, val_images=facts.num_val
+        ),
         backbone_digest=search.backbone_digest,
         proxy=search.captions[0] if config.proxy else None,
         study=study,

@@ -8,7 +8,7 @@ All mistakes are ValueErrors in words for the user; a StorageError says that sto
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,8 +43,9 @@ from tune_bisenet.records import (
     read_manifest,
     read_record,
     read_saved_state,
-    read_sound_trial,
+    read_sound_trials,
 )
+from tune_bisenet.report.claims import differences
 from tune_bisenet.report.read import read_search
 from tune_bisenet.report.verdicts import NoiseSummary, judge_search
 from tune_bisenet.spaces import DataFacts, Grid, RowOverrides, Sampled, Space
@@ -95,6 +96,8 @@ class PreparedSearch:
     """What a sampled search samples from; None for a grid."""
     packs: dict[FrameSize, Packed] = field(default_factory=dict)
     """The packed data by image size; empty for a search that is only planned."""
+    changes: tuple[str, ...] = ()
+    """What has changed since the search was started, in sentences."""
     label_warnings: tuple[str, ...] = ()
     """What is doubtful about the labels; known once they are packed."""
     shared_packs: Storage | None = None
@@ -171,9 +174,10 @@ def survey_search(options: Options, mistyped: Mapping[str, str], *, default_name
     """Make the cheap checks alone; nothing is written. Raises InputError with everything found."""
     search = _surveyed(options, mistyped, name=options.name or default_name)
     with _input_errors():
+        recorded = read_specs(search.folder) if search.earlier else {}
         if search.earlier:
-            _check_resumable(search, search.earlier)
-        study, config = _set_up_study(search), search.config
+            search = replace(search, changes=_check_resumable(search, search.earlier, recorded))
+        study, config = _set_up_study(search, recorded), search.config
         if study and config.study is None and not study.database.is_own:  # it comes from $TUNE_BISENET_STUDY
             config = config.model_copy(update={"study": study.database.shown})
         return replace(search, study=study, config=config)
@@ -446,10 +450,12 @@ def _restore_config(options: Options, earlier: Manifest) -> SearchConfig:
     return config.model_copy(update=moved | {"limits": before.limits.updated(options)})
 
 
-def _check_resumable(search: PreparedSearch, earlier: Manifest) -> None:
+def _check_resumable(search: PreparedSearch, earlier: Manifest, recorded: Mapping[str, TrialSpec]) -> tuple[str, ...]:
     """Raise ValueError if `--add` names nothing new, `--rerun` a row without failures, or if something has changed.
 
-    A changed row would continue with the old one's results. What is expected of it may change.
+    Return what may change: rows put in by `--add`, and rows taken out. `recorded` is what trials' folders say they have
+    trained. A changed row would continue with the old one's results, also one that was taken out for a while. What is
+    expected of it may change.
     """
     options, runs = search.options, {(run.name, run.seed): run for run in search.runs}
     num_frames = (search.facts.num_train, search.facts.num_val), (earlier.data.train_images, earlier.data.val_images)
@@ -469,7 +475,8 @@ def _check_resumable(search: PreparedSearch, earlier: Manifest) -> None:
                 f"{name} of the space is {now}, but was {then} when this search was started. A measure is declared "
                 "before results are seen: restore it, or start another search under another --name."
             )
-    before = {(run.name, run.seed): run.fingerprint() for run in earlier.trials.values()}
+    before = {(run.name, run.seed): run for run in earlier.trials.values()}
+    trained = {(spec.run.name, spec.run.seed): spec.run for spec in recorded.values()}
     if options.add and runs.keys() <= before.keys():
         raise ValueError("--add: this search has all these rows and seeds already. Name seeds or rows that are new.")
     failed = {state.run for state in read_saved_state(search.folder).states if state.status == "failed"}
@@ -478,16 +485,53 @@ def _check_resumable(search: PreparedSearch, earlier: Manifest) -> None:
         rows = ", ".join(sorted(failed))
         known = f"Rows with failed trials: {rows}." if failed else "No trial of this search failed."
         raise ValueError(f"--rerun {', '.join(sound)}: no trial of that failed. {known}")
-    changed = {run.name for key, run in runs.items() if before.get(key, run.fingerprint()) != run.fingerprint()}
+    changed = {
+        run.name: ", ".join(f"{name} {change}" for name, change in differences(run, known[key]).items())
+        for known in (before, trained)
+        for key, run in runs.items()
+        if key in known and known[key].fingerprint() != run.fingerprint()
+    }
     if changed:
-        rows = f"row {changed.pop()} has" if len(changed) == 1 else f"rows {', '.join(sorted(changed))} have"
-        raise ValueError(
-            f"{rows} changed since this search was started. "
-            "Restore what the space said then to resume it, or start another search under another --name."
+        rows = "; ".join(
+            f"row {name} has changed: {change or 'its random numbers'}" for name, change in changed.items()
         )
+        raise ValueError(
+            f"{rows}. Restore what the space said when this search was started to resume it, or start another search "
+            "under another --name."
+        )
+    return () if isinstance(search.space, Sampled) else _changed_rows(search, before.keys(), trained.keys())
 
 
-def _set_up_study(search: PreparedSearch) -> StudySetup | None:
+def _changed_rows(
+    search: PreparedSearch, before: Set[tuple[str, int]], trained: Set[tuple[str, int]]
+) -> tuple[str, ...]:
+    """Return which rows were put into a grid or taken out since its last session. ValueError if only `--add` may do so.
+
+    All are names and seeds: of the trials that the last session knew, and of those that have something in their folder.
+    """
+
+    def format_rows(keys: Set[tuple[str, int]]) -> str:
+        names = sorted({name for name, _ in keys})
+        return f"{'row' if len(names) == 1 else 'rows'} {', '.join(names)}"
+
+    runs = {(run.name, run.seed) for run in search.runs}
+    known = {name for name, _ in before | trained}
+    new = {key for key in runs if key[0] not in known}
+    if new and not search.options.add:
+        rows = ",".join(sorted({name for name, _ in new}))
+        raise ValueError(
+            f"{format_rows(new)}: not in this search when it was started. Put new rows in by --add --runs {rows}, or "
+            "take them out of the space to resume it."
+        )
+    back, gone = runs & (trained - before), before - runs
+    return (
+        *([f"put in: {format_rows(new)}"] if new else []),
+        *([f"put back: {format_rows(back)}, with the results in storage"] if back else []),
+        *([f"taken out: {format_rows(gone)}; results stay in storage, and count again once put back"] if gone else []),
+    )
+
+
+def _set_up_study(search: PreparedSearch, recorded: Mapping[str, TrialSpec]) -> StudySetup | None:
     """Check a sampled space by test draws and by the trials it has; None for a grid. Raises ValueError."""
     space, config = search.space, search.config
     if not isinstance(space, Sampled):
@@ -506,8 +550,7 @@ def _set_up_study(search: PreparedSearch) -> StudySetup | None:
         secret=os.environ.get(STUDY_VARIABLE) if address or not search.earlier else None,
         cache_dir=search.cache_dir,
     )
-    suggested = read_specs(search.folder) if search.earlier else {}
-    _check_same_draws(suggested, search_space)
+    _check_same_draws(recorded, search_space)
     return StudySetup(
         space=search_space,
         rows=rows,
@@ -515,7 +558,7 @@ def _set_up_study(search: PreparedSearch) -> StudySetup | None:
         seed=seed,
         test_draws=test_draws,
         database=database,
-        suggested=suggested,
+        suggested=recorded,
     )
 
 
@@ -538,12 +581,11 @@ def _add_known_trials(search: PreparedSearch, setup: StudySetup) -> StudySetup:
 
 
 def read_specs(folder: Storage) -> dict[str, TrialSpec]:
-    """Return each trial of a sampled search by name, in the study's order; those that confirm last.
+    """Return what each trial has in its folder by name, in the study's order; those that confirm last.
 
     A damaged file is left out: the study still has the trial, and the file is written again from it.
     """
-    records = [read_sound_trial(folder / name) for name in folder.folder_names()]
-    specs = [record.spec for record in records if record]
+    specs = [record.spec for record in read_sound_trials(folder, folder.folder_names()).values()]
     in_order = sorted(specs, key=lambda spec: (spec.number is None, spec.number or 0, spec.trial))
     return {spec.trial: spec for spec in in_order}
 

@@ -4,14 +4,20 @@
 """
 
 import logging
+import os
+import socket
+import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn
 
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from tune_bisenet.config import Run
 from tune_bisenet.options import InputError
@@ -23,20 +29,29 @@ from tune_bisenet.records import (
     MEASURED,
     PREVIOUS,
     TRIALS,
+    DamagedFileError,
     SavedState,
     Status,
     TrialRecord,
     TrialSpec,
     TrialState,
     find_contradiction,
+    from_json,
     read_sound_trial,
+    read_sound_trials,
     to_json,
     true_state,
+    write_saved_state,
     write_trial,
 )
 from tune_bisenet.report import leaderboard
-from tune_bisenet.report.read import READERS
-from tune_bisenet.storage import Storage
+from tune_bisenet.storage import ConditionalFile, Storage, StorageError
+
+LEASE_SECONDS: Final = 120.0
+"""How long the lease of a search in object storage holds that is not renewed."""
+RENEWAL_SECONDS: Final = 20.0
+LOOK_SECONDS: Final = 5.0
+"""Between two looks at another driver's lease."""
 
 SECONDS_BETWEEN_WRITES: Final = 1.0
 
@@ -61,29 +76,154 @@ class SessionOutcome:
         return self.signal_number is not None or bool(self.limit)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The driver that runs a search, as it says in a file beside the search's folder; in object storage its lease."""
+
+    host: str
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    machine: str
+    """Equal for two processes that see each other by their pids."""
+    since: datetime
+    renewals: int = 0
+    ended: bool = False
+
+    @classmethod
+    def of_this_process(cls) -> "Holder":
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        except OSError:  # not Linux
+            machine = f"{uuid.getnode():x}"
+        now = datetime.now(UTC).replace(microsecond=0)
+        return cls(host=socket.gethostname(), pid=os.getpid(), machine=machine, since=now)
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether it has said so, or was a process of this machine that is gone."""
+        own = Holder.of_this_process()
+        if self.ended or (self.host, self.machine) != (own.host, own.machine):
+            return self.ended
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # of another user
+            pass
+        return False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since:%Y-%m-%d %H:%M:%S %Z},"
+
+
 @contextmanager
 def exclusive(folder: Storage) -> Iterator[None]:
-    """Keep other drivers on this machine's disk out: two would train everything twice. Raises InputError.
+    """Keep other drivers of the same search out; raise InputError, naming the one that runs it.
 
-    Object storage has no locks; there, a second driver repeats work but damages nothing.
+    On a disk by a lock, which ends with its process. In object storage by a lease that a thread renews: that of a dead
+    machine ends after `LEASE_SECONDS`, and a process whose lease another has taken in the meantime ends at once.
     """
-    if folder.local_path is None:
+    # Beside the folder: a search that is refused leaves none.
+    file = ConditionalFile(folder.parent, f".{folder.name}.driver.json")
+    with _leased(file, folder) if folder.local_path is None else _locked(file, folder):
         yield
-        return
-    # The lock file is beside the folder: a search that is refused leaves none.
-    path = folder.local_path.with_name(f".{folder.local_path.name}.lock")
+
+
+@contextmanager
+def _locked(file: ConditionalFile, folder: Storage) -> Iterator[None]:
+    path = Path(file.folder.path) / f".{folder.name}.lock"
     lock = FileLock(path, timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise InputError(f"another process is running the search in {folder.path}: wait for it, or stop it.") from error
+        raise InputError(_held_by(_read_holder(file.read()), folder)) from error
     except (OSError, NotImplementedError) as error:
         raise InputError(f"{path} cannot be locked ({error}): choose a --storage that can be written to.") from error
     try:
+        file.read()
+        file.write(to_json(Holder.of_this_process()))
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _leased(file: ConditionalFile, folder: Storage) -> Iterator[None]:
+    if not file.is_exact:
+        _log.warning(
+            "%s cannot keep two drivers apart that begin a search within the same seconds: begin one after the other.",
+            folder.uri,
+        )
+    _wait_for_lease(file, folder)
+    lease, done = Holder.of_this_process(), threading.Event()
+    if not file.write(to_json(lease)):
+        raise InputError(_held_by(_read_holder(file.read()), folder))
+    file.folder = replace(file.folder, retry=replace(file.folder.retry, seconds=0.0))  # the next renewal tries again
+
+    def renew() -> None:
+        nonlocal lease
+        while not done.wait(RENEWAL_SECONDS):
+            lease = replace(lease, renewals=lease.renewals + 1)
+            with suppress(StorageError):
+                if not file.write(to_json(lease)):
+                    _end_at_once(_read_holder(file.read()), folder)
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with suppress(StorageError):
+            file.write(to_json(replace(lease, ended=True)))
+
+
+def _end_at_once(other: Holder | None, folder: Storage) -> NoReturn:
+    """End this process before it writes anything more."""
+    message = (
+        "%s runs the search in %s now: it took over when this driver had been silent for minutes. This one ends and "
+        "writes nothing more. To go on here instead, stop the other and run the same command again with --resume."
+    )
+    _log.error(message, other or "another process", folder.uri)
+    os._exit(os.EX_TEMPFAIL)
+
+
+def _wait_for_lease(file: ConditionalFile, folder: Storage) -> None:
+    """Return once no lease holds; raise InputError if another driver renews one. No two machines' clocks are compared.
+
+    Reads that take long say that storage was away, and that its holder could not renew it either.
+    """
+    first = file.read()
+    holder = _read_holder(first)
+    if first is None or (holder and holder.has_ended):
+        return
+    message = "%s ran the search in %s. If it is dead, this driver takes over in %.0f s."
+    _log.warning(message, str(holder or "another driver").rstrip(","), folder.uri, LEASE_SECONDS)
+    silent_since = time.monotonic()
+    while time.monotonic() - silent_since < LEASE_SECONDS:
+        time.sleep(LOOK_SECONDS)
+        asked_at = time.monotonic()
+        content = file.read()
+        if time.monotonic() - asked_at > LOOK_SECONDS:
+            silent_since = time.monotonic()
+        if content != first:
+            holder = _read_holder(content)
+            if content is None or (holder and holder.has_ended):
+                return
+            raise InputError(_held_by(holder, folder))
+
+
+def _read_holder(content: bytes | None) -> Holder | None:
+    """Return who holds a search; None if the file does not say."""
+    with suppress(DamagedFileError):
+        return from_json(Holder, content or b"", path="")
+    return None
+
+
+def _held_by(holder: Holder | None, folder: Storage) -> str:
+    return f"{holder or 'another process'} is running the search in {folder.uri}: wait for it, or stop it."
 
 
 class SearchState:
@@ -174,7 +314,7 @@ class SearchState:
     def write(self) -> None:
         began_at = self._clock()
         saved = SavedState(states=tuple(self.states), scheduler=self._scheduler_state(), seconds=round(self.seconds, 1))
-        self._folder.write(TRIALS, to_json(saved))
+        write_saved_state(self._folder, saved)
         self._folder.write(LEADERBOARD_CSV, leaderboard.to_csv(self.states, baseline=self._baseline).encode())
         markdown = leaderboard.to_markdown(self.states, captions=self._captions, baseline=self._baseline)
         self._folder.write(LEADERBOARD_MD, markdown.encode())
@@ -207,12 +347,8 @@ def end_trial(search: Storage, spec: TrialSpec, state: TrialState) -> None:
 
 def complete_states(search: Storage, saved: Sequence[TrialState], trials: Iterable[str]) -> list[TrialState]:
     """Return `saved`, from trials.json, as far as it agrees with the records of `trials`, and else what those say."""
-    states, names = {state.trial: state for state in saved}, list(trials)
-    with ThreadPoolExecutor(READERS) as pool:
-        records = list(pool.map(lambda name: read_sound_trial(search / name), names))
-    for name, record in zip(names, records, strict=True):
-        if record is None:
-            continue
+    states = {state.trial: state for state in saved}
+    for name, record in read_sound_trials(search, trials).items():
         cached = states.get(name)
         if cached and (contradiction := find_contradiction(record, cached)):
             _log.warning("%s is wrong about %s and was rebuilt: %s.", TRIALS, name, contradiction)

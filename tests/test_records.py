@@ -82,6 +82,15 @@ def test_every_changed_digit_of_a_record_is_noticed(folder: Storage) -> None:
         assert read_sound_trial(folder) is None
 
 
+def test_the_record_of_another_trial_is_none_of_this_one(folder: Storage) -> None:
+    other = folder.parent / "b"
+    other.make()
+    other.write(TRIAL, folder.read(TRIAL) or b"")
+    with pytest.raises(DamagedFileError, match="it is that of a"):
+        read_trial(other)
+    assert read_sound_trial(other) is None
+
+
 @pytest.mark.parametrize("numbers", [[2], [1, 3], [1, 1], [1, 2, 1, 2]])
 def test_epochs_count_from_1_without_gaps(numbers: list[int]) -> None:
     with pytest.raises(ValueError, match=r"epoch \d is missing"):

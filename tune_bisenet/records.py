@@ -479,8 +479,11 @@ def write_saved_state(folder: Storage, saved: SavedState) -> None:
 
 
 def read_trial(folder: Storage) -> TrialRecord | None:
-    """Return the record of the trial in `folder`; None if there is none. Raises DamagedFileError."""
-    return read_record(TrialRecord, folder, TRIAL)
+    """Return the record of the trial in `folder`; None if there is none. DamagedFileError, also for another trial's."""
+    record = read_record(TrialRecord, folder, TRIAL)
+    if record and record.spec.trial != folder.name:
+        raise DamagedFileError(f"{folder.path}/{TRIAL} is damaged: it is that of {record.spec.trial}")
+    return record
 
 
 def read_sound_trial(folder: Storage) -> TrialRecord | None:

@@ -92,6 +92,13 @@ def test_a_trial_of_another_shape_costs_a_note(folder: Storage, content: bytes) 
     assert record.notes
 
 
+def test_the_record_of_another_trial_costs_a_note(folder: Storage) -> None:
+    (folder / "r01-s1").write(TRIAL, (folder / "r01-s0").read(TRIAL) or b"")
+    record = read_search(folder).trials["r01-s1"]
+    assert (record.epochs, record.run.seed) == ((), 1)
+    assert "trial.json is that of r01-s0" in record.notes
+
+
 @pytest.mark.parametrize("wrong", [{"miou": "high"}, {"iou": [1.0]}, {"epoch": 1.5}, {"epoch": 2}])
 def test_an_epoch_with_a_wrong_value_costs_a_note(folder: Storage, wrong: dict[str, object]) -> None:
     change(folder / "r01-s1", TRIAL, lambda record: record["epochs"][0].update(wrong))

@@ -209,6 +209,9 @@ def _read_trial(folder: Storage, name: str, declared: Run | None, cached: TrialS
     """
     notes: list[str] = []
     record = _read(TrialRecord, folder, TRIAL, notes)
+    if record and record.spec.trial != name:
+        notes.append(f"{TRIAL} is that of {record.spec.trial}")
+        record = None
     if record:
         spec = replace(record.spec, run=declared or record.spec.run)
     elif declared:

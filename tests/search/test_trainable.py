@@ -1,6 +1,7 @@
 """One trial without Ray: it trains, reports, stops and resumes from its folder, on a local disk and elsewhere."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ray import tune
 
 from tune_bisenet.config import Run, TrialContext
 from tune_bisenet.data import packing
+from tune_bisenet.data.packed import open_packed
 from tune_bisenet.options import InputError
 from tune_bisenet.records import TRIAL, Latency, TrialRecord, TrialSpec, read_trial, to_plain, write_trial
 from tune_bisenet.search.trainable import FAILURE, LACKS, _describe_failure, run_trial, train_trial
@@ -322,7 +324,7 @@ def test_a_node_without_the_pack_and_the_data_fetches_the_drivers_pack(
     run: Run, context: TrialContext, small_data: "Packed", tmp_path: Path
 ) -> None:
     shared = Storage.at((tmp_path / "shared").as_uri())
-    packing.publish_packed(small_data.path, shared)
+    packing.publish_packed(small_data.path, small_data.digest, shared)
     changes = {
         "data": str(tmp_path / "nowhere"),
         "packs": {"32x64": str(tmp_path / "on another machine" / small_data.path.name)},
@@ -331,6 +333,59 @@ def test_a_node_without_the_pack_and_the_data_fetches_the_drivers_pack(
     }
     assert len(train(run, context.model_copy(update=changes))) == run.num_epochs
     assert (tmp_path / "worker" / small_data.path.name / "train.arrow").is_file()
+
+
+def flip(pack: Path) -> None:
+    content = bytearray((pack / "train.arrow").read_bytes())
+    for position in range(2000, len(content) - 2000, 100):  # whichever frame is read first, it is damaged
+        content[position] ^= 1
+    with (pack / "train.arrow").open("r+b") as file:
+        file.write(content)
+
+
+def truncate(pack: Path) -> None:
+    os.truncate(pack / "val.arrow", 1000)
+
+
+def delete(pack: Path) -> None:
+    (pack / "train.arrow").unlink()
+
+
+@pytest.mark.parametrize(("damage", "after"), [(flip, 0), (flip, 1), (truncate, 1), (delete, 1)])
+def test_damaged_frames_are_fetched_again_and_change_no_result(
+    run: Run,
+    context: TrialContext,
+    expected: list[Report],
+    small_data: "Packed",
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    after: int,
+) -> None:
+    shared = Storage.at((tmp_path / "shared").as_uri())
+    packing.publish_packed(small_data.path, small_data.digest, shared)
+    pack = tmp_path / "worker" / small_data.path.name
+    shutil.copytree(small_data.path, pack)
+    reports: list[Report] = []
+
+    def report(result: Report) -> None:
+        reports.append(result)
+        if len(reports) == after:
+            damage(pack)
+
+    if after == 0:
+        damage(pack)
+    changes = {"data": str(tmp_path / "nowhere"), "shared_packs": shared.uri, "cache_dir": str(pack.parent)}
+    run_trial(TrialSpec(trial=run.name, run=run), context.model_copy(update=changes), report=report)
+    warnings = [report.pop("warning") for report in reports if "warning" in report]
+    by_epoch = {report["epoch"]: report for report in timeless(reports)}
+    assert list(by_epoch.values()) == timeless(expected)
+    if damage is delete and after:  # the trial has the file open
+        assert warnings == []
+    else:
+        (warning,) = warnings
+        assert str(pack) in warning
+        assert "epoch 2" in warning or after == 0
+        assert open_packed(pack).digest == small_data.digest
 
 
 class SlowToTakeEvents:

@@ -6,6 +6,7 @@ runs with one seed see the same data in the same order.
 Shapes: N images of a split, B of a batch, H x W pixels of an image, h x w of a label.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -29,15 +30,16 @@ LUMA: Final = (0.299, 0.587, 0.114)  # weights of red, green and blue in brightn
 class Frames:
     """One split, moved to the device at once if it fits comfortably onto a GPU.
 
-    Otherwise each batch is copied out of the memory map, which all trials of a node share.
+    Otherwise each batch is read from the pack, whose files the system keeps in memory for all trials of a node.
     """
 
     def __init__(self, split: PackedSplit, device: torch.device) -> None:
         self._split = split
         self._device = device
+        self._shapes = (split.images[0].shape, split.labels[0].shape)
         self._resident: tuple[Tensor, Tensor] | None = None
         if device.type == "cuda":
-            num_bytes = len(split) * (split.images[0].nbytes + split.labels[0].nbytes)
+            num_bytes = len(split) * sum(map(math.prod, self._shapes))
             if num_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
                 self._resident = self._gather(np.arange(len(split)))
 
@@ -54,10 +56,10 @@ class Frames:
 
     def _gather(self, indices: np.ndarray[tuple[int], np.dtype[np.int64]]) -> tuple[Tensor, Tensor]:
         pinned = self._device.type == "cuda"
-        split = self._split
-        images = torch.empty((len(indices), *split.images[0].shape), dtype=torch.uint8, pin_memory=pinned)
-        labels = torch.empty((len(indices), *split.labels[0].shape), dtype=torch.uint8, pin_memory=pinned)
-        split.gather(indices, images.numpy(), labels.numpy())
+        images, labels = (
+            torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=pinned) for shape in self._shapes
+        )
+        self._split.gather(indices, images.numpy(), labels.numpy())
         return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
 
 

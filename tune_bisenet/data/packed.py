@@ -1,4 +1,4 @@
-"""The packed format: a source decoded once a node, as one Arrow file per split, memory-mapped by every trial.
+"""The packed format: a source decoded once a node, as one Arrow file per split, which every trial reads.
 
     CACHE/SOURCE-HxW-HASH/train.arrow    images and labels at HxW
     CACHE/SOURCE-HxW-HASH/val.arrow      images at HxW, labels at the size of the source, as they are scored
@@ -8,12 +8,17 @@ metadata holds what is known before the first frame; the metadata of each record
 sha256. A folder appears under its name only when complete and never changes after that: another state of the source
 gets another HASH.
 
+A cache may be damaged at any time. To open a pack is to read it whole and compare its sha256; each frame is compared
+with its checksum whenever it is read again. Files are read, not mapped: a map of a file that is cut short, or lies on a
+disk that fails, ends the process. All trials share the system's cache of the files either way.
+
 This file is the format and its reader; `packing` writes. `H x W` are images, `h x w` labels.
 """
 
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +32,10 @@ from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES
 from tune_bisenet.config import STRIDE, format_size
 from tune_bisenet.data.source import SPLITS, Split
 from tune_bisenet.options import InputError
-from tune_bisenet.text import counted
+from tune_bisenet.text import counted, one_line
 
 FORMAT_VERSION: Final = 1
+_ARROW_MAGIC: Final = b"ARROW1\0\0"  # with which a file begins; the rest is a stream, and a footer
 MAX_SUGGESTED_SIZE: Final = (512, 1024)
 MAX_NAMED_CLASSES: Final = 5
 
@@ -38,9 +44,37 @@ ByteArray = NDArray[np.uint8]
 ClassCounts = NDArray[np.int64]  # (19,): pixels by class, without void
 
 
+class DamagedPackError(InputError):
+    """A pack is missing, or does not hold what was packed. To pack again mends it."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Column(Sequence[ByteArray]):
+    """Arrays of one shape by the index of their frame. Each is read when it is asked for, and compared."""
+
+    path: Path
+    file: Any
+    shape: tuple[int, ...]
+    places: list[tuple[int, int]]  # offset in the file and CRC-32 of each
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a read-only array. Raises DamagedPackError if the file no longer holds it."""
+        offset, checksum = self.places[index]
+        try:
+            content = self.file.read_at(math.prod(self.shape), offset)
+        except OSError as error:
+            raise _damaged(self.path, error) from error
+        if zlib.crc32(content) != checksum:
+            raise _damaged(self.path, f"frame {index} has changed since the pack was opened")
+        return np.frombuffer(content, np.uint8).reshape(self.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedSplit:
-    """Frames by index: read-only views into the memory map; nothing is copied until it is used."""
+    """Frames by index; none is in memory before it is used."""
 
     names: Sequence[str]
     images: Sequence[ByteArray]  # each 3 x H x W
@@ -70,6 +104,8 @@ class Packed:
     digest: str  # of names, pixels and counts: equal for equal frames, on any machine and path
     train: PackedSplit
     val: PackedSplit
+    replaced: str = ""
+    """What was wrong with the pack that was here before, in words; empty if nothing was."""
 
     def class_shares(self, split: Split) -> NDArray[np.float64]:
         """Return each class's share (19,) of all pixels in a split's labels, before resizing; the rest is void."""
@@ -136,8 +172,11 @@ class _SplitFile(NamedTuple):
 
 
 def open_packed(path: Path) -> Packed:
-    """Open a pack without reading its pixels. Raises InputError if it is missing or not complete."""
+    """Open a pack, of which every byte is read and compared. Raises DamagedPackError."""
     train, val = (_read_split(path, split) for split in SPLITS)
+    shared = [(file.header.source_name, file.header.fingerprint, file.header.image_size) for file in (train, val)]
+    if shared[0] != shared[1]:
+        raise _damaged(path, "its two files are of different packs")
     content = [
         [header.format_version, header.split, header.image_size, header.label_size, batch_sha256]
         for header, _rows, _class_counts, batch_sha256 in (train, val)
@@ -156,45 +195,58 @@ def open_packed(path: Path) -> Packed:
     )
 
 
+def _damaged(path: Path, reason: object) -> DamagedPackError:
+    return DamagedPackError(f"the packed frames in {path} are damaged: {reason}")
+
+
 def _read_split(folder: Path, split: Split) -> _SplitFile:
-    """Map one file and check everything but its pixels. A truncated file is noticed: it has lost its footer."""
     path = folder / f"{split}.arrow"
     if not path.is_file():
-        raise InputError(f"there is no pack at {path}; a search makes it when it starts.")
+        raise DamagedPackError(f"there are no packed frames in {path}")
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        metadata = reader.schema.metadata or {}
+        file = pa.OSFile(str(path))
+        footer = pa.ipc.open_file(file)  # a file that is cut short has lost it
+        metadata = footer.schema.metadata or {}
         values = [json.loads(metadata[key.encode()]) for key in Header._fields]
         header = Header._make(tuple(value) if isinstance(value, list) else value for value in values)
         if header.format_version != FORMAT_VERSION:
             raise ValueError(f"it has format {header.format_version}, this program reads {FORMAT_VERSION}")
-        if not reader.schema.equals(arrow_schema(header), check_metadata=True):
+        if not footer.schema.equals(arrow_schema(header), check_metadata=True):
             raise ValueError("its columns differ from those in its metadata")
-        file = _read_batches(reader, header)
-        if header.split != split or header.num_rows != len(file.rows):
-            raise ValueError(f"it holds {len(file.rows)} rows of {header.split}, not {header.num_rows} of {split}")
-        return file
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
-        reason = str(error).strip() or type(error).__name__
-        problem = f"the pack {path} is not complete ({reason}); a search makes it again when it starts."
-        raise InputError(problem) from error
+        read = _read_batches(path, file, header, num_batches=footer.num_record_batches)
+        if header.split != split or header.num_rows != len(read.rows):
+            raise ValueError(f"it holds {len(read.rows)} rows of {header.split}, not {header.num_rows} of {split}")
+        return read
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, StopIteration) as error:
+        raise _damaged(path, one_line(error)) from error
 
 
-def _read_batches(reader: Any, header: Header) -> _SplitFile:
-    """Collect views into the map; `np.frombuffer` raises ValueError where a buffer is too short for its rows."""
+def _read_batches(path: Path, file: Any, header: Header, *, num_batches: int) -> _SplitFile:
+    """Read one batch after the other; `np.frombuffer` raises ValueError where a buffer is too short for its rows."""
+    file.seek(len(_ARROW_MAGIC))
+    reader = pa.ipc.open_stream(file)  # it tells where in the file a batch lies
     names: list[str] = []
-    images: list[ByteArray] = []
-    labels: list[ByteArray] = []
+    columns = (_Column(path, file, (3, *header.image_size), []), _Column(path, file, header.label_size, []))
     class_counts, batch_sha256 = np.zeros(NUM_CLASSES, np.int64), []
-    for index in range(reader.num_record_batches):
-        batch, metadata = reader.get_batch_with_custom_metadata(index)
+    for _ in range(num_batches):
+        batch, metadata = reader.read_next_batch_with_custom_metadata()
         batch.column("name").validate(full=True)  # otherwise a damaged offset would be followed
         names += batch.column("name").to_pylist()
-        for column, rows, shape in (("image", images, (3, *header.image_size)), ("label", labels, header.label_size)):
-            num_bytes = batch.num_rows * math.prod(shape)
-            buffer = np.frombuffer(batch.column(column).buffers()[1], np.uint8, num_bytes)
-            rows.extend(buffer.reshape(batch.num_rows, *shape))
-        class_counts += np.array(json.loads(metadata[b"class_counts"]), np.int64)
-        batch_sha256.append(metadata[b"sha256"].decode())
-    split = PackedSplit(names=tuple(names), images=tuple(images), labels=tuple(labels))
+        batch_counts = json.loads(metadata[b"class_counts"])
+        digest = hashlib.sha256(json.dumps([names[-batch.num_rows :], batch_counts]).encode())
+        for column, name in zip(columns, ("image", "label"), strict=True):
+            buffer = batch.column(name).buffers()[1]
+            num_bytes = math.prod(column.shape)
+            pixels = np.frombuffer(buffer, np.uint8, batch.num_rows * num_bytes).reshape(batch.num_rows, num_bytes)
+            digest.update(pixels.data)
+            body = buffer.parent  # the batch's part of the file, read to its end
+            start = file.tell() - body.size + buffer.address - body.address
+            places = [(start + row * num_bytes, zlib.crc32(array.data)) for row, array in enumerate(pixels)]
+            column.places.extend(places)
+        if digest.hexdigest() != metadata[b"sha256"].decode():
+            raise ValueError("its content differs from its sha256")
+        class_counts += np.array(batch_counts, np.int64)
+        batch_sha256.append(digest.hexdigest())
+    images, labels = columns
+    split = PackedSplit(names=tuple(names), images=images, labels=labels)
     return _SplitFile(header, split, class_counts, batch_sha256)

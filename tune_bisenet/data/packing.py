@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -38,6 +39,7 @@ from tune_bisenet.data.packed import (
     FORMAT_VERSION,
     ByteArray,
     ClassCounts,
+    DamagedPackError,
     FrameSize,
     Header,
     Packed,
@@ -89,36 +91,59 @@ def prepare_packed(
     progress: PackProgress | None = None,
     shared: Storage | None = None,
 ) -> Packed:
-    """Open the pack of `source` at `image_size`; if there is none, fetch it from `shared` or make it.
+    """Open the pack of `source` at `image_size`; if there is none, or it is damaged, fetch it from `shared` or make it.
 
     Any number of processes may call this at once: one packs, the others wait.
     Raises InputError naming every frame that cannot be used, or when the disk is too small.
     """
-    folder = cache_dir / _pack_name(source, image_size)
+    folder = cache_dir / _pack_name(source.name, source.fingerprint, image_size)
+
+    def make() -> bool:
+        if shared is None or not _download(shared / folder.name, folder):
+            _log.info("packing %s at %s", source.name, format_size(image_size))
+            _build(source, image_size, folder, progress or (lambda _done, _total: None))
+        return True
+
+    packed = _open_or_make(folder, make)
+    assert packed
+    return packed
+
+
+def fetch_packed(name: str, *, shared: Storage | None, cache_dir: Path) -> Packed | None:
+    """Open the pack of that name; if this node has no sound one, fetch it from `shared`. None if `shared` has none.
+
+    Of the processes that call this at once, one fetches and the others wait.
+    """
+    folder = cache_dir / name
+    return _open_or_make(folder, lambda: shared is not None and _download(shared / name, folder))
+
+
+def _open_or_make(folder: Path, make: Callable[[], bool]) -> Packed | None:
+    """Open a pack; where there is no sound one, let `make` make it, under its lock. None if that returns False."""
+    packed, damage = _try_open(folder)
+    if packed:
+        return packed
     with _lock(folder):
-        try:
-            return open_packed(folder)
-        except InputError as reason:
-            if shared is None or not _download(shared / folder.name, folder):
-                _log.info("packing %s at %s: %s", source.name, format_size(image_size), reason)
-                _build(source, image_size, folder, progress or (lambda _done, _total: None))
-        packed = open_packed(folder)
+        packed, _ = _try_open(folder)  # another process may have made it
+        if packed or not make():
+            return packed
+    packed = replace(open_packed(folder), replaced=damage)
+    if damage:
+        _log.warning("%s. They were packed again.", damage)
     for split in SPLITS:
         _log.info("classes of %s: %s", split, packed.describe_classes(split))
     return packed
 
 
-def fetch_packed(name: str, *, shared: Storage, cache_dir: Path) -> Packed | None:
-    """Open the pack of that name, fetching it from `shared` first if this node has none; None if `shared` has none.
-
-    Of the processes that call this at once, one fetches and the others wait.
-    """
-    folder = cache_dir / name
-    with _lock(folder):
-        try:
-            return open_packed(folder)
-        except InputError:
-            return open_packed(folder) if _download(shared / name, folder) else None
+def _try_open(folder: Path) -> tuple[Packed | None, str]:
+    """Return the pack if it is there and sound, and else what is wrong with it; nothing if there is none."""
+    try:
+        packed = open_packed(folder)
+    except DamagedPackError as error:
+        return None, str(error) if folder.exists() else ""
+    if folder.name != _pack_name(packed.source_name, packed.fingerprint, packed.image_size):
+        return None, f"the packed frames in {folder} are those of {packed.source_name}"
+    return packed, ""
 
 
 def check_labels(source: Source, packed: Packed) -> tuple[str, ...]:
@@ -145,16 +170,16 @@ def check_labels(source: Source, packed: Packed) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def publish_packed(pack: Path, shared: Storage) -> None:
-    """Copy a pack to where other nodes find it, unless it is there already."""
-    remote, digest = shared / pack.name, open_packed(pack).digest.encode()
-    if remote.read(COMPLETE) == digest:
+def publish_packed(pack: Path, digest: str, shared: Storage) -> None:
+    """Copy a pack to where other nodes find it, unless it is there already. Whoever fetches it compares its digest."""
+    remote = shared / pack.name
+    if remote.read(COMPLETE) == digest.encode():
         return
     _log.info("copying the packed frames to %s", remote.uri)
     remote.make()
     for split in SPLITS:
         remote.upload(pack / f"{split}.arrow", f"{split}.arrow")
-    remote.write(COMPLETE, digest)
+    remote.write(COMPLETE, digest.encode())
 
 
 def _download(remote: Storage, folder: Path) -> bool:
@@ -164,7 +189,7 @@ def _download(remote: Storage, folder: Path) -> bool:
         return False
     _log.info("fetching %s", remote.uri)
     try:
-        _require_space(folder.parent, sum(info.size or 0 for info in remote.infos()))
+        _make_room(folder, sum(info.size or 0 for info in remote.infos()))
         with _complete_folder(folder) as part:
             for split in SPLITS:
                 remote.download(f"{split}.arrow", part / f"{split}.arrow")
@@ -193,26 +218,27 @@ def _complete_folder(folder: Path) -> Iterator[Path]:
         for path in part.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())  # otherwise a power cut may leave the name without the pixels
-        shutil.rmtree(folder, ignore_errors=True)  # it is not complete; views that are open outlive its name
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _require_space(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
+def _make_room(folder: Path, needed_bytes: int) -> None:
+    """Remove the pack there, which is damaged if there is one. Raise InputError if there is not room for another."""
+    shutil.rmtree(folder, ignore_errors=True)  # files that are open outlive their names
+    free_bytes = shutil.disk_usage(folder.parent).free
     if free_bytes < needed_bytes:
         problem = (
-            f"packed frames need {needed_bytes / 1e9:,.1f} GB in {folder}, where {free_bytes / 1e9:,.1f} GB are free: "
-            "remove packs there that no search uses, name another cache folder, or choose a smaller image size."
+            f"packed frames need {needed_bytes / 1e9:,.1f} GB in {folder.parent}, where {free_bytes / 1e9:,.1f} GB are "
+            "free: remove packs there that no search uses, name another cache folder, or choose a smaller image size."
         )
         raise InputError(problem)
 
 
-def _pack_name(source: Source, image_size: FrameSize) -> str:
+def _pack_name(source_name: str, fingerprint: str, image_size: FrameSize) -> str:
     """Return the folder's name: source and size for people, and a hash of everything that decides the content."""
-    identity = [FORMAT_VERSION, source.name, source.fingerprint, image_size]
-    address = source.name.partition("?")[0] if is_uri(source.name) else source.name
+    identity = [FORMAT_VERSION, source_name, fingerprint, image_size]
+    address = source_name.partition("?")[0] if is_uri(source_name) else source_name
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", Path(address).name).strip("-")[:40] or "source"
     return f"{slug}-{format_size(image_size)}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
 
@@ -231,7 +257,7 @@ def _build(source: Source, image_size: FrameSize, folder: Path, progress: PackPr
         )
         for split in SPLITS
     ]
-    _require_space(folder.parent, sum(header.num_rows * header.row_bytes for header in headers))
+    _make_room(folder, sum(header.num_rows * header.row_bytes for header in headers))
     num_frames, num_done = sum(header.num_rows for header in headers), count(1)
     problems: list[str] = []
     with _complete_folder(folder) as part:

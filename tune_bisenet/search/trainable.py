@@ -24,7 +24,7 @@ import torch
 from ray import tune
 
 from tune_bisenet.config import TrialContext, format_size
-from tune_bisenet.data.packed import Packed, open_packed
+from tune_bisenet.data.packed import DamagedPackError, Packed
 from tune_bisenet.data.packing import fetch_packed, open_source, prepare_packed
 from tune_bisenet.data.source import frame_group
 from tune_bisenet.options import problems_of
@@ -52,6 +52,9 @@ FAILURE: Final = "failure"
 """The key of a report that ends its trial as failed, in words. Tune tries again whatever is raised."""
 LACKS: Final = "lacks"
 """The key, beside it, of what was too small: the memory of the machine, or that of its GPU."""
+
+WARNING: Final = "warning"
+"""The key under which a report says what the user should know beside its measurements."""
 
 STACK_SIGNAL: Final = signal.SIGUSR2
 """Lets a worker write the stacks of its threads to its log, whatever it is busy with."""
@@ -95,14 +98,43 @@ def _describe_failure(error: ValueError | MemoryError | RuntimeError) -> dict[st
 
 
 def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[str, Any]], None]) -> None:
-    """Train a trial from where its folder left off to its end, reporting each epoch after it is safe in storage."""
-    search = Storage.at(context.storage)
-    folder = search / spec.trial
+    """Train a trial from where its folder left off to its end, reporting each epoch after it is safe in storage.
+
+    If packed frames are found damaged, the epoch that read them is lost, and it resumes on frames packed again.
+    """
+    folder = Storage.at(context.storage) / spec.trial
     folder.make()
     folder.remove_partial_files()
     torch.set_num_threads(context.threads_per_trial)
     torch.backends.cudnn.benchmark = True  # crops and batches keep their size
-    data = _open_data(spec, context)
+    warnings: list[str] = []
+
+    def report_with_warnings(result: dict[str, Any]) -> None:
+        report(result | {WARNING: " ".join(warnings)} if warnings else result)
+        warnings.clear()
+
+    epochs_before = -1
+    while True:
+        data = _open_data(spec, context)
+        if data.replaced and not warnings:
+            warnings.append(f"{data.replaced}. They were packed again.")
+        try:
+            return _train_on(data, spec, context, report=report_with_warnings)
+        except DamagedPackError as damage:
+            record = read_sound_trial(folder)
+            num_epochs = len(record.epochs) if record else 0
+            if num_epochs == epochs_before:  # damaged twice within an epoch: the cache does not keep what is written
+                raise
+            warnings[:] = [f"{damage}. They were packed again, and its epoch {num_epochs + 1} was started over."]
+            epochs_before = num_epochs
+
+
+def _train_on(
+    data: Packed, spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[str, Any]], None]
+) -> None:
+    """Train a trial from where its folder left off. Raises DamagedPackError if `data` no longer are what they were."""
+    search = Storage.at(context.storage)
+    folder = search / spec.trial
     device = torch.device("cuda" if context.use_gpu else "cpu")
     backbone = checkpoint.load_backbone(context.backbone)
     training = engine.begin(spec.run, data, device=device, precision=context.precision, backbone=backbone)
@@ -141,14 +173,11 @@ def make_report(history: Sequence[Epoch], latency: Latency | None) -> dict[str, 
 def _open_data(spec: TrialSpec, context: TrialContext) -> Packed:
     """Return this node's pack of the data, fetched or packed if it has none. ValueError if the driver's data differ."""
     size = format_size(spec.run.image_size)
-    pack = Path(context.packs[size])
     cache_dir = Path(context.cache_dir)
-    if pack.exists():
-        data = open_packed(pack)
-    else:
-        shared = Storage.at(context.shared_packs) if context.shared_packs else None
-        fetched = fetch_packed(pack.name, shared=shared, cache_dir=cache_dir) if shared else None
-        data = fetched or prepare_packed(open_source(context.data), image_size=spec.run.image_size, cache_dir=cache_dir)
+    shared = Storage.at(context.shared_packs) if context.shared_packs else None
+    data = fetch_packed(Path(context.packs[size]).name, shared=shared, cache_dir=cache_dir)
+    if data is None:
+        data = prepare_packed(open_source(context.data), image_size=spec.run.image_size, cache_dir=cache_dir)
     if data.digest != context.data_digests[size]:
         raise ValueError(
             f"{context.data} holds other frames on this node (digest {data.digest}) than where the search was started "

@@ -39,7 +39,7 @@ from tune_bisenet.search.console import SearchProgress
 from tune_bisenet.search.resources import RESTARTABLE
 from tune_bisenet.search.searcher import Searcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
-from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SECONDS, read_stack, train_trial
+from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SECONDS, WARNING, read_stack, train_trial
 from tune_bisenet.storage import Storage, StorageError, hurry, is_full, retry_seconds
 from tune_bisenet.text import counted, format_duration
 from tune_bisenet.training.tensorboard import HParamsTable
@@ -144,8 +144,8 @@ def _share_packs(context: TrialContext) -> None:
     if context.shared_packs is None:
         return
     try:
-        for pack in context.packs.values():
-            publish_packed(Path(pack), Storage.at(context.shared_packs))
+        for size, pack in context.packs.items():
+            publish_packed(Path(pack), context.data_digests[size], Storage.at(context.shared_packs))
     except OSError as error:
         _log.warning("The packed frames could not be copied to %s: %s", context.shared_packs, error)
 
@@ -320,6 +320,8 @@ class TuneCallback(Callback):
         if FAILURE in result:
             self._on_failure(name, result[FAILURE], lacks=result.get(LACKS, ""))
             return
+        if WARNING in result:
+            _log.warning("%s: %s", name, result[WARNING])
         is_new = result["epoch"] > self.state[name].epochs
         self.state.on_result(name, result)
         self.state.write_if_due()

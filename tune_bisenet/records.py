@@ -3,10 +3,12 @@
     search.json        `Manifest`: how the search was made; its driver writes it as a session starts and ends
     trials.json        `SavedState`: every trial's state and what the stopping rule has seen; can be rebuilt from
     TRIAL/trial.json   `TrialRecord`: what is trained, all its epochs, how it ended; written whole after every epoch
+    known.json         `KnownTrials`: those of earlier searches that a study began with, if there are any
     TRIAL/best.npz     `BestPredictions`
 
-`search.json` and `trial.json` carry a checksum of what they hold: JSON that was damaged may still be JSON. What is in
-`trials.json` counts only as far as the trials' own records agree, and has a checksum for what they do not know.
+`search.json`, `trial.json` and `known.json` carry a checksum of what they hold: JSON that was damaged may still be
+JSON. What is in `trials.json` counts only as far as the trials' own records agree, and has a checksum for what they do
+not know.
 
 Nothing here knows Ray, torch or Optuna. IoU, mIoU and accuracy are in percent.
 """
@@ -284,6 +286,15 @@ class TrialRecord:
         return measure(self.epochs, latency_ms=self.latency.median_ms if self.latency else None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class KnownTrials:
+    """Holds what is in `known.json`."""
+
+    trials: tuple[TrialRecord, ...]
+    checksum: str = field(default="", compare=False, repr=False)
+    """That of the file it was read from; empty if it was not."""
+
+
 def true_state(record: TrialRecord, cached: TrialState | None) -> TrialState:
     """Return a trial's state as its record has it. `cached`, from trials.json, knows only of failures and waits."""
     own = replace(record.state, **record.measured)
@@ -400,9 +411,9 @@ _adapter: Final[Callable[[Any], TypeAdapter[Any]]] = cache(TypeAdapter)
 """Made once for each type, as that takes a millisecond."""
 
 
-def to_json(value: Any, kind: Any = None) -> bytes:
-    """Return a record as JSON for a file. `kind` is its type, where that has parameters, as `tuple[Epoch, ...]`."""
-    return _adapter(kind or type(value)).dump_json(value, indent=1) + b"\n"
+def to_json(value: Any) -> bytes:
+    """Return a record as JSON for a file."""
+    return _adapter(type(value)).dump_json(value, indent=1) + b"\n"
 
 
 def from_json(kind: type[_Value], content: bytes, *, path: str) -> _Value:
@@ -507,6 +518,12 @@ def write_trial(search: Storage, record: TrialRecord) -> None:
     folder = search / record.spec.trial
     folder.make()
     folder.write(TRIAL, to_json(replace(record, checksum=_checksum(to_json(record)))))
+
+
+def write_known(search: Storage, trials: tuple[TrialRecord, ...]) -> None:
+    """Write the trials of earlier searches that a study begins with."""
+    known = KnownTrials(trials=trials)
+    search.write(KNOWN, to_json(replace(known, checksum=_checksum(to_json(known)))))
 
 
 @dataclass(frozen=True, eq=False)

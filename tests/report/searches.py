@@ -17,7 +17,6 @@ from tune_bisenet.config import SGD, AdamW, Expect, Param, Run
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
     ENDED_WELL,
-    KNOWN,
     SEARCH,
     TRIALS,
     BestPredictions,
@@ -269,7 +268,7 @@ def write_study(
         source = f"s3://bucket/earlier/{spec.trial}"
         earlier.append(TrialRecord(spec=spec, state=state, epochs=history, source=source))
     if earlier:
-        folder.write(KNOWN, to_json(tuple(earlier), tuple[TrialRecord, ...]))
+        records.write_known(folder, tuple(earlier))
     folder.write(TRIALS, to_json(SavedState(states=tuple(states))))
     return folder
 

@@ -221,7 +221,12 @@ def test_a_damaged_point_costs_its_trial_and_a_note(tmp_path: Path, wrong: dict[
 def test_damaged_earlier_searches_are_left_out_with_a_note(tmp_path: Path) -> None:
     folder = write_study(tmp_path, trials=8, known=3)
     assert len(read_search(folder).known) == 3
-    cut(folder, KNOWN)
+    content = folder.read(KNOWN)
+    assert content
+    folder.write(KNOWN, content.replace(b'"seed": 0', b'"seed": 1', 1))
     search = read_search(folder)
     assert search.known == ()
     assert search.notes[0].startswith("known.json cannot be read")
+    assert "checksum" in search.notes[0]
+    cut(folder, KNOWN)
+    assert read_search(folder).notes[0].startswith("known.json cannot be read")

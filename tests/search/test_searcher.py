@@ -1,5 +1,9 @@
 """Trials handed out one by one: into folders first, at most so many at once, whatever is lost."""
 
+import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +21,11 @@ from helpers.light_search import (
 )
 from optuna.trial import TrialState as OptunaState
 
-from tune_bisenet.options import InputError
 from tune_bisenet.records import TRIAL, TRIALS, TrialSpec, TrialState, read_saved_state
 from tune_bisenet.search.prepare import read_specs
 from tune_bisenet.search.searcher import GridSearcher
 from tune_bisenet.search.state import SearchState
-from tune_bisenet.storage import Storage, StorageError
+from tune_bisenet.storage import Storage
 
 place = pytest.fixture(make_place)
 _closed = pytest.fixture(autouse=True)(close_connections)
@@ -161,27 +164,55 @@ def test_a_lost_study_is_rebuilt_with_what_it_began_with(search: Search, place: 
     assert_equal(search, undisturbed)
 
 
-def test_a_damaged_study_is_no_outage(search: Search) -> None:
+def test_a_damaged_study_is_rebuilt(search: Search, undisturbed: Search, caplog: pytest.LogCaptureFixture) -> None:
     stop_after(search, 10)
     file = Path(search.folder.path) / "study.db"
     content = file.read_bytes()
     file.write_bytes(content[:8192] + b"\xff" * (len(content) - 8192))
-    with pytest.raises(InputError, match=r"Remove the file study\.db"):
-        search.run()
-
-
-def test_a_study_that_is_damaged_while_trials_run_ends_the_session_as_one_to_be_resumed(search: Search) -> None:
-    file, epochs = Path(search.folder.path) / "study.db", iter(range(1, 1000))
-
-    def damage() -> None:
-        if next(epochs) == 8:
-            file.write_bytes(b"no database" * 10_000)
-
-    with pytest.raises(StorageError, match=r"Remove the file study\.db"):
-        replace(search, between=damage).run()
-    file.unlink()
     search.run()
-    assert_whole(search, trials_in(search))
+    assert_equal(search, undisturbed)
+    assert caplog.text.count("it is rebuilt") == 1
+
+
+def overwrite(file: Path) -> None:
+    file.write_bytes(b"no database" * 10_000)
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, 5000)
+
+
+@pytest.mark.parametrize("damage", [overwrite, truncate, Path.unlink])
+@pytest.mark.parametrize(("epoch", "at_once"), [(4, 1), (8, 1), (2, 3), (9, 3)])
+def test_a_study_that_is_damaged_while_trials_run_is_rebuilt(
+    search: Search, undisturbed: Search, damage: Callable[[Path], None], epoch: int, at_once: int
+) -> None:
+    file, epochs = Path(search.folder.path) / "study.db", iter(range(1, 1000))
+    searched = replace(search, at_once=at_once, between=lambda: damage(file) if next(epochs) == epoch else None)
+    searched.run()
+    assert_whole(searched, trials_in(searched))
+    if at_once == 1:
+        assert_equal(searched, undisturbed)
+    assert len(list(file.parent.glob("study.db.damaged-*"))) == (0 if damage is Path.unlink else 1)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE trial_params SET param_value = param_value * 1.01 WHERE param_name = 'lr'",
+        "UPDATE trial_intermediate_values SET intermediate_value = intermediate_value + 1",
+        "UPDATE trial_values SET value = value + 1",
+    ],
+)
+@pytest.mark.parametrize("epochs", [10, 14])
+def test_a_study_that_contradicts_the_folders_follows_them(
+    search: Search, undisturbed: Search, statement: str, epochs: int
+) -> None:
+    stop_after(search, epochs)
+    with closing(sqlite3.connect(Path(search.folder.path) / "study.db")) as connection, connection:
+        connection.execute(statement)
+    search.run()
+    assert_equal(search, undisturbed)
 
 
 def test_lost_states_come_back_from_folders_and_study(search: Search, undisturbed: Search) -> None:

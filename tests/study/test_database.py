@@ -9,12 +9,13 @@ import pyarrow.fs
 import pytest
 from helpers.light_search import close_connections, database_at
 from helpers.object_store import object_store
+from optuna.distributions import FloatDistribution
 
 from tune_bisenet.options import STUDY_VARIABLE, InputError, parse_options
 from tune_bisenet.records import STUDY
 from tune_bisenet.search.prepare import survey_search
 from tune_bisenet.storage import Storage
-from tune_bisenet.study.study import study_database
+from tune_bisenet.study.study import is_outage, study_database
 
 _closed = pytest.fixture(autouse=True)(close_connections)
 
@@ -92,11 +93,83 @@ def test_a_copy_that_fails_is_logged_and_made_later(tmp_path: Path, caplog: pyte
         assert (folder.read(STUDY) or b"").startswith(b"SQLite")
 
 
-@pytest.mark.parametrize("content", [b"no database" * 100, b"SQLite format 3\0" + b"\xff" * 500])
-def test_a_damaged_file_is_named_with_its_remedy(folder: Storage, tmp_path: Path, content: bytes) -> None:
-    folder.write(STUDY, content)
-    with pytest.raises(InputError, match=r"Remove the file study\.db"):
-        study_database(folder, address=None, secret=None, cache_dir=tmp_path).open()
+def damage(file: Path, kind: str) -> None:
+    content = bytearray(file.read_bytes())
+    match kind:
+        case "garbage":
+            content[:] = b"no database" * 1000
+        case "cut in half":
+            del content[len(content) // 2 :]
+        case "empty":
+            content.clear()
+        case "a flipped bit in a page":
+            content[2 * 4096] ^= 1
+        case "a flipped bit in a distribution":
+            content[content.index(b"FloatDistribution")] ^= 1
+        case "of a newer Optuna":
+            with closing(sqlite3.connect(file)) as connection, connection:
+                connection.execute("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
+            return
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "garbage",
+        "cut in half",
+        "empty",
+        "a flipped bit in a page",
+        "a flipped bit in a distribution",
+        "of a newer Optuna",
+    ],
+)
+def test_a_damaged_file_is_put_aside_and_that_is_told(
+    folder: Storage, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = study_database(folder, address=None, secret=None, cache_dir=tmp_path)
+    study = optuna.create_study(storage=database.open(), study_name="search")
+    study.tell(study.ask({"lr": FloatDistribution(0.0, 1.0)}), 1.0)
+    database.prepare()
+    assert caplog.text == "", "a sound file stays"
+    file = tmp_path / "search" / STUDY
+    damage(file, kind)
+    damaged = file.read_bytes()
+    file.with_name(f"{STUDY}-journal").write_bytes(b"of the damaged file")
+    database.prepare()
+    assert not file.exists()
+    aside = [path for path in file.parent.iterdir() if not path.name.endswith("-journal")]
+    assert all(path.name.startswith(f"{STUDY}.damaged-") for path in file.parent.iterdir() if path in aside)
+    assert [path.read_bytes() for path in aside] == [damaged]
+    assert str(file) in caplog.text
+    assert aside[0].name in caplog.text
+    optuna.create_study(storage=database.open(), study_name="search")
+
+
+def test_a_file_that_cannot_be_written_is_refused_and_not_put_aside(folder: Storage, tmp_path: Path) -> None:
+    file = tmp_path / "search" / STUDY
+    optuna.create_study(storage=f"sqlite:///{file}", study_name="search")
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
+        with pytest.raises(sqlite3.OperationalError) as refused:
+            connection.execute("CREATE TABLE t (x)")
+        assert not is_outage(refused.value)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(InputError, match=r"study\.db.*writable"):
+        study_database(folder, address=None, secret=None, cache_dir=tmp_path).prepare()
+
+
+def test_a_journal_of_an_earlier_session_never_meets_the_copy_from_object_storage(
+    bucket: Storage, tmp_path: Path
+) -> None:
+    database = study_database(bucket, address=None, secret=None, cache_dir=tmp_path / "cache")
+    optuna.create_study(storage=database.open(), study_name="search")
+    database.snapshot()
+    assert database.file
+    journal = database.file.with_name(f"{database.file.name}-journal")
+    journal.write_bytes(b"of a transaction that was killed")
+    database.prepare()
+    assert not journal.exists()
 
 
 def test_a_study_of_that_name_is_never_taken_over_by_a_new_search(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from tune_bisenet.records import (
     BestPredictions,
     Environment,
     Epoch,
+    KnownTrials,
     Manifest,
     SavedState,
     TrialRecord,
@@ -168,7 +169,8 @@ def read_search(folder: Storage) -> SearchRecord:
     readable = sorted((trial for trial in trials if isinstance(trial, ReportedTrial)), key=_position)
     known: tuple[TrialRecord, ...] = ()
     if manifest.study:
-        known = _read(tuple[TrialRecord, ...], folder, KNOWN, notes) or ()
+        read = _read(KnownTrials, folder, KNOWN, notes)
+        known = read.trials if read else ()
     infos = folder.stat(TRIALS, *(f"{name}/{TRIAL}" for name in names))
     times = [info.mtime for info in infos if info.mtime is not None]
     return SearchRecord(
@@ -193,7 +195,7 @@ def _read(kind: type[_Value], folder: Storage, name: str, notes: list[str]) -> _
     """Return the record in a file; None if it is missing, or damaged and noted."""
     try:
         value = read_record(kind, folder, name)
-        for record in value if isinstance(value, tuple) else (value,):
+        for record in value.trials if isinstance(value, KnownTrials) else (value,):
             if isinstance(record, TrialRecord):
                 _check(record)
         return value

@@ -74,6 +74,8 @@ def run_search(search: PreparedSearch, console: Console, command: Sequence[str])
                 f"another driver has run the search in {search.folder.uri} since this one began to check it. "
                 "Run the same command again, a new search under another --name."
             )
+        if search.study:
+            search.study.database.prepare()  # before Ray is started for it
         with ray_session(search.options.address) as cluster:
             resources = _allocate(search, cluster())
             running = partial(_run_session, search, resources, console, command)

@@ -5,6 +5,7 @@
 All mistakes are ValueErrors in words for the user; a StorageError says that storage does not answer.
 """
 
+import logging
 import os
 import socket
 import sys
@@ -36,8 +37,9 @@ from tune_bisenet.options import (
 )
 from tune_bisenet.records import (
     KNOWN,
+    DamagedFileError,
+    KnownTrials,
     Manifest,
-    TrialRecord,
     TrialSpec,
     is_reserved,
     read_manifest,
@@ -67,6 +69,8 @@ MAX_SOCKET_BYTES: Final = 107 if sys.platform == "linux" else 103
 
 MOVABLE: Final = ("space", "data", "backbone", "warm_start")
 """What a resumed search may find at another place: that it is the same is decided by its content."""
+
+_log = logging.getLogger(__name__)
 
 _RESTORE: Final = "Restore it to resume the search, or start another search under another --name."
 
@@ -565,10 +569,12 @@ def _set_up_study(search: PreparedSearch, recorded: Mapping[str, TrialSpec]) -> 
 def _add_known_trials(search: PreparedSearch, setup: StudySetup) -> StudySetup:
     """Check the study's database, and add the trials of an earlier search, as they were when this one was started."""
     setup.database.check(search.name, is_new=search.earlier is None)
-    known = read_record(tuple[TrialRecord, ...], search.folder, KNOWN)
-    if known is not None:
-        return replace(setup, known=known)
     earlier = search.options.warm_start or search.config.warm_start
+    try:
+        if known := read_record(KnownTrials, search.folder, KNOWN):
+            return replace(setup, known=known.trials)
+    except DamagedFileError as error:
+        _log.warning("%s. The earlier trials are read again from %s, as they are now.", error, earlier)
     if earlier is None:
         return setup
     return warm_start(

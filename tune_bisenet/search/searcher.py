@@ -11,12 +11,11 @@ from typing import TypeVar
 
 from tune_bisenet.config import trial_name
 from tune_bisenet.records import (
-    KNOWN,
     TrialRecord,
     TrialSpec,
     TrialState,
     read_sound_trial,
-    to_json,
+    write_known,
     write_trial,
 )
 from tune_bisenet.search.state import SearchState
@@ -99,18 +98,19 @@ class StudySearcher(Searcher):
         max_running: Callable[[], int],
         attributes: Mapping[str, str],
     ) -> None:
+        self._limit = limit
         if setup.known:
-            folder.write(KNOWN, to_json(setup.known, tuple[TrialRecord, ...]))
+            write_known(folder, setup.known)
+        self._setup = setup
+        self._name = name
+        self._attributes = attributes
         try:
-            self._study = Study(setup, name, limit=limit)
-            self._study.describe(attributes)
+            self._open_study()
         except DATABASE_ERRORS as error:
             told = setup.database.error(error)
             raise (StorageError(str(told)) if is_outage(error) else told) from error
-        self._setup = setup
         self._folder = folder
         self._state = state
-        self._limit = limit
         self._max_running = max_running
         self._suggested = {name: spec for name, spec in setup.suggested.items() if spec.origin != "confirm"}
         self._fresh = {name: spec for name, spec in setup.suggested.items() if spec.origin == "confirm"}
@@ -128,7 +128,7 @@ class StudySearcher(Searcher):
     def next(self) -> TrialSpec | None:
         if len(self._live) >= self._max_running():
             return None
-        spec = self._retry(self._study.ask)
+        spec = self._retry(lambda: self._study.ask())
         self.exhausted = spec is None
         if spec is None:
             return None
@@ -147,7 +147,7 @@ class StudySearcher(Searcher):
 
     def close(self) -> None:
         self._live.clear()
-        self._retry(self._study.close)
+        self._retry(lambda: self._study.close())
         self._setup.database.snapshot()
 
     def pending(self) -> list[TrialState]:
@@ -171,6 +171,10 @@ class StudySearcher(Searcher):
         trials[record.spec.trial] = record.spec
         self._state.add(record.state)
 
+    def _open_study(self) -> None:
+        self._study = Study(self._setup, self._name, limit=self._limit)
+        self._study.describe(self._attributes)
+
     def _reconcile(self) -> None:
         """Make the study, the search's state and the folders agree."""
         for lost in self._study.ended_without(self._suggested):
@@ -179,6 +183,10 @@ class StudySearcher(Searcher):
         for name, spec in self._suggested.items():
             record = read_sound_trial(self._folder / name) or TrialRecord.of_spec(spec)
             records[name] = replace(record, spec=spec, state=self._state[name])
+        database = self._setup.database
+        if database.is_own and (contradiction := self._study.find_contradiction(list(records.values()))):
+            database.put_aside(f"is wrong about {contradiction}")
+            self._open_study()
         statuses = self._study.reconcile(list(records.values()), live=self._live)
         for trial, status in statuses.items():
             if measured := records[trial].measured:
@@ -190,8 +198,10 @@ class StudySearcher(Searcher):
         """Return what `call` returns; if the database is away, retry it as storage is retried.
 
         A call that was cut off may have written half of what it writes, so the study is reconciled before each retry.
+        A file of the search's own that is damaged or gone is rebuilt, once.
         """
         attempts = count()
+        database = self._setup.database
 
         def attempt() -> _Value:
             try:
@@ -201,7 +211,16 @@ class StudySearcher(Searcher):
             except DATABASE_ERRORS as error:
                 if is_outage(error):
                     raise
-                told = self._setup.database.error(error)
+                told = database.error(error)
                 raise (StorageError(str(told)) if self._has_begun else told) from error
 
-        return RetryPolicy("the study's database", retry_seconds())(attempt, writing=True)
+        def attempt_or_rebuild() -> _Value:
+            try:
+                return attempt()
+            except Exception:
+                if not (database.is_lost or database.put_aside_if_damaged()):
+                    raise
+                self._open_study()
+                return attempt()
+
+        return RetryPolicy("the study's database", retry_seconds())(attempt_or_rebuild, writing=True)

@@ -9,8 +9,10 @@ Knows nothing of Ray: whoever trains calls `ask`, `report`, `tell` and `close`.
 
 import logging
 import math
+import re
 import sqlite3
 import tempfile
+import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
@@ -46,6 +48,25 @@ MAX_FAILED_DRAWS: Final = 20
 
 DATABASE_ERRORS: Final = (SQLAlchemyError, StorageInternalError, ImportError)
 """What Optuna raises if a database cannot be used; ImportError if the database's driver is not installed."""
+
+LOCK_SECONDS: Final = 60
+"""How long a writer waits for an SQLite file that a dashboard reads."""
+
+_AWAY: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_PROTOCOL,
+    }
+)
+"""What SQLite answers where a retry may succeed."""
+_NO_DAMAGE: Final = _AWAY | {sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
+"""These, and what it answers where the file cannot be used as it lies there, though it may be whole."""
+_DENIED: Final = r"authentication failed|no password supplied|does not exist|permission denied|no pg_hba\.conf entry"
+"""What servers answer where a retry cannot succeed, though their drivers call it operational."""
 
 log = logging.getLogger(__name__)
 
@@ -84,14 +105,83 @@ class StudyDatabase:
             )
 
     def open(self) -> BaseStorage:
-        """Return Optuna's storage. In object storage the copy counts, which may be older than the trials."""
+        """Return Optuna's storage, after `prepare`."""
+        self.prepare()
+        return self._connect()
+
+    def prepare(self) -> None:
+        """Let a file of the search's own be one that can be used. Nothing is made. Raise InputError if it is refused.
+
+        In object storage the copy counts, which may be older than the trials.
+        """
         if self.file is not None:
             content = self.folder.read(STUDY)
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.unlink(missing_ok=True)
+            for path in _parts_of(self.file):
+                path.unlink(missing_ok=True)
             if content is not None:
                 self.file.write_bytes(content)
-        return self._connect()
+        self.put_aside_if_damaged()
+        own = self._own_path
+        if own is None or not own.exists():
+            return
+        try:
+            with closing(sqlite3.connect(own, timeout=LOCK_SECONDS)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            if not is_outage(error):
+                raise self.error(error) from error
+
+    def put_aside_if_damaged(self) -> bool:
+        """Return whether a file of the search's own is there but does not hold a study; then it gets another name."""
+        path = self._own_path
+        if path is None or not path.exists():
+            return False
+        try:
+            damage = self._find_damage(path)
+        except Exception as error:  # SQLite, SQLAlchemy and Optuna each fail on damaged bytes in ways of their own
+            damage = "" if _sqlite_code(error) in _NO_DAMAGE else one_line(error)
+        if damage:
+            self.put_aside(f"is damaged ({damage})")
+        return bool(damage)
+
+    def _find_damage(self, path: Path) -> str:
+        """Return what SQLite finds wrong with the file, and let Optuna read it whole."""
+        with closing(sqlite3.connect(path, timeout=LOCK_SECONDS)) as connection:
+            findings = [text for (text,) in connection.execute("PRAGMA integrity_check")]
+        if findings != ["ok"]:
+            return str(findings[0])
+        storage = RDBStorage(_format_address(self.url), skip_table_creation=True)
+        try:
+            for study in storage.get_all_studies():
+                storage.get_all_trials(study._study_id)
+        finally:
+            storage.engine.dispose()
+        return ""
+
+    def put_aside(self, reason: str) -> None:
+        """Give a file of the search's own another name, and log `reason`, which continues `the study in FILE`."""
+        path = self._own_path
+        assert path
+        suffix = f".damaged-{time.strftime('%Y-%m-%dT%H-%M-%S')}"
+        for part in _parts_of(path):
+            if part.exists():
+                part.rename(f"{part}{suffix}")
+        log.warning(
+            "the study in %s %s: it is rebuilt from the trials' folders. The file is kept as %s.",
+            path,
+            reason,
+            f"{path.name}{suffix}",
+        )
+
+    @property
+    def is_lost(self) -> bool:
+        """Return whether a file of the search's own is no longer there."""
+        return self._own_path is not None and not self._own_path.exists()
+
+    @property
+    def _own_path(self) -> Path | None:
+        return Path(str(self.url.database)) if self.is_own else None
 
     def snapshot(self) -> None:
         """Update the copy in object storage. A failure is only logged: the next copy has everything."""
@@ -109,7 +199,7 @@ class StudyDatabase:
     def error(self, cause: BaseException) -> InputError:
         """Return the error to raise for `cause`, with what to do and without a password."""
         remedy = (
-            f"Remove the file {STUDY}: it is rebuilt from the trials' folders."
+            "The file and its folder must be readable and writable."
             if self.is_own
             else f"The address is SQLAlchemy's, as in postgresql://user@host/database. If it needs a password, set "
             f"${STUDY_VARIABLE} to the whole address with its password."
@@ -119,7 +209,7 @@ class StudyDatabase:
     def _connect(self) -> BaseStorage:
         options: dict[str, Any] = {"pool_pre_ping": True}
         if self.url.get_backend_name() == "sqlite":
-            options["connect_args"] = {"timeout": 60}  # seconds that a writer waits for a file a dashboard reads
+            options["connect_args"] = {"timeout": LOCK_SECONDS}
         try:
             return get_storage(RDBStorage(_format_address(self.url), engine_kwargs=options))
         except (*DATABASE_ERRORS, RuntimeError) as error:  # RuntimeError for tables of another version of Optuna
@@ -152,8 +242,25 @@ def study_database(folder: Storage, *, address: str | None, secret: str | None, 
 def is_outage(error: BaseException) -> bool:
     """Return whether the database may answer later. Optuna wraps SQLAlchemy's errors."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if (code := _sqlite_code(error)) is not None:
+        return code in _AWAY
+    if re.search(_DENIED, str(cause), re.IGNORECASE):
+        return False
     is_cut = isinstance(cause, DBAPIError) and cause.connection_invalidated
     return is_cut or isinstance(cause, (OperationalError, InterfaceError))
+
+
+def _sqlite_code(error: BaseException | None) -> int | None:
+    """Return SQLite's primary code of an error, wherever in its causes it is; None if SQLite raised none."""
+    while error is not None and not isinstance(error, sqlite3.Error):
+        error = error.__cause__
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
+
+
+def _parts_of(file: Path) -> list[Path]:
+    """Return the files of an SQLite database. A journal without its database would be played into the next."""
+    return [file.with_name(f"{file.name}{suffix}") for suffix in ("", "-journal", "-wal", "-shm")]
 
 
 def _parse_address(source: str, address: str) -> URL:
@@ -282,7 +389,7 @@ class Study:
 
     def close(self) -> None:
         """Let all running trials wait, with their parameters and curves."""
-        self._stop_running(())
+        self._mark_running(())
 
     def ended_without(self, names: Collection[str]) -> list[TrialRecord]:
         """Return the trials that ended but are not in `names`: their folders have lost what they trained and measured.
@@ -316,6 +423,27 @@ class Study:
             records.append(TrialRecord(spec=spec, state=state))
         return records
 
+    def find_contradiction(self, records: Sequence[TrialRecord]) -> str:
+        """Return where the study says otherwise than the folders what was trained or measured; empty if nowhere.
+
+        Curves of trials that have not ended do not count: `reconcile` corrects them.
+        """
+        latest = {name_in_search(trial): trial for trial in self._own_trials()}
+        for record in records:
+            name = record.spec.trial
+            trial = latest.get(name)
+            if trial is None:
+                continue
+            if trial.params != dict(record.spec.params):
+                return f"the parameters of {name}"
+            curve = trial.intermediate_values if trial.state.is_finished() else {}
+            if any(not _is_same(curve.get(epoch.epoch, epoch.miou), epoch.miou) for epoch in record.epochs):
+                return f"the mIoU of {name}"
+            has_result = trial.state is OptunaState.COMPLETE and record.state.status == "finished" and record.epochs
+            if has_result and trial.values != self._result(record.state)[1]:
+                return f"the result of {name}"
+        return ""
+
     def reconcile(self, records: Sequence[TrialRecord], *, live: Collection[str] = ()) -> dict[str, Status]:
         """Make the study agree with the folders. It may be killed anywhere and called again.
 
@@ -333,7 +461,7 @@ class Study:
             for record in records
             if (status := self._follow(record, latest.get(record.spec.trial))) is not None
         }
-        self._stop_running(live)
+        self._mark_running(live)
         tried = {trial.user_attrs.get("row") for trial in self._own_trials()}
         tried |= {record.spec.run.name for record in self._setup.known}
         for name, row in self._setup.rows.items():
@@ -400,7 +528,7 @@ class Study:
         elif not trial.state.is_finished():
             self._ids[name] = trial._trial_id
             for epoch in record.epochs:
-                if epoch.epoch not in trial.intermediate_values:
+                if not _is_same(trial.intermediate_values.get(epoch.epoch), epoch.miou):
                     self.report(name, epoch.epoch, epoch.miou)
             if has_ended:
                 self.tell(state)
@@ -427,10 +555,12 @@ class Study:
         )
         return self._storage.create_new_trial(self._study_id, template_trial=frozen)
 
-    def _stop_running(self, live: Collection[str]) -> None:
+    def _mark_running(self, live: Collection[str]) -> None:
+        """Let the trials in `live` be RUNNING and all others that have not ended WAITING."""
         for trial in self._own_trials():
-            if trial.state is OptunaState.RUNNING and name_in_search(trial) not in live:
-                self._storage.set_trial_state_values(trial._trial_id, OptunaState.WAITING)
+            state = OptunaState.RUNNING if name_in_search(trial) in live else OptunaState.WAITING
+            if not trial.state.is_finished() and trial.state is not state:
+                self._storage.set_trial_state_values(trial._trial_id, state)
 
     def _own_trials(self) -> list[FrozenTrial]:
         """Return the trials of this search by number, without those of earlier ones."""
@@ -469,6 +599,10 @@ class Study:
 def name_in_search(trial: FrozenTrial | optuna.Trial) -> str:
     """Return a trial's name in the search: that of its row, or its number in the study."""
     return str(trial.user_attrs.get("trial") or f"t{trial.number:04d}")
+
+
+def _is_same(stored: float | None, measured: float) -> bool:
+    return stored is not None and (stored == measured or (math.isnan(stored) and math.isnan(measured)))
 
 
 def _status(trial: FrozenTrial) -> Status:

@@ -21,6 +21,7 @@ from helpers.light_search import (
 )
 from optuna.trial import TrialState as OptunaState
 
+from tune_bisenet.config import Sampler
 from tune_bisenet.records import TRIAL, TRIALS, TrialSpec, TrialState, read_saved_state
 from tune_bisenet.search.prepare import read_specs
 from tune_bisenet.search.searcher import GridSearcher
@@ -174,6 +175,19 @@ def test_a_damaged_study_is_rebuilt(search: Search, undisturbed: Search, caplog:
     assert caplog.text.count("it is rebuilt") == 1
 
 
+@pytest.mark.parametrize("sampler", ["qmc", "cmaes", "random"])
+def test_every_sampler_draws_from_a_rebuilt_study_what_it_would_have_drawn(place: Path, sampler: Sampler) -> None:
+    undisturbed = Search(folder=Storage.at(str(place / "undisturbed")), limit=8, sampler=sampler)
+    undisturbed.run()
+    search = replace(undisturbed, folder=Storage.at(str(place / "search")))
+    stop_after(search, 13)
+    (place / "search" / "study.db").unlink()
+    search.run()
+    assert results(trials_in(search)) == results(trials_in(undisturbed))
+    points = [str(trial.params) for trial in trials_in(search)]
+    assert len(set(points)) == len(points), "no point is tried twice"
+
+
 def overwrite(file: Path) -> None:
     file.write_bytes(b"no database" * 10_000)
 
@@ -185,7 +199,12 @@ def truncate(file: Path) -> None:
 @pytest.mark.parametrize("damage", [overwrite, truncate, Path.unlink])
 @pytest.mark.parametrize(("epoch", "at_once"), [(4, 1), (8, 1), (2, 3), (9, 3)])
 def test_a_study_that_is_damaged_while_trials_run_is_rebuilt(
-    search: Search, undisturbed: Search, damage: Callable[[Path], None], epoch: int, at_once: int
+    search: Search,
+    undisturbed: Search,
+    damage: Callable[[Path], None],
+    epoch: int,
+    at_once: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     file, epochs = Path(search.folder.path) / "study.db", iter(range(1, 1000))
     searched = replace(search, at_once=at_once, between=lambda: damage(file) if next(epochs) == epoch else None)
@@ -193,6 +212,7 @@ def test_a_study_that_is_damaged_while_trials_run_is_rebuilt(
     assert_whole(searched, trials_in(searched))
     if at_once == 1:
         assert_equal(searched, undisturbed)
+    assert caplog.text.count("it is rebuilt") == 1
     assert len(list(file.parent.glob("study.db.damaged-*"))) == (0 if damage is Path.unlink else 1)
 
 

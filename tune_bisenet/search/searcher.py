@@ -10,6 +10,7 @@ from itertools import count
 from typing import TypeVar
 
 from tune_bisenet.config import trial_name
+from tune_bisenet.options import InputError
 from tune_bisenet.records import (
     TrialRecord,
     TrialSpec,
@@ -203,24 +204,25 @@ class StudySearcher(Searcher):
         attempts = count()
         database = self._setup.database
 
-        def attempt() -> _Value:
+        def attempt(*, rebuild: bool = False) -> _Value:
             try:
+                if rebuild:
+                    self._open_study()
                 if next(attempts) > 0:
                     self._reconcile()
                 return call()
-            except DATABASE_ERRORS as error:
+            except (*DATABASE_ERRORS, InputError) as error:
                 if is_outage(error):
                     raise
-                told = database.error(error)
+                told = error if isinstance(error, InputError) else database.error(error)
                 raise (StorageError(str(told)) if self._has_begun else told) from error
 
         def attempt_or_rebuild() -> _Value:
             try:
                 return attempt()
             except Exception:
-                if not (database.is_lost or database.put_aside_if_damaged()):
+                if not database.put_aside_if_damaged(must_exist=True):
                     raise
-                self._open_study()
-                return attempt()
+            return attempt(rebuild=True)
 
         return RetryPolicy("the study's database", retry_seconds())(attempt_or_rebuild, writing=True)

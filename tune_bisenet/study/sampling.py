@@ -223,6 +223,16 @@ class _CmaEsUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class NumberedQMCSampler(QMCSampler):
+    """Draws the point of the sequence that has the trial's number, as nothing else is left of a study that was rebuilt.
+
+    Optuna's own counts in the study, and would begin with the first points again.
+    """
+
+    def _find_sample_id(self, study: optuna.Study, search_space: Mapping[str, BaseDistribution]) -> int:
+        return len(study.get_trials(deepcopy=False)) - 1
+
+
 class PlainCmaEsSampler(CmaEsSampler):
     """CMA-ES that runs no code out of a database: Optuna keeps its state there as a pickle, and loads any."""
 
@@ -250,5 +260,9 @@ def build_sampler(kind: Sampler, *, seed: int) -> BaseSampler:
             return TPESampler(multivariate=True, group=True, seed=seed)
         if kind == "random":
             return RandomSampler(seed=seed)
-        others: dict[str, Callable[..., BaseSampler]] = {"gp": GPSampler, "cmaes": PlainCmaEsSampler, "qmc": QMCSampler}
+        others: dict[str, Callable[..., BaseSampler]] = {
+            "gp": GPSampler,
+            "cmaes": PlainCmaEsSampler,
+            "qmc": NumberedQMCSampler,
+        }
         return others[kind](seed=seed, warn_independent_sampling=False)

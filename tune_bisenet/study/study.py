@@ -132,11 +132,15 @@ class StudyDatabase:
             if not is_outage(error):
                 raise self.error(error) from error
 
-    def put_aside_if_damaged(self) -> bool:
-        """Return whether a file of the search's own is there but does not hold a study; then it gets another name."""
+    def put_aside_if_damaged(self, *, must_exist: bool = False) -> bool:
+        """Return whether a file of the search's own does not hold a study, and log it. The file gets another name."""
         path = self._own_path
-        if path is None or not path.exists():
+        if path is None:
             return False
+        if not path.exists():
+            if must_exist:
+                log.warning("the study in %s is gone: it is rebuilt from the trials' folders.", path)
+            return must_exist
         try:
             damage = self._find_damage(path)
         except Exception as error:  # SQLite, SQLAlchemy and Optuna each fail on damaged bytes in ways of their own
@@ -173,11 +177,6 @@ class StudyDatabase:
             reason,
             f"{path.name}{suffix}",
         )
-
-    @property
-    def is_lost(self) -> bool:
-        """Return whether a file of the search's own is no longer there."""
-        return self._own_path is not None and not self._own_path.exists()
 
     @property
     def _own_path(self) -> Path | None:
@@ -482,17 +481,11 @@ class Study:
         sampler = build_sampler("random" if failed_before else self._setup.sampler, seed=seed)
         scratch = optuna.create_study(directions=self._study.directions, sampler=sampler)
         scratch.add_trials(trials)
-        before = self._storage.get_study_system_attrs(self._study_id)
-        for key, value in before.items():
-            scratch._storage.set_study_system_attr(scratch._study_id, key, value)
         trial = scratch.ask()
         try:
             run, attributes = self._setup.space.sample_run(trial), {"trial": name_in_search(trial)}
         except ValueError as error:
             run, attributes = None, {"error": str(error)}
-        for key, value in scratch._storage.get_study_system_attrs(scratch._study_id).items():
-            if before.get(key) != value:  # a quasi-random sampler counts there
-                self._storage.set_study_system_attr(self._study_id, key, value)
         drawn = create_trial(
             state=OptunaState.FAIL if run is None else OptunaState.RUNNING,
             params=trial.params,

@@ -26,9 +26,11 @@ from helpers.light_search import (
     trials_in,
 )
 from helpers.processes import free_port
+from optuna.storages import RDBStorage
 
 from tune_bisenet.options import InputError
 from tune_bisenet.storage import RETRY_VARIABLE, Storage, StorageError
+from tune_bisenet.study.study import DATABASE_ERRORS, is_outage
 
 PROGRAMS = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
 
@@ -181,3 +183,15 @@ def test_a_wrong_password_is_refused_and_neither_is_shown(server: Server) -> Non
         message = str(refused.value)
         assert all(word in message for word in (database["url"], "password", "$TUNE_BISENET_STUDY"))
         assert not any(piece in message for piece in ("gu@ssed", "w0rd", "gu%40", "s3cr"))
+
+
+def test_only_what_a_retry_may_mend_is_an_outage(server: Server) -> None:
+    server.add_database("there")
+    for address, is_away in (
+        (server.url("there", password="gu@ssed"), False),
+        (server.url("elsewhere"), False),
+        ("postgresql+psycopg://me@127.0.0.1:1/there", True),
+    ):
+        with pytest.raises(DATABASE_ERRORS) as failed:
+            RDBStorage(address)
+        assert is_outage(failed.value) == is_away

@@ -113,6 +113,18 @@ def damage(file: Path, kind: str) -> None:
     file.write_bytes(content)
 
 
+def test_a_copy_of_a_damaged_file_is_left_for_later(
+    bucket: Storage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = study_database(bucket, address=None, secret=None, cache_dir=tmp_path / "cache")
+    optuna.create_study(storage=database.open(), study_name="search")
+    assert database.file
+    damage(database.file, "garbage")
+    database.snapshot()
+    assert "not copied" in caplog.text
+    assert not bucket.exists(STUDY)
+
+
 @pytest.mark.parametrize(
     "kind",
     [

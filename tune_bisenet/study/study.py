@@ -188,11 +188,11 @@ class StudyDatabase:
             return
         with tempfile.TemporaryDirectory() as directory:
             copy = Path(directory) / STUDY
-            with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
-                source.backup(target)
             try:
+                with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
+                    source.backup(target)
                 self.folder.fail_fast().write(STUDY, copy.read_bytes())
-            except OSError as error:
+            except (OSError, sqlite3.Error) as error:  # what is damaged is found when it is next written
                 log.warning("the study is not copied to %s before the next trial ends: %s", self.folder.uri, error)
 
     def error(self, cause: BaseException) -> InputError:

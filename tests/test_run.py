@@ -2,12 +2,14 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from helpers.processes import PROJECT, Driver, environment
+from helpers.processes import PROJECT, Driver, LoggedProcess, end_process, environment
 from helpers.searches import epoch_numbers, leaderboard, make_place, on_frames, write_space
 
 from tune_bisenet import run
@@ -57,6 +59,93 @@ def test_a_mistake_is_found_without_torch_and_ray() -> None:
     refused, modules = call("--runs", "r99", "--data", "streets", "--epochs", "0")
     assert refused.returncode == 2
     assert not {"torch", "ray"} & modules
+
+
+# --- how a driver ends ------------------------------------------------------------------------------------------------
+
+RESUME = "python -m tune_bisenet.run --resume --name x"
+
+ENDS = {
+    "it has told how it ended": ("return 1", 1, r""),
+    "wrong input": ("raise SystemExit(2)", 2, r""),
+    "an error before the search": ("raise KeyError('oops')", 70, r"KeyError: 'oops'\n.* report .* The same command .*"),
+    "an error after": ("on_begin(RESUME); raise KeyError('oops')", 70, rf"KeyError: 'oops'\n.* report .*: {RESUME}"),
+    "from C": ("on_begin(RESUME); os._exit(1)", 75, rf".* ended with code 1, without a word.*: {RESUME}"),
+    "Ray's own exit at a signal": ("on_begin(RESUME); sys.exit(15)", 75, rf".* ended with code 15.*: {RESUME}"),
+    "to be run again": ("on_begin(RESUME); print('away'); os._exit(75)", 75, rf"Nothing is lost. .*: {RESUME}"),
+    "an abort": ("on_begin(RESUME); os.abort()", 75, rf".* was killed by SIGABRT.*: {RESUME}"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", 75, r".* was killed by SIGKILL.* The same command .*"),
+    "a signal to it alone": (
+        "on_begin(RESUME); os.kill(os.getpid(), signal.SIGTERM)",
+        143,
+        rf"interrupted\. .*: {RESUME}",
+    ),
+}
+
+
+def supervised(place: Path, driver: str) -> LoggedProcess:
+    """Start a supervisor of a driver that does this and nothing else."""
+    code = f"""
+import os, signal, subprocess, sys, time
+from tune_bisenet import run
+
+RESUME = {RESUME!r}
+
+def main(*, on_begin):
+    {driver}
+
+run.main = main
+run.GRACE_SECONDS = 3
+sys.exit(run.supervise())
+"""
+    return LoggedProcess([sys.executable, "-c", code], log=place / "log", env=environment(place))
+
+
+@pytest.mark.parametrize(("driver", "code", "told"), ENDS.values(), ids=ENDS)
+def test_whatever_ends_a_driver_its_code_is_documented_and_it_says_how_to_resume(
+    tmp_path: Path, driver: str, code: int, told: str
+) -> None:
+    with supervised(tmp_path, driver) as process:
+        assert process.end() == code
+        assert re.search(rf"^{told}$", process.log.removesuffix("\n"), re.MULTILINE), process.log
+        assert process.log.count("Traceback") == (code == 70 and "KeyError" in driver)
+
+
+STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); on_begin(RESUME); print('here', flush=True); time.sleep(600)"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_driver_that_heeds_no_signal_is_killed_with_all_that_it_has_started(tmp_path: Path, times: int) -> None:
+    with supervised(tmp_path, f"subprocess.Popen(['sleep', '600']); {STUBBORN}") as process:
+        process.until(lambda: "here" in process.log)
+        for _ in range(times):
+            end_process(process.process.pid, signal.SIGTERM)
+            time.sleep(1.5)  # twice at once is one request
+        assert process.end() == 143
+        process.assert_nothing_lives_on()
+        assert process.log.splitlines() == ["here", f"interrupted. Nothing is lost. To continue: {RESUME}"]
+
+
+def test_a_driver_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
+    with supervised(tmp_path, STUBBORN) as process:
+        process.until(lambda: "here" in process.log)
+        end_process(process.process.pid, signal.SIGKILL)
+        assert process.end() == -signal.SIGKILL
+        process.assert_nothing_lives_on()
+
+
+def test_ctrl_z_stops_the_driver_too_and_fg_continues_it(tmp_path: Path) -> None:
+    def states() -> set[str]:
+        """Return the states of both processes, as ps shows them."""
+        stats = [Path(f"/proc/{found.pid}/stat").read_text() for found in process.processes()]
+        return {stat.rpartition(")")[2].split()[0] for stat in stats}
+
+    with supervised(tmp_path, "print('here', flush=True); time.sleep(3); return 0") as process:
+        process.until(lambda: "here" in process.log)
+        end_process(process.process.pid, signal.SIGTSTP)
+        process.until(lambda: states() == {"T"})
+        end_process(process.process.pid, signal.SIGCONT)
+        assert process.end() == 0
 
 
 @pytest.mark.ray

@@ -35,8 +35,9 @@ DEFAULT_LOOKS: Final = (3, 5, 8, 12)
 """Numbers of seeds at which `--decide` judges."""
 EPILOG: Final = """\
 exit codes: 0 all trials ended well (finished, stopped by the scheduler, or diverged); 1 at least one failed, the rest
-completed; 2 the input was wrong and nothing was started; 75 Ray died, or storage or the study's database did not
-answer for ten minutes: resume with --resume; 130 and 143 interrupted by a signal: resume with --resume.
+completed; 2 the input was wrong and nothing was started; 70 an error of the program; 75 Ray died, the driver was
+killed, or storage or the study's database did not answer for ten minutes: resume with --resume; 130 and 143 interrupted
+by a signal: resume with --resume.
 """
 MAX_LISTED_PROBLEMS: Final = 20
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"

@@ -479,13 +479,13 @@ def read_saved_state(folder: Storage) -> SavedState:
         saved = read_record(SavedState, folder, TRIALS) or SavedState()
     except DamagedFileError:
         return SavedState()
-    is_sound = saved.scheduler_checksum == _checksum(to_json(saved.scheduler, Any))
+    is_sound = saved.scheduler_checksum == _checksum(to_json(saved.scheduler))
     return saved if is_sound else replace(saved, scheduler=None)
 
 
 def write_saved_state(folder: Storage, saved: SavedState) -> None:
     """Write `trials.json`."""
-    checksum = _checksum(to_json(saved.scheduler, Any))
+    checksum = _checksum(to_json(saved.scheduler))
     folder.write(TRIALS, to_json(replace(saved, scheduler_checksum=checksum)))
 
 

@@ -108,18 +108,6 @@ def damage_what_is_not_needed(folder: Path) -> None:
     (folder / "leaderboard.csv").write_text("run,se")
 
 
-def test_when_ray_dies_the_driver_ends_and_says_that_it_can_be_resumed(
-    place: Path, folder: Path, undisturbed: list[dict[str, str]]
-) -> None:
-    with start(place, folder.name) as driver:
-        driver.until(has_done(folder, 4))
-        end_process(driver.raylet(), signal.SIGKILL)
-        assert driver.end(seconds=180) in (75, 1)  # 1 if Ray's own code was faster to end the process
-    with resume(folder) as driver:
-        assert driver.end() == 0
-    assert_as_if_nothing_had_happened(folder, undisturbed)
-
-
 def test_what_asha_saw_and_decided_survives_the_driver(place: Path, folder: Path) -> None:
     # Two at a time: poor is judged when at least three others have been, weak long after poor was.
     rows = {"good": 0.01, "fair": 0.02, "well": 0.05, "fine": 0.04, "poor": 1e-6}

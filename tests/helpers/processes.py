@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -74,6 +75,12 @@ def processes() -> list[Process]:
 def end_process(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):  # it may have ended by itself in the meantime
         os.kill(pid, number)
+
+
+def hears_signals(pid: int) -> bool:
+    """Return whether a process waits for SIGTERM, by `sigwait`."""
+    blocked = re.search(r"^SigBlk:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(blocked and int(blocked[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 # --- a process with a log ---------------------------------------------------------------------------------------------
@@ -163,6 +170,3 @@ class Driver(LoggedProcess):
     def trainers(self) -> list[int]:
         """Return the processes that train."""
         return [process.pid for process in self.processes() if process.trains]
-
-    def raylet(self) -> int:
-        return next(process.pid for process in self.processes() if process.is_raylet)

@@ -1,9 +1,11 @@
 """What trials request from Ray: the whole cluster, and no core twice; more than there is where the cluster grows."""
 
 import stat
+import sys
 from pathlib import Path
 
 import pytest
+from helpers.processes import LoggedProcess, environment
 
 from tune_bisenet.config import Resources
 from tune_bisenet.options import InputError, Options
@@ -112,6 +114,19 @@ def test_a_home_without_room_for_a_token_is_named_before_ray_starts(
     monkeypatch.setenv("HOME", str(token))
     with pytest.raises(InputError, match=r"\.ray/auth_token .*RAY_AUTH_TOKEN"), ray_session(None):
         pass
+
+
+# --- a Ray that hangs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_that_does_not_come_up_is_given_up_with_what_to_do(tmp_path: Path) -> None:
+    wait = "resources.START_SECONDS = 0.2"  # no Ray is as fast
+    code = f"from tune_bisenet.search import resources; {wait}; resources.ray_session(None).__enter__()"
+    with LoggedProcess([sys.executable, "-c", code], log=tmp_path / "log", env=environment(tmp_path)) as process:
+        assert process.end() == 2
+        assert "Ray has not started within 0 s. Are there memory" in process.log
 
 
 # --- a cluster that starts nodes for waiting trials -------------------------------------------------------------------

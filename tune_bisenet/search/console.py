@@ -49,7 +49,7 @@ def print_plan(console: Console, estimate: Estimate) -> None:
     lines += [
         ("results", search.folder.uri),
         ("watch", f"tensorboard --logdir {shlex.quote(search.folder.uri)}"),
-        ("resume", f"python -m tune_bisenet.run {_resume_flags(search)}"),
+        ("resume", resume_command(search)),
     ]
     _print_page(console, lines, estimate)
 
@@ -379,6 +379,10 @@ def print_results(
             lines.append("--confirm: no sampled trial was trained to its end, so there is nothing to confirm.")
     for line in lines:
         _print(console, line)
+
+
+def resume_command(search: PreparedSearch) -> str:
+    return f"python -m tune_bisenet.run {_resume_flags(search)}"
 
 
 def _resume_flags(search: PreparedSearch) -> str:

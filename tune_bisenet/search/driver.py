@@ -42,7 +42,7 @@ from tune_bisenet.report.page import refreshed, write_safely
 from tune_bisenet.report.read import read_search
 from tune_bisenet.report.verdicts import judge_search
 from tune_bisenet.rungs import RULES, Stopper, protected_rows
-from tune_bisenet.search.console import SearchProgress, print_dry_run, print_plan, print_results
+from tune_bisenet.search.console import SearchProgress, print_dry_run, print_plan, print_results, resume_command
 from tune_bisenet.search.forecast import estimate_search, time_throughput
 from tune_bisenet.search.prepare import PreparedSearch, add_trials, pack_digests
 from tune_bisenet.search.resources import Cluster, Node, allocate, ray_session
@@ -66,8 +66,13 @@ _log = logging.getLogger(__name__)
 PACKAGES: Final = ("torch", "torchvision", "ray", "pyarrow", "numpy", "optuna", "pydantic", "tensorboard")
 
 
-def run_search(search: PreparedSearch, console: Console, command: Sequence[str]) -> int:
-    """Run one session and return its exit code. Raises InputError; StorageError if storage does not answer."""
+def run_search(
+    search: PreparedSearch, console: Console, command: Sequence[str], on_begin: Callable[[str], None]
+) -> int:
+    """Run one session and return its exit code. Raises InputError; StorageError if storage does not answer.
+
+    `on_begin` is called with the command to resume by, once the search has one.
+    """
     with exclusive(search.folder):
         if read_manifest(search.folder) != search.earlier:
             raise InputError(
@@ -78,7 +83,8 @@ def run_search(search: PreparedSearch, console: Console, command: Sequence[str])
             search.study.database.prepare()  # before Ray is started for it
         with ray_session(search.options.address) as cluster:
             resources = _allocate(search, cluster())
-            running = partial(_run_session, search, resources, console, command)
+            manifest = _make_manifest(search, resources, command)
+            running = partial(_run_session, search, resources, console, manifest, on_begin=on_begin)
             return running(max_running=lambda: cluster().max_in_flight(resources))
 
 
@@ -86,8 +92,9 @@ def _run_session(
     search: PreparedSearch,
     resources: Resources,
     console: Console,
-    command: Sequence[str],
+    manifest: Manifest,
     *,
+    on_begin: Callable[[str], None],
     max_running: Callable[[], int],
 ) -> int:
     folder, limits = search.folder, search.config.limits
@@ -96,10 +103,10 @@ def _run_session(
     state = _restore_state(search, saved, stopper)
     estimate = estimate_search(search, resources, state.states)
     estimate.check_storage()
-    manifest = _make_manifest(search, resources, command)
     if changes := code_changes(manifest.sessions[-2:]):
         search = replace(search, changes=(*search.changes, changes))
     write_manifest(folder, manifest)
+    on_begin(resume_command(search))
     state.write()
     searcher = _make_searcher(search, state, max_running)
     table = HParamsTable(folder, {name: spec.run for name, spec in search.specs.items()})

@@ -2,12 +2,13 @@
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import ray
 from ray._private import ray_constants
@@ -22,12 +23,20 @@ RESTARTABLE: Final = 75
 """Exit code of a driver whose Ray has died (EX_TEMPFAIL): run it again with --resume."""
 
 WATCH_SECONDS: Final = 1.0
-"""Short, because Ray's own code may notice first and end the driver with exit code 1."""
+"""Short, because Ray's own code may notice first and end the driver without a word."""
+
+START_SECONDS: Final = 300.0
+"""After which Ray is thought to hang as it starts; on a busy machine it takes half a minute."""
 
 PENDING_TRIALS: Final = 64
 """Number of trials that may request resources from Ray before it has any."""
 
 TOKEN_VARIABLES: Final = frozenset({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"})
+
+_RAY_NEEDS: Final = (
+    "Are there memory, processes, ports and files (ulimit -n) left for it? "
+    "It keeps its own logs in $RAY_TMPDIR/ray/session_latest/logs, by default below /tmp."
+)
 
 HEAD: Final = "node:__internal_head__"
 """The resource with which Ray marks the head node."""
@@ -81,7 +90,7 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
     if address is None:
         _make_token_private()
     try:
-        with _on_loopback(address is None):
+        with _on_loopback(address is None), _no_longer_than(START_SECONDS), _kept_sigterm():
             ray.init(
                 address=address or "local",
                 include_dashboard=None if address else False,
@@ -92,10 +101,7 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
     except Exception as error:  # Ray has no class for what keeps it from starting
         ray.shutdown()
         if address is None:
-            raise InputError(
-                f"Ray cannot start on this machine: {error}. Are there memory, processes, ports and files left for it? "
-                "It keeps its own logs in $RAY_TMPDIR/ray/session_latest/logs, by default below /tmp."
-            ) from error
+            raise InputError(f"Ray cannot start on this machine: {error}. {_RAY_NEEDS}") from error
         raise InputError(
             f"--address {address}: Ray cannot connect: {error}. Is its Ray the same version as here? "
             "If it asks for a token (RAY_AUTH_MODE=token), are that variable and the token set here too?"
@@ -141,6 +147,33 @@ def _on_loopback(is_local: bool) -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _kept_sigterm() -> Iterator[None]:
+    """Put back the handler of SIGTERM, which Ray replaces by one that exits with 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _no_longer_than(seconds: float) -> Iterator[None]:
+    """End the process, as one with wrong input, if Ray hangs as it starts: in C++, which no exception interrupts."""
+
+    def give_up() -> None:
+        _log.error("error: Ray has not started within %.0f s. %s\nNothing was started.", seconds, _RAY_NEEDS)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def allocate(cluster: Cluster, options: Options, *, num_trials: int, threads_per_trial: int | None = None) -> Resources:
@@ -223,9 +256,9 @@ def _watched() -> Iterator[Callable[[], Cluster]]:
     def watch() -> None:
         nonlocal latest
         while not done.wait(WATCH_SECONDS):
-            cluster = _current_cluster()
+            cluster = None if _has_died() else _current_cluster()
             if cluster is None:
-                _log.error("Ray has died under this search. Run the same command again with --resume.")
+                _log.error("Ray has died under this search: its GCS, or all its nodes.")
                 os._exit(RESTARTABLE)
             latest = cluster
 
@@ -236,6 +269,13 @@ def _watched() -> Iterator[Callable[[], Cluster]]:
     finally:
         done.set()
         thread.join()
+
+
+def _has_died() -> bool:
+    """Return whether the GCS or the raylet of a Ray that was started here has ended: calls of Ray's then block."""
+    node: Any = ray._private.worker._global_node
+    dead = {kind for kind, _process in node.dead_processes()}
+    return not dead.isdisjoint({ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET})
 
 
 def _current_cluster() -> Cluster | None:

@@ -113,8 +113,6 @@ def run_trials(
                 try:
                     _share_packs(context)
                     _fit(TuneSearcher(searcher, table), context, StoppingScheduler(stopper), callback)
-                except KeyboardInterrupt:
-                    break
                 except Exception as error:
                     if killed := _find_cause(error, OutOfMemoryError):  # which Tune does not expect of a trial
                         callback.on_killed_for_memory(str(killed))
@@ -467,7 +465,7 @@ class TuneCallback(Callback):
             elif now - self._ran_at > SECONDS_WITHOUT_TRIAL:
                 _log.warning("No trial runs: they wait for a node that can hold one. `ray status` says why none comes.")
                 self._ran_at = now
-        if self.is_to_restart or (not self.outcome.is_cut_off and self.is_cut_off()):
+        if self.is_to_restart or self.is_cut_off():
             signal.raise_signal(signal.SIGUSR1)  # Tune then ends as it does for a person: trials wait to be resumed
 
     def is_cut_off(self) -> bool:
@@ -541,16 +539,12 @@ def _kernel_kills() -> int:
 def _signals(outcome: SessionOutcome) -> Iterator[None]:
     """Let SIGINT and SIGTERM (a spot notice, a job's stop) end the search cleanly, between two results.
 
-    Tune itself listens to SIGUSR1 while it runs. A second signal, or one that Tune is not there for, ends at once.
+    `TuneCallback` passes them on at Tune's next step. What takes too long, the supervisor kills (`run.supervise`).
     """
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        again = outcome.signal_number is not None
-        outcome.signal_number = number
+        outcome.signal_number = outcome.signal_number or number
         hurry()
-        if again or signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-            raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGUSR1)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, handle) for number in numbers]

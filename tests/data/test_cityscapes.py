@@ -17,7 +17,7 @@ from helpers.searches import write_frames
 from PIL import Image
 
 from tune_bisenet.classes import CLASSES, palette
-from tune_bisenet.data.packing import check_reachable, open_source, prepare_packed
+from tune_bisenet.data.packing import check_labels, check_reachable, open_source, prepare_packed
 from tune_bisenet.data.source import SPLITS, Split, frame_group
 from tune_bisenet.options import InputError
 
@@ -481,3 +481,36 @@ def test_unreachable_storage_is_reported_within_seconds(store: ObjectStore) -> N
 )
 def test_frames_of_one_city_or_sequence_are_one_group(name: str, group: str) -> None:
     assert frame_group(name) == group
+
+
+STREET = (0, 1, 2, 8, 10, 13, 255)  # trainIds: a road with sidewalks, buildings, trees, sky and cars
+
+
+@pytest.mark.parametrize(
+    ("ids", "is_refused"),
+    [
+        (STREET, True),
+        (STREET[:-1], False),  # without 255 they may be one's own
+        ((*STREET, 26), False),  # no trainId
+        ((0, 7, 255), False),  # a road as labelId, and the rest is void
+        ((0, 5, 8, 255), True),
+    ],
+)
+def test_train_ids_under_the_name_of_label_ids_are_refused_where_that_is_certain(
+    tmp_path: Path, ids: tuple[int, ...], is_refused: bool
+) -> None:
+    root = tmp_path / "data"
+    write(root)
+    for split, names in FRAMES.items():
+        for name in names:
+            save(label_path(root, split, name), np.resize(ids, SIZE))
+    source = open_source(str(root))
+    packed = prepare_packed(source, image_size=(32, 32), cache_dir=tmp_path / "cache")
+    if is_refused:
+        with pytest.raises(InputError) as refused:
+            check_labels(source, packed)
+        assert len(refused.value.problems) == 2
+        assert "name the files *_gtFine_labelTrainIds.png" in str(refused.value)
+        assert "write void as 0" in str(refused.value)
+    else:
+        assert len(check_labels(source, packed)) == 2

@@ -46,12 +46,13 @@ class Noise:
     damaged: Sequence[tuple[Split, int]] = ()
     frame: Frame | None = None
     notes: Sequence[str] = ()
+    is_misread: bool = False
 
     def names(self, split: Split) -> Sequence[str]:
         return NAMES[split]
 
-    def describe_labels(self, split: Split) -> str:
-        return f"They are {split} noise."
+    def describe_labels(self, split: Split) -> tuple[str, bool]:
+        return f"They are {split} noise.", self.is_misread
 
     def load(self, split: Split, index: int) -> Frame:
         if (split, index) in self.damaged:
@@ -162,6 +163,9 @@ def test_labels_without_a_scored_pixel_are_refused_and_few_are_told(tmp_path: Pa
         return
     warnings = check_labels(source, packed)
     assert len(warnings) == (2 if num_labelled < 192 else 0)
+    if warnings:
+        with pytest.raises(InputError):
+            check_labels(replace(source, is_misread=True), packed)
     assert all(f"{100 * num_labelled / 384:.2g} %" in warning for warning in warnings)
 
 

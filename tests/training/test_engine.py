@@ -53,8 +53,8 @@ class FourStreets:
     def names(self, split: Split) -> Sequence[str]:
         return [str(index) for index in range({"train": self.num_train, "val": 4}[split])]
 
-    def describe_labels(self, split: Split) -> str:
-        return f"{split}: {self.spoil}"
+    def describe_labels(self, split: Split) -> tuple[str, bool]:
+        return f"{split}: {self.spoil}", False
 
     def load(self, split: Split, index: int) -> Frame:
         frame = Streets(num_train=4, num_val=1, frame_size=self.frame_size).load("train", index % 4)

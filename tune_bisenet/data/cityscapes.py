@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ class Cityscapes:
     def names(self, split: Split) -> Sequence[str]:
         return self.frame_names[split]
 
-    def describe_labels(self, split: Split) -> str:
+    def describe_labels(self, split: Split) -> tuple[str, bool]:
         names = self.frame_names[split][:NUM_DESCRIBED_LABELS]
         paths = [_label_path(split, name, self.label_format) for name in names]
         ids = sorted({i for path in paths for i in set(_read_ids(self.root, path, self.label_format).tobytes())})
@@ -92,11 +92,20 @@ class Cityscapes:
             f"as {kind} {', '.join(by_id.get(i, 'void') for i in ids)}"
             for kind, by_id in (("labelIds", as_label_ids), ("trainIds", dict(enumerate(CLASS_NAMES))))
         ]
-        return (
+        found = (
             f"The first {len(paths)} *{self.label_format.suffix} hold the ids {', '.join(map(str, ids))}: "
-            f"{'; '.join(meanings)}. If they are trainIds, name the files *{LABEL_TRAIN_IDS.suffix}, if they are "
-            f"labelIds, *{LABEL_IDS.suffix}; map classes of your own to the ids of Cityscapes (road is labelId 7 and "
-            "trainId 0)."
+            f"{'; '.join(meanings)}."
+        )
+        if self.label_format is LABEL_IDS and _are_train_ids(ids):
+            return (
+                f"{found} They look like trainIds: name the files *{LABEL_TRAIN_IDS.suffix}. If they are labelIds, "
+                f"write void as 0 in them, not as {VOID}.",
+                True,
+            )
+        return (
+            f"{found} If they are trainIds, name the files *{LABEL_TRAIN_IDS.suffix}, if they are labelIds, "
+            f"*{LABEL_IDS.suffix}; map classes of your own to the ids of Cityscapes (road is labelId 7 and trainId 0).",
+            False,
         )
 
     def load(self, split: Split, index: int) -> Frame:
@@ -392,6 +401,15 @@ def _read_ids(root: Storage, path: str, label_format: LabelFormat) -> NDArray[np
         )
         raise InputError(problem)
     return ids
+
+
+def _are_train_ids(ids: Collection[int]) -> bool:
+    """Return whether ids are trainIds by all signs: void is 255, all others fit, and as labelIds some were void, too.
+
+    Cityscapes' own labelIds hold no 255, and others mark void once: by 255, or by 0.
+    """
+    others = set(ids) - {VOID}
+    return VOID in ids and max(others, default=0) < NUM_CLASSES and not others.isdisjoint(VOID_LABELS.keys() - {0})
 
 
 def _palette_problem(palette: list[int], counts: NDArray[np.int64], label_format: LabelFormat) -> str | None:

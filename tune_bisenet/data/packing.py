@@ -149,21 +149,25 @@ def _try_open(folder: Path) -> tuple[Packed | None, str]:
 def check_labels(source: Source, packed: Packed) -> tuple[str, ...]:
     """Return a warning for each split of which less than half of the pixels are labelled.
 
-    Raises InputError if a split has no labelled pixel: it would train, or be scored, to nothing.
+    Raises InputError if its ids then mean something else for certain, and if a split has no labelled pixel: it would
+    train, or be scored, to nothing.
     """
     warnings, problems = [], []
     for split in SPLITS:
         share = packed.class_shares(split).sum()
+        if share >= 0.5:
+            continue
+        description, is_misread = source.describe_labels(split)
         if share == 0:
             use = "trained on" if split == "train" else "scored"
             problems.append(
                 f"no pixel of the {split} labels in {source.name} has one of the {NUM_CLASSES} classes, so nothing can "
-                f"be {use}. {source.describe_labels(split)}"
+                f"be {use}. {description}"
             )
-        elif share < 0.5:
-            warnings.append(
-                f"only {100 * share:.2g} % of the pixels in the {split} labels have one of the {NUM_CLASSES} classes. "
-                f"{source.describe_labels(split)}"
+        else:
+            (problems if is_misread else warnings).append(
+                f"only {100 * share:.2g} % of the pixels in the {split} labels of {source.name} have one of the "
+                f"{NUM_CLASSES} classes. {description}"
             )
     if problems:
         raise InputError(*problems)

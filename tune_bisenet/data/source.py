@@ -53,8 +53,8 @@ class Source(Protocol):
     def names(self, split: Split) -> Sequence[str]:
         """Return the frames' names in order, one for each frame of the split."""
 
-    def describe_labels(self, split: Split) -> str:
-        """Return which ids a split's labels hold, what they mean, and what to do if they are meant otherwise."""
+    def describe_labels(self, split: Split) -> tuple[str, bool]:
+        """Return what a split's labels hold and what to do if it is meant otherwise, and whether that is certain."""
 
     def load(self, split: Split, index: int) -> Frame:
         """Decode one frame. Raises InputError if it is damaged."""

@@ -93,8 +93,8 @@ class Streets:
         num_frames = {"train": self.num_train, "val": self.num_val}[split]
         return tuple(f"street_{self.seed}_{split}_{index:06d}" for index in range(num_frames))
 
-    def describe_labels(self, split: Split) -> str:
-        return f"They are drawn: {split} streets hold trainIds."
+    def describe_labels(self, split: Split) -> tuple[str, bool]:
+        return f"They are drawn: {split} streets hold trainIds.", False
 
     def load(self, split: Split, index: int) -> Frame:
         return scene(self.seed, split, index, size=self.frame_size)

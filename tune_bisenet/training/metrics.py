@@ -1,8 +1,11 @@
 """Segmentation scores from confusion matrices, counted exactly (int64). Rows are labels, columns predictions.
 
 As in cityscapesScripts: summed over the whole split, then IoU = TP / (TP + FP + FN); void labels are not counted, and
-a class that occurs neither in labels nor in predictions has no IoU and no part in the mean.
+a class that occurs neither in labels nor in predictions has no IoU and no part in the mean. Of labels that are all void
+nothing can be said: their mIoU and accuracy are NaN, not 0.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -30,14 +33,15 @@ def iou_per_class(matrix: Tensor) -> list[float | None]:
 
 
 def mean_iou(iou: list[float | None]) -> float:
-    """Return the mean over the classes that occur, in percent; 0 if none does."""
+    """Return the mean over the classes that occur, in percent; NaN if none does."""
     occurring = [value for value in iou if value is not None]
-    return sum(occurring) / len(occurring) if occurring else 0.0
+    return sum(occurring) / len(occurring) if occurring else math.nan
 
 
 def pixel_accuracy(matrix: Tensor) -> float:
-    """Return the share of labelled pixels that are right, in percent; 0 if none is labelled."""
-    return 100.0 * int(matrix.trace()) / max(int(matrix.sum()), 1)
+    """Return the share of labelled pixels that are right, in percent; NaN if none is labelled."""
+    num_labelled = int(matrix.sum())
+    return 100.0 * int(matrix.trace()) / num_labelled if num_labelled else math.nan
 
 
 assert VOID > NUM_CLASSES, "confusion() relies on void lying beyond the classes"

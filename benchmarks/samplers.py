@@ -129,7 +129,7 @@ def search(sampler: str, seed: int, surrogate: Surrogate, *, rows_first: bool, d
     """Return the best value after each trial of a study that is asked as a search asks it."""
     space = spaces.load_space("around10")
     assert isinstance(space, spaces.Sampled)
-    scaled = SearchSpace(space=space, settings=SETTINGS, facts=FACTS, objectives=("miou",))
+    scaled = SearchSpace(name=space.title, space=space, settings=SETTINGS, facts=FACTS, objectives=("miou",))
     runs = resolve_runs(space.rows, SETTINGS, FACTS) if rows_first else ()
     rows = {run.name: replace(scaled.sample_row(row), run=run) for run, row in zip(runs, space.rows, strict=False)}
     database = study_database(
@@ -167,9 +167,9 @@ def main() -> None:
     arguments = parser.parse_args()
     space = spaces.load_space("around10")
     assert isinstance(space, spaces.Sampled)
-    points = SearchSpace(space=space, settings=SETTINGS, facts=FACTS, objectives=("miou",)).test_draws(
-        seed=0, count=2000
-    )
+    points = SearchSpace(
+        name=space.title, space=space, settings=SETTINGS, facts=FACTS, objectives=("miou",)
+    ).test_draws(seed=0, count=2000)
     distributions = {name: distribution for point in points for name, distribution in point.distributions.items()}
     surrogate, description = fit(read_trials(arguments.table, distributions), Encoder(distributions))
     values = [surrogate(point.params) for point in points]

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Any, Final, assert_never
+from typing import TYPE_CHECKING, Final, assert_never
 
 from pydantic import ValidationError
 
@@ -182,50 +182,41 @@ class Sampled:
 Space = Grid | Sampled
 
 
+class SpaceError(InputError):
+    """The code of a space is wrong: other parameters, rows or flags would not help."""
+
+
 class _OverdueError(BaseException):
     """A space's code takes too long. No Exception, so that the code itself does not catch it."""
 
 
 @contextmanager
 def running_code_of(name: str) -> Iterator[None]:
-    """Raise InputError if the code of the space, run meanwhile, raises what is no Exception or takes too long.
+    """Raise SpaceError if the code of the space, run meanwhile, takes too long, exits or raises what is no ValueError.
 
-    Signals of a person or of the system keep their effect. In a thread other than the main one there is no time limit.
+    A person's Ctrl-C is passed on. In a thread other than the main one there is no time limit.
     """
-    signals, timer = [], (0.0, 0.0)
 
     def overdue(_number: int, _frame: FrameType | None) -> None:
         raise _OverdueError(f"it takes longer than {MAX_SPACE_SECONDS:.0f} s. Is there a loop without an end?")
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-        handlers[number](number, frame)
-
     is_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
-    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {
-        number: handler for number, handler in before.items() if callable(handler)
-    }
+    if is_main:
+        handler = signal.signal(signal.SIGALRM, overdue)
+        timer = signal.setitimer(signal.ITIMER_REAL, MAX_SPACE_SECONDS)
     try:
-        for number in handlers:
-            signal.signal(number, pass_on)
-        if is_main:
-            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, overdue)
-            timer = signal.setitimer(signal.ITIMER_REAL, MAX_SPACE_SECONDS)
         yield
-    except Exception:
-        raise
     except BaseException as error:
-        if signals:
+        is_in_words = isinstance(error, InputError | ValidationError) or type(error) is ValueError
+        may_be_a_persons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if is_in_words or (isinstance(error, KeyboardInterrupt) and may_be_a_persons):
             raise
-        kind = "" if isinstance(error, _OverdueError) else f"{type(error).__name__}: "
-        raise InputError(f"the space {name} cannot be used: {kind}{error}") from error
+        kind = "" if isinstance(error, ImportError | _OverdueError) else f"{type(error).__name__}: "
+        raise SpaceError(f"the space {name} cannot be used: {kind}{error}") from error
     finally:
         if is_main:
             signal.setitimer(signal.ITIMER_REAL, *timer)
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
+            signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 def load_space(name: str) -> Space:
@@ -243,10 +234,8 @@ def load_space(name: str) -> Space:
             for finding in error.errors()
         ]
         raise InputError(f"a row of the space {name} is wrong: {'; '.join(findings)}") from error
-    except Exception as error:  # a space is the user's own code: whatever it raises is a mistake in it
-        is_told = isinstance(error, ImportError) or type(error) is ValueError
-        kind = "" if is_told else f"{type(error).__name__}: "
-        raise InputError(f"the space {name} cannot be used: {kind}{error}") from error
+    except ValueError as error:
+        raise InputError(f"the space {name} cannot be used: {error}") from error
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Space):
         raise InputError(

@@ -94,7 +94,9 @@ SPACE = Sampled("around two rows", sample, around=Grid("two rows", ROWS), point=
 def search_space(
     space: Sampled = SPACE, *, objectives: tuple[Objective, ...] = ("miou",), **overrides: Any
 ) -> SearchSpace:
-    return SearchSpace(space=space, settings=RowOverrides(**overrides), facts=FACTS, objectives=objectives)
+    return SearchSpace(
+        name="light", space=space, settings=RowOverrides(**overrides), facts=FACTS, objectives=objectives
+    )
 
 
 def setup_of(

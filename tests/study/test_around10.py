@@ -26,7 +26,7 @@ ROWS = {row.name: row for row in RUNS10.runs}
 
 def space_at(scale: str = "the table's own", objectives: tuple[Objective, ...] = ("miou",)) -> SearchSpace:
     settings, facts = SCALES[scale]
-    return SearchSpace(space=SPACE, settings=settings, facts=facts, objectives=objectives)
+    return SearchSpace(name="around10", space=SPACE, settings=settings, facts=facts, objectives=objectives)
 
 
 def test_it_begins_with_the_ten_rows_and_no_others() -> None:

@@ -2,7 +2,10 @@
 
 import logging
 import math
-from collections.abc import Sequence
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -29,9 +32,10 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
+from tune_bisenet import spaces
 from tune_bisenet.config import Objective, Run, Sampler
 from tune_bisenet.records import TrialRecord, TrialSpec, TrialState, measure
-from tune_bisenet.spaces import Sampled
+from tune_bisenet.spaces import Sampled, SpaceError
 from tune_bisenet.storage import Storage
 from tune_bisenet.study.study import MAX_FAILED_DRAWS, Study, StudySetup, name_in_search
 
@@ -121,8 +125,55 @@ def test_a_space_that_makes_no_run_any_more_ends_the_search(url: str) -> None:
         raise ValueError(f"nothing at {trial.suggest_float('x', 0, 1)}")
 
     study = open_study(url, setup_of(Sampled("nothing", sample_nothing)))
-    with pytest.raises(RuntimeError, match=f"{MAX_FAILED_DRAWS} draws"):
+    with pytest.raises(SpaceError, match=f"{MAX_FAILED_DRAWS} draws .* because nothing at"):
         study.ask()
+
+
+def loop() -> None:
+    while True:
+        time.sleep(0.01)
+
+
+def leave() -> None:
+    sys.exit(0)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def miss() -> None:
+    {}["missing"]
+
+
+@pytest.mark.parametrize("fault", [loop, leave, interrupt, miss])
+@pytest.mark.parametrize("is_cut_off", [False, True], ids=["new", "cut off"])
+def test_a_space_whose_code_fails_in_a_search_is_told_at_once_and_the_mended_one_goes_on(
+    url: str, monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None], is_cut_off: bool
+) -> None:
+    monkeypatch.setattr(spaces, "MAX_SPACE_SECONDS", 0.5)
+    is_broken = False
+
+    def sample_or_fail(trial: BaseTrial) -> Run:
+        if is_broken:
+            fault()
+        return row("drawn", trial.suggest_float("lr", 1e-3, 1e-1))
+
+    study = open_study(url, setup_of(Sampled("breaks", sample_or_fail)))
+    if is_cut_off:
+        assert study.ask() is not None
+        study.close()
+    is_broken = True
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a driver: its signals raise no KeyboardInterrupt
+    try:
+        with pytest.raises(SpaceError, match="the space light cannot be used: "):
+            study.ask()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    is_broken = False
+    study.close()
+    specs = train_next(study, 3)
+    assert [spec.number for spec in specs] == [0, 1, 2]
 
 
 @pytest.mark.slow

@@ -541,12 +541,14 @@ def _set_up_study(search: PreparedSearch, recorded: Mapping[str, TrialSpec]) -> 
     if not isinstance(space, Sampled):
         return None
     overrides, seed = _overrides(config), config.groups[0].seeds[0]
-    search_space = SearchSpace(space=space, settings=overrides, facts=search.facts, objectives=config.objectives)
+    search_space = SearchSpace(
+        name=config.space, space=space, settings=overrides, facts=search.facts, objectives=config.objectives
+    )
     with spaces.running_code_of(config.space):
         check_rows(space)
         test_draws = search_space.test_draws(seed=seed)
-    declared = {row.name: row for row in space.rows}
-    rows = {run.name: replace(search_space.sample_row(declared[run.name]), run=run) for run in search.runs}
+        declared = {row.name: row for row in space.rows}
+        rows = {run.name: replace(search_space.sample_row(declared[run.name]), run=run) for run in search.runs}
     address = search.options.study or config.study
     database = study_database(
         search.folder,
@@ -554,7 +556,8 @@ def _set_up_study(search: PreparedSearch, recorded: Mapping[str, TrialSpec]) -> 
         secret=os.environ.get(STUDY_VARIABLE) if address or not search.earlier else None,
         cache_dir=search.cache_dir,
     )
-    _check_same_draws(recorded, search_space)
+    with spaces.running_code_of(config.space):
+        _check_same_draws(recorded, search_space)
     return StudySetup(
         space=search_space,
         rows=rows,

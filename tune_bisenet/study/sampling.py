@@ -74,6 +74,8 @@ class SampledRun:
 class SearchSpace:
     """A sampled space at the scale of one search; where latency is an objective, with what latency depends on."""
 
+    name: str
+    """The module of the space, or the path of its file."""
     space: Sampled
     settings: RowOverrides
     facts: DataFacts

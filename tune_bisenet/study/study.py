@@ -34,6 +34,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from tune_bisenet.config import Objective, Run, Sampler, fingerprint
 from tune_bisenet.options import STUDY_VARIABLE, InputError
 from tune_bisenet.records import BEST_WEIGHTS, STUDY, Status, TrialRecord, TrialSpec, TrialState
+from tune_bisenet.spaces import SpaceError, running_code_of
 from tune_bisenet.storage import Storage
 from tune_bisenet.study.sampling import SampledRun, SearchSpace, build_sampler
 from tune_bisenet.text import one_line
@@ -363,10 +364,14 @@ class Study:
                 trial, *_ = [*begun, *waiting]
                 self._storage.set_trial_state_values(trial._trial_id, OptunaState.RUNNING)
                 self._ids[name_in_search(trial)] = trial._trial_id
-                return self._spec(trial, self._setup.space.sample_run(FixedTrial(trial.params)))
-            if (drawn := self._draw(trials)) is not None:
+                return self._spec(trial)
+            drawn = self._draw(trials)
+            if isinstance(drawn, TrialSpec):
                 return drawn
-        raise RuntimeError(f"{MAX_FAILED_DRAWS} draws from the space in a row cannot be trained; the study has why.")
+        raise SpaceError(
+            f"{MAX_FAILED_DRAWS} draws in a row from the space {self._setup.space.name} cannot be trained, the last "
+            f"because {drawn}"
+        )
 
     def report(self, trial: str, epoch: int, miou: float) -> None:
         """Store a trial's mIoU in percent after `epoch`, NaN if it diverged. Repeating it changes nothing."""
@@ -404,7 +409,7 @@ class Study:
         for name, trial in ended.items():
             if name in names:
                 continue
-            spec = self._spec(trial, self._setup.space.sample_run(FixedTrial(trial.params)))
+            spec = self._spec(trial)
             curve, status = trial.intermediate_values, _status(trial)
             last = max(curve, default=None)
             measured = {epoch: miou for epoch, miou in curve.items() if math.isfinite(miou)}
@@ -468,8 +473,8 @@ class Study:
                 self._add(TrialRecord.of_spec(row.spec(name, origin="row")))
         return statuses
 
-    def _draw(self, trials: Sequence[FrozenTrial]) -> TrialSpec | None:
-        """Draw a run in memory, then add it to the study in one transaction; None if its parameters make no run.
+    def _draw(self, trials: Sequence[FrozenTrial]) -> TrialSpec | str:
+        """Draw a run in memory, then add it to the study in one transaction; return why its parameters make no run.
 
         A killed driver leaves a whole draw or none, so the next one draws the same. It is also faster: a sampler reads
         all trials several times for one draw.
@@ -483,7 +488,10 @@ class Study:
         scratch.add_trials(trials)
         trial = scratch.ask()
         try:
-            run, attributes = self._setup.space.sample_run(trial), {"trial": name_in_search(trial)}
+            with running_code_of(self._setup.space.name):
+                run, attributes = self._setup.space.sample_run(trial), {"trial": name_in_search(trial)}
+        except SpaceError:
+            raise
         except ValueError as error:
             run, attributes = None, {"error": str(error)}
         drawn = create_trial(
@@ -495,18 +503,21 @@ class Study:
         )
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=drawn)
         if run is None:
-            return None
+            return attributes["error"]
         drawn.number = number
         spec = self._spec(drawn, run)
         self._ids[spec.trial] = trial_id
         return spec
 
-    def _spec(self, trial: FrozenTrial, run: Run) -> TrialSpec:
+    def _spec(self, trial: FrozenTrial, run: Run | None = None) -> TrialSpec:
+        """Return what a trial trains: `run`, or what its parameters make. Raises SpaceError."""
         name = name_in_search(trial)
+        with running_code_of(self._setup.space.name):
+            run = run or self._setup.space.sample_run(FixedTrial(trial.params))
+            declared = self._setup.space.declared_row(run, trial.params)
         row = self._setup.rows.get(name)
         trained = row.run if row else run.model_copy(update={"name": name, "seed": self._setup.seed})
         sampled = SampledRun(run=trained, params=trial.params, distributions=trial.distributions)
-        declared = self._setup.space.declared_row(run, trial.params)
         return sampled.spec(name, origin="row" if row else "sampled", number=trial.number, row=declared)
 
     def _follow(self, record: TrialRecord, trial: FrozenTrial | None) -> Status | None:

@@ -1,35 +1,34 @@
 """Simulate how often a table of verdicts says something false, and how often it shows what is true.
 
-Searches of the ten rows of runs10 are drawn from known truths and judged by the report's own statistics and rules; see
-`is_false` for what counts against them. "Speed" draws learning curves and judges how soon they rise. "Looks" counts
-false statements at any of several planned looks, with the same seeds for all rows and with more for open rows only;
-"decide" compares the latter with all seeds for all rows. "Asha" counts false statements where trials are stopped early.
+Searches of the ten rows of runs10 are drawn from known truths and judged by the report's own statistics and rules, on
+gains, levels and speed together; see `is_false` for what counts against them. "Errors" counts searches with a false
+statement where the table is judged once, "looks" at any of several planned looks, both without a scheduler and with
+ASHA. "Decide" compares `--decide` with all seeds for all rows, and "speed" draws rows that differ in speed and level.
 
-    python benchmarks/verdicts.py errors [--searches 3000]
+    python benchmarks/verdicts.py errors [--searches 3000] [--scheduler asha] [--output FILE]
+    python benchmarks/verdicts.py looks [--searches 3000] [--scheduler asha] [--output FILE]
     python benchmarks/verdicts.py power [--searches 3000]
-    python benchmarks/verdicts.py speed [--searches 300]
-    python benchmarks/verdicts.py looks [--searches 1000]
+    python benchmarks/verdicts.py speed [--searches 3000]
     python benchmarks/verdicts.py decide [--searches 1000]
-    python benchmarks/verdicts.py asha [--searches 1000]
 """
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Final
+from pathlib import Path
+from typing import Final, get_args
 
 import numpy as np
 
 from search_spaces.runs10 import SPACE
-from tune_bisenet.config import Expect, Run
-from tune_bisenet.records import Epoch, TrialSpec, TrialState
-from tune_bisenet.report.claims import Claim, Verdict, claims_of, measure_window
+from tune_bisenet.report.claims import Claim, Verdict, claims_of, is_final, judge_intervals, measure_window
 from tune_bisenet.report.power import SHOWN, Verdicts, judge_at_looks, judge_values
-from tune_bisenet.report.read import ReportedTrial
-from tune_bisenet.report.statistics import Flags, Floats
-from tune_bisenet.report.verdicts import judge, trained_rows
-from tune_bisenet.rungs import AshaRule, Stopper, protected_rows
+from tune_bisenet.report.statistics import Flags, Floats, error_share, strictness, student_interval
+from tune_bisenet.report.verdicts import EPOCHS_SD, trained_rows
+from tune_bisenet.rungs import AshaRule, simulate_ends
 from tune_bisenet.spaces import MEASURED_SHARE
 
 EXPECTED: Final = [run.expect for run in SPACE.runs if run.expect]
@@ -37,16 +36,22 @@ GAINS: Final = [index for index, expect in enumerate(EXPECTED) if expect.gain]
 LEVELS: Final = [index for index, expect in enumerate(EXPECTED) if expect.miou]
 GAIN_RANGES: Final = np.array([EXPECTED[index].gain for index in GAINS], dtype=float)
 LEVEL_RANGES: Final = np.array([EXPECTED[index].miou for index in LEVELS], dtype=float)
-CLAIMS: Final = [
+ALL_CLAIMS: Final = [
     claim
-    for kind in ("gain", "miou")
+    for kind in ("gain", "miou", "sooner")
     for row in SPACE.runs
     for claim in claims_of(row, (), measured_share=MEASURED_SHARE, proxy=False)
     if claim.kind == kind
 ]
+CLAIMS: Final = ALL_CLAIMS[: len(EXPECTED)]
 """On gains, then on levels."""
+SOONER: Final = ALL_CLAIMS[len(EXPECTED) :]
 NAMES: Final = [row.name for row in SPACE.runs]
+ITERATIONS_PER_EPOCH: Final = 743
 NUM_EPOCHS: Final = 50
+WINDOW: Final = measure_window(NUM_EPOCHS, MEASURED_SHARE)
+SPEED_SD: Final = 2.0 / np.sqrt(2)
+"""Of the epochs by which a run is late: a difference of two runs has a spread of 2 epochs."""
 
 
 def truths(where: str) -> tuple[Floats, Floats]:
@@ -59,22 +64,24 @@ def truths(where: str) -> tuple[Floats, Floats]:
 
 
 def draw(
-    rng: np.random.Generator, searches: int, seeds: int, *, sd: float, shared: float, noisy: int | None, skewed: bool
+    rng: np.random.Generator, searches: int, seeds: int, *, shared: float, noisy: int | None, skewed: bool
 ) -> Floats:
-    """Return the noise of S x 10 x N measures; row `noisy` has four times the sd."""
+    """Return S x 10 x N noise of sd 1; row `noisy` has four times that."""
 
     def standard(*shape: int) -> Floats:
         return 1.0 - rng.exponential(1.0, shape) if skewed else rng.standard_normal(shape)
 
     own, common = standard(searches, len(EXPECTED), seeds), standard(searches, 1, seeds)
-    noise = np.sqrt(1 - shared) * own + np.sqrt(shared) * common
+    noise: Floats = np.sqrt(1 - shared) * own + np.sqrt(shared) * common
     if noisy is not None:
         noise[:, noisy] *= 4
-    return sd * noise
+    return noise
 
 
 def is_false(claim: Claim, verdict: Verdict, truth: float) -> bool:
-    """Return whether a verdict says of a true gain (points) or level (percent) what is not so."""
+    """Return whether a verdict says of a true gain (points), level (percent) or speed (epochs saved) what is not so."""
+    if claim.kind == "sooner":
+        return (verdict == "kept" and truth <= 0) or (verdict == "broken" and truth >= 0)
     least, most = claim.expected or (0.0, 0.0)
     is_gain = claim.kind == "gain"
     match verdict:
@@ -92,141 +99,212 @@ def is_false(claim: Claim, verdict: Verdict, truth: float) -> bool:
             return False
 
 
-def false_statements(verdicts: Verdicts, gains: Floats, levels: Floats) -> Flags:
+def false_statements(claims: Sequence[Claim], verdicts: Verdicts, truths: Sequence[float]) -> Flags:
     """Return, by search and claim, whether a verdict is false."""
-    return np.array(
-        [
-            [is_false(claim, verdict, truth) for verdict in verdicts[:, index]]
-            for index, (claim, truth) in enumerate(zip(CLAIMS, [*gains.tolist(), *levels.tolist()], strict=True))
-        ]
-    ).T
+    columns = []
+    for claim, truth, column in zip(claims, truths, verdicts.T, strict=True):
+        columns.append(np.isin(column, [word for word in get_args(Verdict) if is_false(claim, word, truth)]))
+    return np.stack(columns, axis=1)
 
 
 CELLS: Final = tuple(product((0.2, 0.5, 1.0), (0.0, 0.5), ("low", "middle", "top", "equal")))
 """The sd of a trial, the share of its variance that equal seeds share, and the truth."""
 
-NOISES: Final = {"alike": (None, False), "r01 x 4": (0, False), "r06 x 4": (5, False), "skewed": (None, True)}
+NOISES: Final = {
+    "alike": (None, False),
+    "r01 x 4": (0, False),
+    "r06 x 4": (5, False),
+    "r09 x 4": (8, False),
+    "skewed": (None, True),
+    "r01 x 4, skewed": (0, True),
+}
 """Which row has four times the sd, and whether the noise is skewed."""
 
 
-def draw_cell(searches: int, seeds: int, cell: tuple[float, float, str], noise: str) -> tuple[Floats, Floats, Floats]:
-    """Return S x 10 x N measures with the true gains and levels."""
-    (sd, shared, where), (noisy, skewed) = cell, NOISES[noise]
-    rng = np.random.default_rng((seeds, int(10 * sd), int(10 * shared), len(where), noisy or 0, skewed))
-    values = draw(rng, searches, seeds, sd=sd, shared=shared, noisy=noisy, skewed=skewed)
-    gains, levels = truths(where)
-    values[:, GAINS] += (levels[0] + gains)[None, :, None]
-    values[:, LEVELS] += levels[None, :, None]
-    return values, gains, levels
+@dataclass(frozen=True, kw_only=True)
+class Searches:
+    """Holds what S simulated searches measure, and what is true."""
 
+    measured: Floats
+    """S x 10 x N: mIoU in percent; NaN where a trial was stopped early."""
+    saved: Floats
+    """S x claims x N: the epochs saved by the rows that are expected to be sooner; NaN as above."""
+    truths: tuple[float, ...]
+    """Of all claims: points, percent, epochs saved."""
 
-def errors(searches: int, seeds: Sequence[int]) -> None:
-    """Print, by seeds and kind of noise, the worst share of searches with any false statement, over all truths."""
-    print(f"worst share of searches with any false statement on a gain or a level, {searches} searches a cell:")
-    families = Counter(claim.kind for claim in CLAIMS)
-    for number, noise in product(seeds, NOISES):
-        worst = (-1.0, 0.0, 0.0, "")
-        for cell in CELLS:
-            values, gains, levels = draw_cell(searches, number, cell, noise)
-            wrong = false_statements(judge_values(values, CLAIMS, NAMES, families=families), gains, levels)
-            parts = (wrong, wrong[:, : len(GAINS)], wrong[:, len(GAINS) :])
-            found, of_gains, of_levels = (float(part.any(1).mean()) for part in parts)
-            worst = max(worst, (found, of_gains, of_levels, str(cell)))
-        print(
-            f"  {number:2} seeds, {noise:8} {worst[0]:6.2%} (gains {worst[1]:.2%}, levels {worst[2]:.2%}; {worst[3]})"
+    def stopped_early(self, noise: Floats, spread: Floats, correlation: float, seed: int) -> "Searches":
+        """Return the searches under ASHA, whose rungs correlate so with the end over the seeds of a row.
+
+        `noise` is the part of `measured` that differs over seeds, S x 10 x N, and `spread` its sd by row. Trials arrive
+        in the declared order, all rows of the first seed first.
+        """
+        num_searches, num_rows, num_seeds = self.measured.shape
+        runs = [run for _ in range(num_seeds) for run in SPACE.runs]
+        rungs = [AshaRule().judged_epochs(run, ITERATIONS_PER_EPOCH) for run in runs]
+        other = np.random.default_rng(seed).standard_normal((2, *noise.shape)) * spread[:, None]
+        at_rungs = self.measured - noise + correlation * noise + np.sqrt(1 - correlation**2) * other
+        scores = at_rungs.transpose(1, 3, 2, 0).reshape(num_searches, num_seeds * num_rows, 2)
+        for trial, epochs in enumerate(rungs):
+            scores[:, trial, : len(epochs)] = scores[:, trial, -len(epochs) :]
+        ends = simulate_ends(runs, rungs, AshaRule(), scores)
+        completed = (ends == NUM_EPOCHS).reshape(num_searches, num_seeds, num_rows).transpose(0, 2, 1)
+        both = [completed[:, [NAMES.index(name) for name in trained_rows(claim)]].all(1) for claim in SOONER]
+        return Searches(
+            measured=np.where(completed, self.measured, np.nan),
+            saved=np.where(np.stack(both, axis=1), self.saved, np.nan),
+            truths=self.truths,
         )
 
 
-def power(searches: int, seeds: Sequence[int]) -> None:
+def draw_cell(
+    searches: int, seeds: int, cell: tuple[float, float, str], noise: str, *, correlation: float | None = None
+) -> Searches:
+    """Draw searches of all rows at equal speed; with a `correlation`, ASHA stops some trials."""
+    (sd, shared, where), (noisy, skewed) = cell, NOISES[noise]
+    seed = (seeds, int(100 * sd), int(10 * shared), len(where), *noise.encode())
+    rng = np.random.default_rng(seed)
+    ends, late = (draw(rng, searches, seeds, shared=shared, noisy=noisy, skewed=skewed) for _ in range(2))
+    ends *= sd
+    gains, levels = truths(where)
+    rows = np.zeros(len(NAMES))
+    rows[GAINS], rows[LEVELS] = levels[0] + gains, levels
+    found = measure(rng, rows[:, None] + ends, SPEED_SD * late, (*gains, *levels, *(0.0 for _ in SOONER)))
+    if correlation is None:
+        return found
+    spread = np.full(len(NAMES), sd)
+    if noisy is not None:
+        spread[noisy] *= 4
+    return found.stopped_early(ends, spread, correlation, int(rng.integers(2**32)))
+
+
+def measure(rng: np.random.Generator, ends: Floats, late: Floats, truths: Sequence[float]) -> Searches:
+    """Return what runs that rise to `ends` (S x 10 x N), so many epochs `late`, measure."""
+    rows = list(dict.fromkeys(NAMES.index(name) for claim in SOONER for name in trained_rows(claim)))
+    curves = {row: running_means(rng, ends[:, row], late[:, row]) for row in rows}
+    measured = ends.copy()
+    for row, curve in curves.items():
+        measured[:, row] = curve[..., -1]
+    saved = []
+    for claim in SOONER:
+        own, bar = (curves[NAMES.index(name)] for name in trained_rows(claim))
+        distance = np.maximum(claim.margin, np.minimum(own[..., -1], bar[..., -1]) - (claim.level or np.inf))
+        own_first, bar_first = (first_epoch_at(curve, curve[..., -1] - distance) for curve in (own, bar))
+        saved.append(bar_first - own_first)
+    return Searches(measured=measured, saved=np.stack(saved, axis=1), truths=tuple(truths))
+
+
+def running_means(rng: np.random.Generator, end: Floats, late: Floats) -> Floats:
+    """Return S x N x epochs: the mean mIoU of the last epochs, from the first epoch that has so many on."""
+    time = np.maximum(np.arange(1, NUM_EPOCHS + 1) - late[..., None], 0.0)
+    curve = end[..., None] - 40.0 * np.exp(-time / 6.0) + rng.normal(0, 0.2, time.shape)
+    sums = np.cumsum(curve, axis=-1)
+    sums[..., WINDOW:] -= sums[..., :-WINDOW].copy()
+    return np.asarray(sums[..., WINDOW - 1 :] / WINDOW)
+
+
+def first_epoch_at(means: Floats, level: Floats) -> Floats:
+    """Return the first epoch at which a running mean is at `level`."""
+    return np.asarray((means >= level[..., None]).argmax(-1) + WINDOW, dtype=float)
+
+
+def speed_verdicts(saved: Floats, spent: float = 1.0) -> Verdicts:
+    """Return the verdicts on speed, S x claims; `spent` is the share of the error that they may use up."""
+    error = strictness(saved.shape[2]).sooner_error * spent
+    ends = [
+        [student_interval(values, error=error, family=len(SOONER), least_sd=EPOCHS_SD) for values in of_search]
+        for of_search in saved.tolist()
+    ]
+    low, high = np.moveaxis(np.array(ends), 2, 0)
+    return np.stack(
+        [judge_intervals(claim, low[:, index], high[:, index]) for index, claim in enumerate(SOONER)], axis=1
+    )
+
+
+def judge_searches(searches: Searches, looks: Sequence[int]) -> tuple[Verdicts, Flags]:
+    """Judge at planned looks (or one); return all claims' verdicts, looks x S x claims, and which can be judged."""
+    families = Counter(claim.kind for claim in ALL_CLAIMS)
+    verdicts = np.full((len(searches.measured), len(ALL_CLAIMS)), "open", dtype=object)
+    by_look = []
+    for look in looks:
+        seen, share = searches.measured[:, :, :look], error_share(look, num_looks=len(looks))
+        of_level = judge_values(seen, CLAIMS, NAMES, families=families, spent=share)
+        found = np.concatenate([of_level, speed_verdicts(searches.saved[:, :, :look], share)], axis=1)
+        completed = ~np.isnan(seen).any(2)
+        rows = [[NAMES.index(name) for name in trained_rows(claim)] for claim in ALL_CLAIMS]
+        is_judged = np.stack([completed[:, of_claim].all(1) for of_claim in rows], axis=1)
+        found[~is_judged] = "open"
+        verdicts = np.where(is_final(verdicts, found), verdicts, found)
+        by_look.append(verdicts)
+    return np.stack(by_look), is_judged
+
+
+CORRELATIONS: Final = (0.3, 0.9)
+"""Between a rung's mIoU and the final one, over the seeds of a row."""
+
+
+def count(searches: int, looks: Sequence[int], scheduler: str, output: Path | None) -> None:
+    """Print, by kind of noise and of claim, the worst share of searches with any false statement, over all cells.
+
+    `output` gets a line of JSON for every cell.
+    """
+    kinds = {kind: [claim.kind == kind for claim in ALL_CLAIMS] for kind in ("gain", "miou", "sooner")}
+    for noise in NOISES:
+        worst = (-1.0, "")
+        for cell, correlation in product(CELLS, CORRELATIONS if scheduler == "asha" else (None,)):
+            drawn = draw_cell(searches, looks[-1], cell, noise, correlation=correlation)
+            by_look, is_judged = judge_searches(drawn, looks)
+            wrong = np.stack([false_statements(ALL_CLAIMS, verdicts, drawn.truths) for verdicts in by_look]).any(0)
+            of_kind = {kind: round(float(wrong[:, chosen].any(1).mean()), 5) for kind, chosen in kinds.items()}
+            found = float(wrong.any(1).mean())
+            worst = max(worst, (found, f"{cell}, {correlation}, {of_kind}, {is_judged.mean():.0%} judged"))
+            if output:
+                row = {"looks": looks, "noise": noise, "cell": cell, "correlation": correlation, "false": found}
+                with output.open("a") as file:
+                    file.write(json.dumps({**row, **of_kind, "judged": float(is_judged.mean())}) + "\n")
+        print(f"  looks {looks}, {noise:15} {worst[0]:6.2%} ({worst[1]})", flush=True)
+
+
+def errors(searches: int, seeds: Sequence[int], scheduler: str, output: Path | None) -> None:
+    """Count false statements where the table is judged once, for each number of seeds."""
+    print(f"worst share of searches with any false statement, {scheduler}, {searches} searches a cell:")
+    for number in seeds:
+        count(searches, [number], scheduler, output)
+
+
+def looks(searches: int, planned: Sequence[int], scheduler: str, output: Path | None) -> None:
+    """Count false statements at any of the planned looks."""
+    print(f"worst share of searches with any false statement at any look, {scheduler}, {searches} searches a cell:")
+    count(searches, planned, scheduler, output)
+
+
+def power(searches: int, seeds: Sequence[int], *_others: object) -> None:
     """Print the share of gains of +1 that are shown, at a trial's sd of 0.3, nothing shared by equal seeds."""
     print(f"share of true gains of +1 that are shown, sd 0.3, {searches} searches:")
     for number in seeds:
         rng = np.random.default_rng(number)
-        values = draw(rng, searches, number, sd=0.3, shared=0.0, noisy=None, skewed=False)
+        values = 0.3 * draw(rng, searches, number, shared=0.0, noisy=None, skewed=False)
         values[:, GAINS] += 1.0
         verdicts = judge_values(values, CLAIMS, NAMES, families=Counter(claim.kind for claim in CLAIMS))
         print(f"  {number:2} seeds: {np.isin(verdicts[:, : len(GAINS)], SHOWN).mean():.3f}")
 
 
-def looks(searches: int, planned: Sequence[int]) -> None:
-    """Print the worst share of searches with any false statement at any of the planned looks, over all truths."""
-    print(f"worst share of searches with any false statement at looks {planned}, {searches} searches a cell:")
-    for decides, noise in product((False, True), NOISES):
-        worst = (-1.0, "")
-        for cell in CELLS:
-            values, gains, levels = draw_cell(searches, planned[-1], cell, noise)
-            by_look, _ = judge_at_looks(values, CLAIMS, NAMES, planned, decides=decides)
-            wrong = [false_statements(verdicts, gains, levels).any(1) for verdicts in by_look]
-            worst = max(worst, (float(np.any(wrong, axis=0).mean()), str(cell)))
-        who = "open rows continue" if decides else "all rows go on"
-        print(f"  {who:15} {noise:8} {worst[0]:6.2%} ({worst[1]})", flush=True)
-
-
-def decide(searches: int, planned: Sequence[int]) -> None:
+def decide(searches: int, planned: Sequence[int], *_others: object) -> None:
     """Print what --decide trains, of all seeds of all rows, and which true gains it shows, against one look at all."""
     most, families = planned[-1] * len(NAMES), Counter(claim.kind for claim in CLAIMS)
     print(f"--decide at looks {planned} against {planned[-1]} seeds of all rows, {searches} searches a cell:")
     print("   sd, shared, truth: trials trained; gains and levels shown by it and by the fixed; any false statement")
     for cell in product((0.15, 0.3, 0.5, 1.0), (0.0,), ("middle", "equal")):
-        values, gains, levels = draw_cell(searches, planned[-1], cell, "alike")
-        by_look, trials = judge_at_looks(values, CLAIMS, NAMES, planned, decides=True)
-        fixed = judge_values(values, CLAIMS, NAMES, families=families)
+        drawn = draw_cell(searches, planned[-1], cell, "alike")
+        by_look, trials = judge_at_looks(drawn.measured, CLAIMS, NAMES, planned, decides=True)
+        fixed = judge_values(drawn.measured, CLAIMS, NAMES, families=families)
         shown = [np.isin(verdicts, SHOWN).mean() for verdicts in (by_look[-1], fixed)]
-        wrong = [false_statements(verdicts, gains, levels).any(1).mean() for verdicts in (by_look[-1], fixed)]
+        true = drawn.truths[: len(CLAIMS)]
+        wrong = [false_statements(CLAIMS, verdicts, true).any(1).mean() for verdicts in (by_look[-1], fixed)]
         trained = trials.mean() / most
         print(f"  {cell}: {trained:.0%}; {shown[0]:.1%}, {shown[1]:.1%}; {wrong[0]:.2%}, {wrong[1]:.2%}", flush=True)
 
 
-def asha(searches: int, seeds: Sequence[int]) -> None:
-    """Print the share of searches with any false statement under ASHA, and how many claims it leaves to be judged."""
-    print(f"any false statement under asha, {searches} searches a cell, sd 0.5: worst truth, claims judged")
-    for number, correlation in product(seeds, (0.3, 0.5, 0.7, 0.9)):
-        worst = (-1.0, 0.0, "")
-        for where in ("low", "middle", "top", "equal"):
-            values, gains, levels = draw_cell(searches, number, (0.5, 0.0, where), "alike")
-            rng = np.random.default_rng(number)
-            wrong, judged = [], []
-            for measured in values:
-                kept = stopped_early(rng, measured, correlation)
-                verdicts = judge_values(kept[None], CLAIMS, NAMES, families=Counter(claim.kind for claim in CLAIMS))
-                completed = ~np.isnan(kept).any(1)
-                is_judged = [completed[[NAMES.index(name) for name in trained_rows(claim)]].all() for claim in CLAIMS]
-                wrong.append(bool((false_statements(verdicts, gains, levels)[0] & is_judged).any()))
-                judged.append(np.mean(is_judged))
-            worst = max(worst, (float(np.mean(wrong)), float(np.mean(judged)), where))
-        print(f"  {number:2} seeds, correlation {correlation}: {worst[0]:.2%} ({worst[2]}), {worst[1]:.0%}", flush=True)
-
-
-def stopped_early(rng: np.random.Generator, measured: Floats, correlation: float) -> Floats:
-    """Return 10 x N measures with NaN where ASHA stops a trial; a rung correlates so with the end, over seeds."""
-    sd = measured.std(1, keepdims=True)
-    noise = rng.standard_normal((2, *measured.shape)) * sd
-    mean = measured.mean(1, keepdims=True)
-    rungs = mean + correlation * (measured - mean) + np.sqrt(1 - correlation**2) * noise
-    stopper = Stopper(rule=AshaRule(), iterations_per_epoch=lambda _run: 743, protected=protected_rows(SPACE.runs))
-    kept = measured.copy()
-    for seed, (row, run) in product(range(measured.shape[1]), enumerate(SPACE.runs)):
-        epochs = AshaRule().judged_epochs(run, 743)
-        scores = rungs[-len(epochs) :, row, seed].tolist()
-        stops = [stopper.decide(run, f"{row}-{seed}", epoch=e, miou=m) for e, m in zip(epochs, scores, strict=True)]
-        if any(stops):
-            kept[row, seed] = np.nan
-    return kept
-
-
-def curve(rng: np.random.Generator, *, end: float, delay: float) -> list[float]:
-    """Return the mIoU after each epoch of a run that rises to `end`, `delay` epochs later than others, give or take.
-
-    A difference of two runs has a spread of 2 epochs.
-    """
-    shift = delay + rng.normal(0, 2.0 / np.sqrt(2))
-    time = np.maximum(np.arange(1, NUM_EPOCHS + 1) - shift, 0.0)
-    own_end = end + rng.normal(0, 0.3)
-    wiggle = rng.normal(0, 0.2, NUM_EPOCHS)
-    return list(own_end - 40.0 * np.exp(-time / 6.0) + wiggle)
-
-
-def speed(searches: int, seeds: Sequence[int]) -> None:
+def speed(searches: int, seeds: Sequence[int], *_others: object) -> None:
     """Print how often "sooner" is kept and broken for rows that differ in speed and in level."""
     kinds = {
         "equal": (57.0, 0.0),
@@ -234,61 +312,26 @@ def speed(searches: int, seeds: Sequence[int]) -> None:
         "5 epochs faster, +0.7": (57.7, -5.0),
         "3 epochs slower, +0.5": (57.5, 3.0),
     }
-    bar = SPACE.runs[0].model_copy(update={"expect": None})
-    row = SPACE.runs[1].model_copy(update={"expect": Expect(miou=(56, 58), sooner_than=bar.name)})
-    other = SPACE.runs[8].model_copy(update={"expect": Expect(miou=(57.5, 58.5), sooner_than=bar.name)})
-    print(f"'sooner' of one of two claims, {searches} searches: kept, broken")
-    window = measure_window(NUM_EPOCHS, MEASURED_SHARE)
+    own = NAMES.index(SOONER[0].run)
+    print(f"'sooner' of {SOONER[0].run}, one of two claims, {searches} searches: kept, broken")
     for (kind, (end, delay)), number in product(kinds.items(), seeds):
         rng = np.random.default_rng((number, int(10 * end)))
-        verdicts = []
-        for _ in range(searches):
-            trials = [
-                simulated_trial(run, seed, curve(rng, end=level, delay=late))
-                for seed in range(number)
-                for run, level, late in ((bar, 57.0, 0.0), (row, end, delay))
-            ]
-            claims = judge([bar, row, other], trials).claims
-            verdicts += [claim.verdict for claim in claims if (claim.run, claim.kind) == (row.name, "sooner")]
-        shares = [verdicts.count(word) / searches for word in ("kept", "broken")]
-        print(f"  {kind}, {number} seeds (mean of {window} epochs): {shares[0]:.1%}, {shares[1]:.1%}")
-
-
-def simulated_trial(row: Run, seed: int, mious: Sequence[float]) -> ReportedTrial:
-    """Return a trial that completed with these mIoUs (percent) after its epochs."""
-    run = row.model_copy(update={"seed": seed, "num_epochs": len(mious)})
-    spec = TrialSpec(trial=f"{run.name}-s{seed}", run=run)
-    state = TrialState.of_run(spec.trial, run, status="finished")
-    epochs = [simulated_epoch(number, miou) for number, miou in enumerate(mious, start=1)]
-    return ReportedTrial(spec=spec, state=state, epochs=epochs)
-
-
-def simulated_epoch(number: int, miou: float) -> Epoch:
-    """Return epoch `number` with this mIoU in percent."""
-    return Epoch(
-        epoch=number,
-        iterations=number,
-        loss=1.0,
-        loss_main=1.0,
-        loss_aux1=0.0,
-        loss_aux2=0.0,
-        lr=0.01,
-        grad_norm=1.0,
-        miou=miou,
-        iou=(),
-        pixel_accuracy=0.0,
-        images_per_second=1.0,
-        train_seconds=60.0,
-        val_seconds=0.0,
-    )
+        ends, late = (draw(rng, searches, number, shared=0.0, noisy=None, skewed=False) for _ in range(2))
+        ends, late = 57.0 + 0.3 * ends, SPEED_SD * late
+        ends[:, own] += end - 57.0
+        late[:, own] += delay
+        verdicts = speed_verdicts(measure(rng, ends, late, ()).saved)[:, 0]
+        print(f"  {kind}, {number} seeds: {(verdicts == 'kept').mean():.1%}, {(verdicts == 'broken').mean():.1%}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("errors", "power", "speed", "looks", "decide", "asha"))
+    parser.add_argument("what", choices=("errors", "looks", "power", "speed", "decide"))
     parser.add_argument("--searches", type=int, default=3000)
     parser.add_argument("--seeds", help="default: 2,3,5,10; of looks and decide 3,5,8,12")
+    parser.add_argument("--scheduler", choices=("fifo", "asha"), default="fifo")
+    parser.add_argument("--output", type=Path, help="a file to append the figures of every cell to, as JSON lines")
     arguments = parser.parse_args()
-    run_it = globals()[arguments.what]
     seeds = arguments.seeds or ("3,5,8,12" if arguments.what in ("looks", "decide") else "2,3,5,10")
-    run_it(arguments.searches, [int(number) for number in seeds.split(",")])
+    numbers = [int(number) for number in seeds.split(",")]
+    globals()[arguments.what](arguments.searches, numbers, arguments.scheduler, arguments.output)

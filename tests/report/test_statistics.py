@@ -13,6 +13,7 @@ from statsmodels.stats.power import TTestPower
 from tune_bisenet.report.statistics import (
     compare_rows,
     dunnett,
+    estimate_levels,
     fit_noise,
     image_interval,
     seeds_for_power,
@@ -65,12 +66,33 @@ def test_a_table_of_two_rows_is_the_paired_t_test() -> None:
     values = rng.normal(56, 1, (1, 2, 6)) + rng.normal(0, 3, (1, 1, 6))
     noise = fit_noise(values)
     truth = stats.ttest_rel(values[0, 1], values[0, 0])
-    level = 1 - strictness(6).gain_error
-    (mean,), (half_width,) = compare_rows(values, [(1, 0)], noise, family=1)
-    interval = truth.confidence_interval(level)
+    (low,), (high,) = compare_rows(values, [(1, 0)], noise, family=1)
+    interval = truth.confidence_interval(1 - 2 * strictness(6).gain_error)
     assert (noise.freedom[0], noise.is_noisy.any()) == (5, False)
-    assert mean[0] - half_width[0] == pytest.approx(interval.low)
-    assert mean[0] + half_width[0] == pytest.approx(interval.high)
+    assert (low[0], high[0]) == pytest.approx((interval.low, interval.high))
+
+
+def test_with_three_seeds_a_broken_promise_takes_more_than_a_gain() -> None:
+    values = np.random.default_rng(5).normal(56, 1, (1, 10, 3))
+    low, high = compare_rows(values, [(1, 0)], fit_noise(values), family=6)
+    mean = (values[0, 1] - values[0, 0]).mean()
+    assert high[0, 0] - mean > 1.5 * (mean - low[0, 0])
+
+
+def test_searches_with_gaps_of_their_own_are_judged_as_each_would_be_alone() -> None:
+    rng = np.random.default_rng(6)
+    values = rng.normal(56, 1, (40, 10, 5))
+    values[rng.random(values.shape) < 0.3] = np.nan
+    values[0, :, 1:] = values[1, 1:] = np.nan  # one seed, and one row
+    pairs = [(row, 0) for row in (3, 4, 5)]
+    together = compare_rows(values, pairs, fit_noise(values), family=3)
+    levels = estimate_levels(values, [0, 1], fit_noise(values), family=2)
+    for search in range(40):
+        one = values[search : search + 1]
+        noise = fit_noise(one)
+        alone = [*compare_rows(one, pairs, noise, family=3), *estimate_levels(one, [0, 1], noise, family=2)]
+        for ours, theirs in zip([*together, *levels], alone, strict=True):
+            assert ours[search] == pytest.approx(theirs[0], nan_ok=True)
 
 
 def test_the_noise_of_a_whole_table_agrees_with_a_two_way_analysis_of_variance() -> None:
@@ -108,10 +130,10 @@ def test_a_far_noisier_row_leaves_the_pool_and_is_judged_by_itself() -> None:
     noise = fit_noise(values)
     assert np.flatnonzero(noise.is_noisy[0]).tolist() == [7]
     assert math.sqrt(noise.variance[0]) == pytest.approx(0.3, abs=0.1)
-    _, half_width = compare_rows(values, [(4, 0), (7, 0)], noise, family=6)
-    alone = stats.ttest_rel(values[0, 7], values[0, 0]).confidence_interval(1 - strictness(5).gain_error / 6)
-    assert half_width[0, 1] == pytest.approx((alone.high - alone.low) / 2)
-    assert half_width[0, 0] < 1.2
+    low, high = compare_rows(values, [(4, 0), (7, 0)], noise, family=6)
+    alone = stats.ttest_rel(values[0, 7], values[0, 0]).confidence_interval(1 - 2 * strictness(5).gain_error / 6)
+    assert (low[0, 1], high[0, 1]) == pytest.approx((alone.low, alone.high))
+    assert high[0, 0] - low[0, 0] < 2.4
 
 
 def test_rows_left_without_a_shared_seed_have_no_residual_and_a_noisy_one_its_own_interval() -> None:
@@ -120,10 +142,9 @@ def test_rows_left_without_a_shared_seed_have_no_residual_and_a_noisy_one_its_ow
     values[0, 0] += 5 * rng.normal(size=12)  # leaves the pool: the others share no seed
     values[0, 1, 6:] = values[0, 2, :6] = np.nan
     noise = fit_noise(values)
-    noise = replace(noise, is_noisy=np.array([[True, False, False]]), variance=np.array([np.nan]))
+    noise = replace(noise, is_suspect=np.array([[True, False, False]]), variance=np.array([np.nan]))
     noise = replace(noise, freedom=np.array([np.nan]))
-    (_mean,), (half_width,) = compare_rows(values, [(1, 0), (2, 0)], noise, family=2)
-    assert np.isfinite(half_width).all()
+    assert np.isfinite(compare_rows(values, [(1, 0), (2, 0)], noise, family=2)).all()
     alone = fit_noise(values[:, 1:])
     assert np.isnan([*alone.variance, *alone.freedom]).all()
     assert np.isfinite(alone.within).all()

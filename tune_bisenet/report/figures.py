@@ -246,13 +246,18 @@ def intervals(judgement: Judgement) -> list[Figure]:
                 "showlegend": False,
                 "height": 110 + 32 * len(claims),
             }
-            reaches = [claim.interval[1] - claim.interval[0] if claim.interval else 0.0 for claim in claims]
+            ends = [(claim.estimate or 0.0, *(claim.interval or (claim.estimate or 0.0,) * 2)) for claim in claims]
             estimates = {
                 "type": "scatter",
                 "mode": "markers",
                 "x": [claim.estimate for claim in claims],
                 "y": [_axis_label(claim) for claim in claims],
-                "error_x": {"type": "data", "array": [reach / 2 for reach in reaches]},
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [high - estimate for estimate, _low, high in ends],
+                    "arrayminus": [estimate - low for estimate, low, _high in ends],
+                },
                 "text": [f"{_axis_label(claim)}: {claim.verdict}" for claim in claims],
                 "hovertemplate": "%{text}, %{x:.2f}<extra></extra>",
                 "marker": {"color": BASELINE_COLOUR, "size": 9},

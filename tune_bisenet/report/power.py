@@ -144,10 +144,9 @@ def judge_values(
     of_gains = compare_rows(values, pairs, noise, family=families["gain"], spent=spent)
     level_rows = [rows[index] for index in levels]
     of_levels = estimate_levels(values, level_rows, noise, family=families["miou"], spent=spent)
-    for indices, (mean, half_width) in ((gains, of_gains), (levels, of_levels)):
+    for indices, (low, high) in ((gains, of_gains), (levels, of_levels)):
         for column, index in enumerate(indices):
-            ends = (mean - half_width)[:, column], (mean + half_width)[:, column]
-            verdicts[:, index] = judge_intervals(claims[index], *ends)
+            verdicts[:, index] = judge_intervals(claims[index], low[:, column], high[:, column])
     return verdicts
 
 
@@ -171,15 +170,12 @@ def judge_at_looks(
     verdicts = np.full((len(values), len(claims)), "open", dtype=object)
     by_look = []
     for look, next_look in zip(looks, [*looks[1:], 0], strict=True):
-        for pattern in np.unique(num_seeds, axis=0):
-            here = np.flatnonzero((num_seeds == pattern).all(1))
-            has_trial = np.arange(look) < pattern[:, None]
-            seen = np.where(has_trial, values[here, :, :look], np.nan)
-            share = spent * error_share(look, num_looks=len(looks))
-            found = judge_values(seen, claims, names, families=families, spent=share)
-            before = verdicts[here]
-            verdicts[here] = np.where(is_final(before, found), before, found)
-        by_look.append(verdicts.copy())
+        has_trial = np.arange(look) < num_seeds[:, :, None]
+        seen = np.where(has_trial, values[:, :, :look], np.nan)
+        share = spent * error_share(look, num_looks=len(looks))
+        found = judge_values(seen, claims, names, families=families, spent=share)
+        verdicts = np.where(is_final(verdicts, found), verdicts, found)
+        by_look.append(verdicts)
         goes_on = (verdicts == "open") @ needed if decides else np.ones_like(num_seeds, dtype=bool)
         num_seeds = np.where(goes_on, max(next_look, look), num_seeds)
     return np.stack(by_look), num_seeds.sum(1)

@@ -5,14 +5,14 @@ Numbers in, numbers out: nothing here knows rows, trials or words. The model is
     measure[row, seed] = row + seed + residual
 
 with residuals of one variance, estimated from all rows together. Arrays are S x R x N: searches (one, or many that are
-simulated), rows, seeds; NaN where a row has no measure at a seed, in the same places of every search.
+simulated), rows, seeds; NaN where a row has no measure at a seed.
 """
 
 import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -45,20 +45,60 @@ class Strictness:
     seeds: int
     """From this number on."""
     gain_error: float
-    """The chance that any gain of the table is judged falsely, by the model."""
+    """The chance that any gain of the table is overstated (kept, exceeded or gained), by the model."""
+    broken_error: float
+    """The chance that any is called broken falsely. With three seeds it is small, so that gains can have the rest."""
     level_error: float
     sooner_error: float
     noisy_ratio: float
     """A row whose residual standard deviation is over this many times the median row's is judged by its own."""
+    suspect_ratio: float
+    """The same for a reference, which many claims hang on, and for a row with a claim on its level."""
     leaves_pool: bool
-    """Whether such a row also leaves the pool. With few seeds too many rows would do so by chance."""
+    """Whether a noisy row also leaves the pool. With few seeds too many rows would do so by chance."""
 
 
 STRICTNESS: Final = (
-    Strictness(seeds=2, gain_error=0.0005, level_error=0.0001, sooner_error=0.001, noisy_ratio=2.5, leaves_pool=False),
-    Strictness(seeds=3, gain_error=0.018, level_error=0.003, sooner_error=0.001, noisy_ratio=1.7, leaves_pool=False),
-    Strictness(seeds=5, gain_error=0.03, level_error=0.005, sooner_error=0.003, noisy_ratio=2.2, leaves_pool=True),
-    Strictness(seeds=8, gain_error=0.03, level_error=0.005, sooner_error=0.015, noisy_ratio=2.2, leaves_pool=True),
+    Strictness(
+        seeds=2,
+        gain_error=0.00025,
+        broken_error=0.00025,
+        level_error=0.0001,
+        sooner_error=0.001,
+        noisy_ratio=2.5,
+        suspect_ratio=2.5,
+        leaves_pool=False,
+    ),
+    Strictness(
+        seeds=3,
+        gain_error=0.031,
+        broken_error=0.0002,
+        level_error=0.0002,
+        sooner_error=0.001,
+        noisy_ratio=2.6,
+        suspect_ratio=1.6,
+        leaves_pool=False,
+    ),
+    Strictness(
+        seeds=5,
+        gain_error=0.015,
+        broken_error=0.015,
+        level_error=0.005,
+        sooner_error=0.003,
+        noisy_ratio=2.2,
+        suspect_ratio=2.2,
+        leaves_pool=True,
+    ),
+    Strictness(
+        seeds=8,
+        gain_error=0.015,
+        broken_error=0.015,
+        level_error=0.005,
+        sooner_error=0.015,
+        noisy_ratio=2.2,
+        suspect_ratio=2.2,
+        leaves_pool=True,
+    ),
 )
 
 EARLY_SEEDS: Final = 8
@@ -92,143 +132,155 @@ class Noise:
     within_freedom: Floats
     """S: its degrees of freedom, by Satterthwaite."""
     is_noisy: Flags
-    """S x R."""
+    """S x R: rows whose gains are judged by their own noise."""
+    is_suspect: Flags
+    """S x R: rows by whose own noise their levels are judged, and the gains of others over them."""
 
 
 def fit_noise(values: Floats) -> Noise:
     """Fit row + seed + residual to S x R x N values; see `Noise`."""
-    present = ~np.isnan(values[0])
-    num_seeds = present.sum(1)
-    squares, leverage = _residual_squares(values, present)
-    row_freedom = np.where(num_seeds > 1, leverage, 0.0)
-    known = row_freedom > 1e-6
+    present = _present(values)
+    num_seeds = present.sum(2)
+    squares, row_freedom = _residual_squares(values, present)
+    is_known = (num_seeds > 1) & (row_freedom > 1e-6)
     row_variances = np.full(squares.shape, np.nan)
-    np.divide(squares, row_freedom, out=row_variances, where=np.broadcast_to(known, squares.shape))
-    sds = np.sqrt(row_variances)
-    is_noisy = np.zeros(squares.shape, dtype=bool)
-    if known.sum() > 2:  # of two rows, neither is noisier: the residuals of one are those of the other
-        ratios = np.array([strictness(number).noisy_ratio for number in num_seeds])
-        median = np.nanmedian(sds[:, known], axis=1, keepdims=True)
-        is_noisy[:, known] = sds[:, known] > ratios[known] * median
-    may_leave = np.array([strictness(number).leaves_pool for number in num_seeds])
-    leaves = is_noisy & may_leave
-    variance, freedom, within, within_freedom = (np.full(len(values), np.nan) for _ in range(4))
-    for pattern in np.unique(leaves, axis=0):
-        here = (leaves == pattern).all(1)
-        pool = ~pattern
-        if pool.any():
-            fits = _pooled(values[here][:, pool], present[pool])
-            variance[here], freedom[here], within[here], within_freedom[here] = fits
+    np.divide(squares, row_freedom, out=row_variances, where=np.broadcast_to(is_known, squares.shape))
+    sds, median = np.sqrt(row_variances), np.full(len(values), np.inf)
+    # Of two rows, neither is noisier: the residuals of one are those of the other.
+    has_median = np.broadcast_to(is_known.sum(1) > 2, median.shape)
+    median[has_median] = np.nanmedian(sds[has_median], axis=1)
+    is_noisy, is_suspect = (
+        sds > _by_seeds(ratio, num_seeds) * median[:, None] for ratio in ("noisy_ratio", "suspect_ratio")
+    )
+    leaves = is_noisy & _by_seeds("leaves_pool", num_seeds)
+    variance, freedom, within, within_freedom = _pooled(values, present & ~leaves[:, :, None])
     return Noise(
         variance=variance,
         freedom=freedom,
         within=within,
         within_freedom=within_freedom,
         is_noisy=is_noisy,
+        is_suspect=is_suspect,
     )
 
 
+def _present(values: Floats) -> Flags:
+    """Return where there are measures: S x R x N, or 1 x R x N if that is the same in every search."""
+    present = ~np.isnan(values)
+    return present[:1] if (present == present[:1]).all() else present
+
+
+def _by_seeds(name: str, num_seeds: NDArray[np.int_]) -> NDArray[Any]:
+    """Return this part of the `Strictness` for each number of seeds."""
+    rules = [getattr(strictness(number), name) for number in range(num_seeds.max(initial=0) + 1)]
+    return np.array(rules)[num_seeds]
+
+
 def _residual_squares(values: Floats, present: Flags) -> tuple[Floats, Floats]:
-    """Return the sum of squared residuals by search and row (S x R), and its degrees of freedom by row (R)."""
-    num_rows, num_seeds = present.shape
-    if present.all():
-        centred = values - values.mean(2, keepdims=True)
-        residuals = centred - centred.mean(1, keepdims=True)
-        freedom = np.full(num_rows, num_seeds * (1 - 1 / num_rows) * (1 - 1 / num_seeds))
-        return (residuals**2).sum(2), freedom
-    rows, seeds = np.nonzero(present)
-    design = np.zeros((len(rows), num_rows + num_seeds))
-    cells = np.arange(len(rows))
-    design[cells, rows] = design[cells, num_rows + seeds] = 1.0
-    left, singular, _ = np.linalg.svd(design, full_matrices=False)
-    basis = left[:, singular > 1e-9 * max(singular.max(initial=0.0), 1.0)]
-    flat = values[:, rows, seeds]
-    residuals = flat - flat @ basis @ basis.T
-    leverage = 1 - (basis**2).sum(1)
-    squares = np.zeros((len(values), num_rows))
-    freedom = np.zeros(num_rows)
-    for row in range(num_rows):
-        squares[:, row] = (residuals[:, rows == row] ** 2).sum(1)
-        freedom[row] = leverage[rows == row].sum()
-    return squares, freedom
+    """Return the sum of squared residuals by search and row (S x R), and its degrees of freedom (S x R or 1 x R).
+
+    Least squares: rows are swept out first, so what is solved has a line for each seed.
+    """
+    weights = present.astype(float)
+    counts = weights.sum(2, keepdims=True)
+    shares = weights / np.maximum(counts, 1.0)
+    filled = np.where(present, values, 0.0)
+    centred = filled - weights * (shares * filled).sum(2, keepdims=True)
+    row_freedom = np.maximum(counts[:, :, 0] - 1, 0.0)
+    if (present == present.any(2, keepdims=True)).all():  # each row has all seeds or none
+        num_rows = np.maximum(present.any(2).sum(1), 1)[:, None]
+        effects, freedom = centred.sum(1) / num_rows, row_freedom * (1 - 1 / num_rows)
+    else:
+        normal = weights.sum(1)[:, :, None] * np.eye(values.shape[2]) - np.einsum("srn,srm->snm", shares, weights)
+        inverse = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
+        effects = np.einsum("snm,srm->sn", inverse, centred)
+        of_seeds = (weights * np.einsum("snn->sn", inverse)[:, None]).sum(2)
+        freedom = row_freedom - of_seeds + np.einsum("srn,snm,srm->sr", shares, inverse, weights, optimize=True)
+    residuals = centred - weights * (effects[:, None] - (shares * effects[:, None]).sum(2, keepdims=True))
+    return (residuals**2).sum(2), freedom
 
 
 def _pooled(values: Floats, present: Flags) -> tuple[Floats, Floats, Floats, Floats]:
     """Return residual variance and freedom, then the variance within a row and its freedom, each S."""
-    squares, leverage = _residual_squares(values, present)
+    num_searches = len(values)
+    squares, row_freedom = _residual_squares(values, present)
+    freedom = np.broadcast_to(np.round(row_freedom.sum(1)), num_searches)
     # Rows that share no seeds leave nothing to estimate residuals from.
-    freedom = leverage.sum() if leverage.sum() > 1e-6 else math.nan
-    variance, residual_freedom = squares.sum(1) / freedom, np.full(len(values), freedom)
-    repeats = present.sum(1) - 1
-    num_rows, num_repeats = int((repeats > 0).sum()), int(repeats[repeats > 0].sum())
-    if not num_repeats:
-        unknown = np.full(len(values), math.nan)
-        return variance, residual_freedom, unknown, unknown
-    repeated = values[:, repeats > 0]
-    deviations = repeated - np.nanmean(repeated, axis=2, keepdims=True)
-    within = np.nansum(deviations**2, axis=(1, 2)) / num_repeats
-    if num_rows == 1 or math.isnan(freedom):
-        return variance, residual_freedom, within, np.full(len(values), float(num_repeats))
+    freedom = np.where(freedom > 0, freedom, np.nan)
+    variance = squares.sum(1) / freedom
+    repeats = np.maximum(present.sum(2) - 1, 0)
+    num_rows, num_repeats = (np.broadcast_to(of.sum(1), num_searches) for of in (repeats > 0, repeats))
+    _, _, row_variances = _moments(np.where(present, values, np.nan))
+    within = np.nansum(row_variances * repeats, axis=1) / np.where(num_repeats > 0, num_repeats, np.nan)
     # Satterthwaite: within = (between seeds + (k - 1) residual) / k, of which the first has far fewer degrees.
-    per_row = num_repeats / num_rows
+    of_rows = np.maximum(num_rows, 1)
+    per_row = num_repeats / of_rows
     between = np.maximum(num_rows * within - (num_rows - 1) * variance, 0.0)
-    shares = (between / num_rows) ** 2 / per_row + ((num_rows - 1) / num_rows * variance) ** 2 / freedom
-    within_freedom = np.divide(within**2, shares, out=np.full(len(values), per_row), where=shares > 0)
-    return variance, residual_freedom, within, np.maximum(within_freedom, per_row)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        uncertainty = (between / of_rows) ** 2 / per_row + ((of_rows - 1) / of_rows * variance) ** 2 / freedom
+        satterthwaite = np.maximum(within**2 / uncertainty, per_row)
+    within_freedom = np.where(uncertainty > 0, satterthwaite, np.where(np.isnan(freedom), num_repeats, per_row))
+    return variance, freedom, within, np.where(num_repeats > 0, within_freedom, np.nan)
+
+
+def _moments(values: Floats) -> tuple[NDArray[np.int_], Floats, Floats]:
+    """Return number, mean and variance of the values along the last axis; NaN where they are too few."""
+    number = (~np.isnan(values)).sum(-1)
+    mean = np.nansum(values, axis=-1) / np.where(number > 0, number, np.nan)
+    squares = np.nansum((values - mean[..., None]) ** 2, axis=-1)
+    return number, mean, squares / np.where(number > 1, number - 1, np.nan)
 
 
 def compare_rows(
     values: Floats, pairs: Sequence[tuple[int, int]], noise: Noise, *, family: int, spent: float = 1.0
 ) -> tuple[Floats, Floats]:
-    """Return each row's mean difference to its reference over the seeds both have, and half of Dunnett's interval.
+    """Return the ends of Dunnett's intervals of each row's mean difference to its reference over the seeds both have.
 
     `pairs` are indices of rows; `family` is the number of claims that are guarded together, measured or not; `spent` is
-    the share of the error that these intervals may use up. Both results are S x claims; the second is NaN where there
-    is no interval.
+    the share of the error that these intervals may use up. Both ends are S x claims, NaN where there is no interval;
+    with three seeds the upper one is further from the mean.
     """
-    present = ~np.isnan(values[0])
-    correlation = _least_correlation(present, pairs)
-    means, half_widths = [], []
+    correlation = _least_correlation(_present(values), pairs)
+    lows, highs = [], []
     for row, reference in pairs:
-        common = present[row] & present[reference]
-        differences = values[:, row, common] - values[:, reference, common]
-        means.append(differences.mean(1) if common.any() else np.full(len(values), np.nan))
-        number = int(common.sum())
-        if number < 2:
-            half_widths.append(np.full(len(values), np.nan))
-            continue
-        error = strictness(number).gain_error * spent
-        own = differences.var(1, ddof=1)
-        critical = _by_freedom(noise.freedom, partial(dunnett, family, error=error, correlation=correlation))
-        half = critical * np.sqrt(np.maximum(2 * noise.variance, own) / number)
-        alone = float(special.stdtrit(number - 1, 1 - error / (2 * family))) * np.sqrt(own / number)
-        is_noisy = noise.is_noisy[:, row] | noise.is_noisy[:, reference]
-        half_widths.append(np.where(is_noisy, np.fmax(half, alone), half))
-    return _columns(means, len(values)), _columns(half_widths, len(values))
+        number, mean, own = _moments(values[:, row] - values[:, reference])
+        scale = np.sqrt(np.maximum(2 * noise.variance, own) / np.maximum(number, 1))
+        own_scale = np.sqrt(own / np.maximum(number, 1))
+        is_noisy = noise.is_noisy[:, row] | noise.is_suspect[:, reference]
+        widths = []
+        for name in ("gain_error", "broken_error"):
+            error = 2 * _by_seeds(name, number) * spent  # of both ends, of which one is used
+            width = _quantiles(family, noise.freedom, error, correlation) * scale
+            alone = _student(number - 1, error / family) * own_scale
+            widths.append(np.where(is_noisy, np.fmax(width, alone), width))
+        lows.append(mean - widths[0])
+        highs.append(mean + widths[1])
+    return _columns(lows, len(values)), _columns(highs, len(values))
 
 
 def estimate_levels(
     values: Floats, rows: Sequence[int], noise: Noise, *, family: int, spent: float = 1.0
 ) -> tuple[Floats, Floats]:
-    """Return the mean of each of `rows` over its seeds, and half of intervals that hold together (Bonferroni).
+    """Return the ends of intervals of the mean of each of `rows` over its seeds, which hold together (Bonferroni).
 
-    `family` and `spent` are as in `compare_rows`. Both results are S x claims; the second is NaN where there is no
-    interval.
+    `family` and `spent` are as in `compare_rows`, and so are the results.
     """
-    means, half_widths = [], []
+    lows, highs = [], []
     for row in rows:
-        own_values = values[:, row, ~np.isnan(values[0, row])]
-        number = own_values.shape[1]
-        means.append(own_values.mean(1) if number else np.full(len(values), np.nan))
-        if number < 2:
-            half_widths.append(np.full(len(values), np.nan))
-            continue
-        tail = 1 - strictness(number).level_error * spent / (2 * family)
-        own = own_values.var(1, ddof=1)
-        half = special.stdtrit(noise.within_freedom, tail) * np.sqrt(np.maximum(noise.within, own) / number)
-        alone = float(special.stdtrit(number - 1, tail)) * np.sqrt(own / number)
-        half_widths.append(np.where(noise.is_noisy[:, row], np.fmax(half, alone), half))
-    return _columns(means, len(values)), _columns(half_widths, len(values))
+        number, mean, own = _moments(values[:, row])
+        error = _by_seeds("level_error", number) * spent / family
+        variance = np.maximum(noise.within, own)
+        width = _student(noise.within_freedom, error) * np.sqrt(variance / np.maximum(number, 1))
+        alone = _student(number - 1, error) * np.sqrt(own / np.maximum(number, 1))
+        width = np.where(noise.is_suspect[:, row], np.fmax(width, alone), width)
+        lows.append(mean - width)
+        highs.append(mean + width)
+    return _columns(lows, len(values)), _columns(highs, len(values))
+
+
+def _student(freedom: Any, error: Any) -> Floats:
+    """Return Student's two-sided quantile; NaN without a degree of freedom."""
+    return np.asarray(special.stdtrit(freedom, 1 - error / 2))
 
 
 def _columns(columns: Sequence[Floats], num_searches: int) -> Floats:
@@ -251,28 +303,31 @@ def student_interval(
     return mean - half, mean + half
 
 
-def _least_correlation(present: Flags, pairs: Sequence[tuple[int, int]]) -> float:
-    """Return the least correlation of any two differences: a half where all share seeds and reference.
+def _least_correlation(present: Flags, pairs: Sequence[tuple[int, int]]) -> Floats:
+    """Return, by search, the least correlation of any two differences: a half where all share seeds and reference.
 
-    Dunnett's quantile falls as differences correlate more (Slepian), so the least is safe for all.
+    Dunnett's quantile falls as differences correlate more (Slepian), so the least is safe for all. It is rounded down,
+    which is safe, too, and leaves few quantiles to compute.
     """
-    least = 0.5
-    seeds = [present[row] & present[reference] for row, reference in pairs]
+    least = np.full(len(present), 0.5)
+    seeds = [present[:, row] & present[:, reference] for row, reference in pairs]
     for first, (row, reference) in enumerate(pairs):
         for second in range(first):
             other, other_reference = pairs[second]
-            shared = float((seeds[first] & seeds[second]).sum())
             sign = (reference == other_reference) - (row == other_reference) - (reference == other)
-            sizes = float(seeds[first].sum() * seeds[second].sum())
-            least = min(least, sign * shared / (2 * math.sqrt(sizes)) if sizes else least)
-    return max(least, 0.0)
+            shared = (seeds[first] & seeds[second]).sum(1)
+            sizes = (seeds[first].sum(1) * seeds[second].sum(1)).astype(float)
+            least = np.fmin(least, sign * shared / (2 * np.sqrt(np.where(sizes > 0, sizes, np.nan))))
+    return np.asarray(np.floor(20 * np.maximum(least, 0.0) + 1e-9) / 20)
 
 
-def _by_freedom(freedom: Floats, quantile: Callable[[float], float]) -> Floats:
-    """Return the quantile at each degree of freedom; NaN at NaN."""
-    result = np.full(freedom.shape, np.nan)
-    for value in np.unique(freedom[~np.isnan(freedom)]):
-        result[freedom == value] = quantile(float(value))
+def _quantiles(family: int, freedom: Floats, error: Floats, correlation: Floats) -> Floats:
+    """Return Dunnett's quantile for each search; NaN where there are no degrees of freedom."""
+    columns = np.stack(np.broadcast_arrays(freedom, error, correlation), axis=1)
+    result = np.full(len(columns), np.nan)
+    is_known = ~np.isnan(freedom)
+    cases, index = np.unique(columns[is_known], axis=0, return_inverse=True)
+    result[is_known] = np.array([dunnett(family, *case) for case in cases.tolist()])[index.reshape(-1)]
     return result
 
 

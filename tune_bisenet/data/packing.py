@@ -152,7 +152,8 @@ def check_labels(source: Source, packed: Packed) -> tuple[str, ...]:
     Raises InputError if its ids then mean something else for certain, and if a split has no labelled pixel: it would
     train, or be scored, to nothing.
     """
-    warnings, problems = [], []
+    warnings: list[str] = []
+    problems: list[str] = []
     for split in SPLITS:
         share = packed.class_shares(split).sum()
         if share >= 0.5:

@@ -287,6 +287,28 @@ def test_the_state_of_another_run_is_refused_saying_what_to_do(training: Trainin
     assert (training.epochs_done, mark_of(training)) == (0, -1.0)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {}},
+        {"model": [1]},
+        {"model": {"head.1.bias": torch.zeros(1)}},
+        {"optimizer": None},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"history": [{}]},
+        {"history": 3},
+    ],
+    ids=str,
+)
+def test_a_state_that_does_not_fit_is_refused_saying_what_to_do(
+    training: Training, folder: Storage, changes: dict[str, Any]
+) -> None:
+    whole = checkpoint._state(training, "one") | {"optimizer": training.optimizer.state_dict(), "history": []}
+    folder.write(LAST, to_bytes(whole | changes))
+    with pytest.raises(CheckpointError, match="Move that folder away"):
+        checkpoint.resume(training, folder, identity="one")
+
+
 @pytest.mark.parametrize("state", [{"format": checkpoint.FORMAT + 1}, {"format": None}, {}, [1, 2]])
 def test_another_format_is_refused(state: Any) -> None:
     with pytest.raises(CheckpointError, match=f"not of format {checkpoint.FORMAT}"):

@@ -2,20 +2,29 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from trainings import CPU, SIZE, begin, flat, rate_by_hand, recorded_inputs, small, trained, trial_folder, weights_of
+from trainings import (
+    CPU,
+    SIZE,
+    assert_same_state,
+    begin,
+    measurements,
+    rate_by_hand,
+    recorded_inputs,
+    small,
+    trained,
+    trial_folder,
+    weights_of,
+)
 
 from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.config import OHEM, AdamW, CrossEntropy, Loss, Run, WarmupPoly, WeightedCrossEntropy
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.streets import Streets
-from tune_bisenet.records import Epoch
 from tune_bisenet.storage import Storage
 from tune_bisenet.training import checkpoint, engine
 from tune_bisenet.training.engine import Training
@@ -53,20 +62,6 @@ STATEFUL_RUNS = {
     },
     "hard pixels, a narrow head": {"loss": OHEM(aux_weight=1.0), "head_width": 32},
 }
-
-
-def measurements(epochs: Sequence[Epoch]) -> list[dict[str, Any]]:
-    """Return all but how long it took."""
-    timings = {"train_seconds", "val_seconds", "images_per_second"}
-    return [{key: value for key, value in asdict(epoch).items() if key not in timings} for epoch in epochs]
-
-
-def assert_same_state(left: Training, right: Training) -> None:
-    assert left.epochs_done == right.epochs_done
-    for first, second in ((left.model, right.model), (left.optimizer, right.optimizer)):
-        found, expected = flat(first.state_dict()), flat(second.state_dict())
-        assert found.keys() == expected.keys()
-        assert [key for key, value in found.items() if value != expected[key]] == []
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Trainings on 32 x 64 pixels, and what can be seen of them."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from tune_bisenet.config import Precision, Run
 from tune_bisenet.data.packed import Packed
+from tune_bisenet.records import Epoch
 from tune_bisenet.storage import Storage
 from tune_bisenet.training import engine
 from tune_bisenet.training.engine import EpochEnd, Training
@@ -69,3 +71,17 @@ def flat(state: Any, place: str = "") -> dict[str, Any]:
         items = state.items() if isinstance(state, dict) else enumerate(state)
         return {key: value for name, part in items for key, value in flat(part, f"{place}/{name}").items()}
     return {place: state}
+
+
+def measurements(epochs: Sequence[Epoch]) -> list[dict[str, Any]]:
+    """Return all but how long it took."""
+    timings = {"train_seconds", "val_seconds", "images_per_second"}
+    return [{key: value for key, value in asdict(epoch).items() if key not in timings} for epoch in epochs]
+
+
+def assert_same_state(left: Training, right: Training) -> None:
+    assert left.epochs_done == right.epochs_done
+    for first, second in ((left.model, right.model), (left.optimizer, right.optimizer)):
+        found, expected = flat(first.state_dict()), flat(second.state_dict())
+        assert found.keys() == expected.keys()
+        assert [key for key, value in found.items() if value != expected[key]] == []

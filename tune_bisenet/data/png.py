@@ -75,11 +75,16 @@ def decode_png(content: bytes) -> Image.Image:
 
 
 def _pixel_chunks(content: bytes) -> Iterator[bytes]:
-    """Yield the signature and the chunks without which there is no picture: those in capitals, says the standard."""
+    """Yield the signature and the chunks without which there is no picture: those in capitals, says the standard.
+
+    ValueError if there is a second header: Pillow would decode by that one, and it was not checked.
+    """
     yield content[: len(_SIGNATURE)]
     start = len(_SIGNATURE)
     while start < len(content):
         end = start + 12 + int.from_bytes(content[start : start + 4])
+        if start >= HEADER_BYTES and content[start + 4 : start + 8] == b"IHDR":
+            raise ValueError("it has two headers")
         if content[start + 4 : start + 5].isupper():
             yield content[start:end]
         start = end

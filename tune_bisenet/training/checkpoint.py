@@ -22,6 +22,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from tune_bisenet.options import NO_BACKBONE, InputError
 from tune_bisenet.records import BEST_WEIGHTS, LAST, PREVIOUS, Epoch
 from tune_bisenet.storage import Storage
+from tune_bisenet.text import one_line
 from tune_bisenet.training.engine import Training
 
 _log = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]
 
     The newer of the two states counts. If that is damaged, or holds code, it costs one epoch: the other replaces it; if
     both are, the run starts again. Raises CheckpointError if a state is of another format, or belongs to another run,
-    which must never be continued under this one's name.
+    which must never be continued under this one's name, or does not fit into the training, which may then be half
+    restored.
     """
     states = []
     for name in (LAST, PREVIOUS):
@@ -99,10 +101,18 @@ def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]
         states.append(state)
     if not states:
         return []
-    newest = max(states, key=lambda state: len(state["history"]))
-    training.model.load_state_dict(newest["model"])
-    training.optimizer.load_state_dict(newest["optimizer"])
-    history = _EPOCHS.validate_python(newest["history"])
+    try:
+        newest = max(states, key=lambda state: len(state["history"]))
+        training.model.load_state_dict(newest["model"])
+        training.optimizer.load_state_dict(newest["optimizer"])
+        history = _EPOCHS.validate_python(newest["history"])
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # torch has no class for it
+        raise CheckpointError(
+            f"the state in {folder.path} is not what a training saves ({one_line(error)}), though its checksum is right. "
+            "Move that folder away: the trial then starts again."
+        ) from error
     training.epochs_done = len(history)
     return history
 

@@ -306,6 +306,8 @@ def student_interval(
 def _least_correlation(present: Flags, pairs: Sequence[tuple[int, int]]) -> Floats:
     """Return, by search, the least correlation of any two differences: a half where all share seeds and reference.
 
+    Differences of a single seed have no interval, and do not count.
+
     Dunnett's quantile falls as differences correlate more (Slepian), so the least is safe for all. It is rounded down,
     which is safe, too, and leaves few quantiles to compute.
     """
@@ -316,8 +318,9 @@ def _least_correlation(present: Flags, pairs: Sequence[tuple[int, int]]) -> Floa
             other, other_reference = pairs[second]
             sign = (reference == other_reference) - (row == other_reference) - (reference == other)
             shared = (seeds[first] & seeds[second]).sum(1)
-            sizes = (seeds[first].sum(1) * seeds[second].sum(1)).astype(float)
-            least = np.fmin(least, sign * shared / (2 * np.sqrt(np.where(sizes > 0, sizes, np.nan))))
+            own, others = seeds[first].sum(1), seeds[second].sum(1)
+            sizes = np.where((own > 1) & (others > 1), own * others, np.nan)
+            least = np.fmin(least, sign * shared / (2 * np.sqrt(sizes)))
     return np.asarray(np.floor(20 * np.maximum(least, 0.0) + 1e-9) / 20)
 
 

@@ -627,7 +627,7 @@ def test_a_search_that_another_driver_has_run_since_it_was_checked_is_not_overwr
     before = late.folder.read("search.json")
     for checked in (late, replace(late, earlier=None)):
         with pytest.raises(InputError, match="another driver has run the search"):
-            driver.run_search(checked, Console(), COMMAND)
+            driver.run_search(checked, Console(), COMMAND, print)
     assert late.folder.read("search.json") == before
 
 

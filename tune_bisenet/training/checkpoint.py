@@ -110,8 +110,8 @@ def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # torch has no class for it
         raise CheckpointError(
-            f"the state in {folder.path} is not what a training saves ({one_line(error)}), though its checksum is right. "
-            "Move that folder away: the trial then starts again."
+            f"the state in {folder.path} is not what a training saves ({one_line(error)}), though its checksum is "
+            "right. Move that folder away: the trial then starts again."
         ) from error
     training.epochs_done = len(history)
     return history

@@ -134,3 +134,10 @@ def test_an_error_of_pythons_own_is_no_users_mistake() -> None:
     for error in (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), json.JSONDecodeError("bad", "{", 1)):
         with pytest.raises(type(error)):
             problems_of(error)
+
+
+@pytest.mark.parametrize("flag", ["runs", "seeds", "looks", "rerun", "objectives"])
+@pytest.mark.parametrize("text", ["", ",", " ", "1,", ",1", "1,,2"])
+def test_a_list_with_nothing_between_its_commas_is_refused(flag: str, text: str) -> None:
+    _options, mistyped = parse_options({flag: text})
+    assert f"--{flag}: {text!r} lacks a value" in mistyped[flag]

@@ -295,6 +295,13 @@ def test_an_outage_is_retried_until_its_limit_and_never_twice() -> None:
     assert policy(Failing(UNREACHABLE)) == "answer", "this is another outage"
 
 
+def test_a_folder_in_place_of_a_file_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "search.json").mkdir()
+    with pytest.raises(OSError, match="is a directory") as caught:
+        Storage.at(str(tmp_path)).read("search.json")
+    assert not isinstance(caught.value, StorageError), "which stands for an outage"
+
+
 @pytest.mark.parametrize(
     "error",
     [PermissionError(errno.EACCES, "not yours"), OSError(errno.EROFS, "read-only"), OSError("NO_SUCH_KEY"), KeyError()],

@@ -84,7 +84,12 @@ _UNIT_SECONDS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def _split(text: object) -> object:
-    return [part.strip() for part in text.split(",")] if isinstance(text, str) else text
+    if not isinstance(text, str):
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise ValueError(f"{text!r} lacks a value before, after or between commas: write a list as in 0,1,2.")
+    return parts
 
 
 def _parse_size(text: object) -> object:

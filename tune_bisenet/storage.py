@@ -63,6 +63,8 @@ _REFUSALS: Final = {
 
 _PERMANENT_ERRORS: Final = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _PERMANENT_CODES: Final = (EBADF, EINVAL, ELOOP, ENAMETOOLONG, ENOSYS, ENOTEMPTY, EROFS, EXDEV)
+_PERMANENT_TEXTS: Final = ("NO_SUCH_KEY", "is a directory")
+"""In errors of pyarrow that have no code."""
 _FULL_CODES: Final = (EDQUOT, ENOSPC)
 
 _Value = TypeVar("_Value")
@@ -161,7 +163,7 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, (StorageError, *_PERMANENT_ERRORS)):
         return False
     if isinstance(error, OSError):
-        return error.errno not in _PERMANENT_CODES and "NO_SUCH_KEY" not in str(error)
+        return error.errno not in _PERMANENT_CODES and not any(text in str(error) for text in _PERMANENT_TEXTS)
     # Libraries under fsspec raise errors of their own for networks; Python's and pyarrow's are mistakes of ours.
     return type(error).__module__.partition(".")[0] not in ("builtins", "pyarrow", "tune_bisenet")
 

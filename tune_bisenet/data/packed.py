@@ -11,7 +11,7 @@ gets another HASH.
 A cache may be damaged at any time. To open a pack is to read it whole and compare its sha256; each frame is compared
 with its checksum whenever it is read again. Files are read, not mapped: a map of a file that is cut short, or lies on a
 disk that fails, ends the process. All trials share the system's cache of the files either way. Measured 2026-11-29 on
-one busy core of an EPYC, 512x1024: to read and compare all frames takes 0.04 % of an epoch, to open a pack 0.1 % of one.
+one busy Xeon core, 512x1024: to read and compare all frames takes 0.04 % of an epoch, to open a pack 0.1 % of one.
 
 This file is the format and its reader; `packing` writes. `H x W` are images, `h x w` labels.
 """

@@ -357,7 +357,7 @@ def print_results(
 
     `report` is what was written at the end; None if that failed.
     """
-    resume = _resume_flags(search)
+    resume = resume_command(search)
     failed = ", ".join(state.trial for state in states if state.status == "failed")
     console.print()
     console.print(leaderboard.to_rich(states, baseline=search.space.baseline, captions=search.captions))
@@ -382,11 +382,9 @@ def print_results(
 
 
 def resume_command(search: PreparedSearch) -> str:
-    return f"python -m tune_bisenet.run {_resume_flags(search)}"
-
-
-def _resume_flags(search: PreparedSearch) -> str:
-    return f"--resume --name {search.name} --storage {shlex.quote(search.options.storage)}"
+    """Return the command that continues a search from anywhere with the same storage."""
+    storage = shlex.quote(search.options.storage)
+    return f"python -m tune_bisenet.run --resume --name {search.name} --storage {storage}"
 
 
 def _print(console: Console, line: str | Text) -> None:

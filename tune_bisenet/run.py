@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, *, on_begin: Callable[[str], None] =
             return _plan(options, mistyped, console)
         return _search(options, mistyped, console, arguments, on_begin)
     except InputError as error:
-        return _refuse(list(error.problems))
+        return _refuse(error.problems)
     except StorageError as error:
         return _come_back(error, "run the same command again")
 
@@ -71,7 +71,7 @@ def _search(
     on_begin: Callable[[str], None],
 ) -> int:
     """Run a session of a search. Raises InputError, and StorageError if storage does not answer before it begins."""
-    from tune_bisenet.options import default_name
+    from tune_bisenet.options import InputError, default_name
     from tune_bisenet.search.prepare import prepare_search
     from tune_bisenet.storage import StorageError
     from tune_bisenet.text import redact
@@ -85,8 +85,18 @@ def _search(
     from tune_bisenet.search.driver import run_search
 
     command = ["python", "-m", "tune_bisenet.run", *map(redact, arguments)]
+    resume: list[str] = []
+
+    def begin(command: str) -> None:
+        resume.append(command)
+        on_begin(command)
+
     try:
-        return run_search(search, console, command, on_begin)
+        return run_search(search, console, command, begin)
+    except InputError as error:  # some mistakes show only when trials are drawn and trained
+        if not resume:
+            raise
+        return _refuse(error.problems, f"Nothing is lost. When that is mended, continue: {resume[0]}")
     except StorageError as error:
         return _come_back(error, "run the same command again with --resume")
 
@@ -130,9 +140,9 @@ def _come_back(error: OSError, advice: str) -> int:
     return RESTARTABLE
 
 
-def _refuse(problems: list[str]) -> int:
-    """Print all that is wrong with the input; nothing was started."""
-    sys.stderr.write("".join(f"error: {problem}\n" for problem in problems) + "Nothing was started.\n")
+def _refuse(problems: Sequence[str], advice: str = "Nothing was started.") -> int:
+    """Print all that is wrong with the input, and what that means for the search."""
+    sys.stderr.write("".join(f"error: {problem}\n" for problem in problems) + f"{advice}\n")
     return WRONG_INPUT
 
 

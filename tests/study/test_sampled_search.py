@@ -154,3 +154,24 @@ def test_storage_may_have_any_name_and_the_printed_command_resumes_a_search_ther
     again = subprocess.run(["bash", "-c", command], env=env, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "resumed: 2 of 2 trials had ended" in again.stdout
+
+
+def test_a_space_that_fails_in_mid_search_is_told_and_the_search_continues_once_it_is_mended(folder: Path) -> None:
+    space, is_broken = folder.with_name("space.py"), folder.with_name("is_broken")
+    broken = f"    if __import__('os').path.exists({str(is_broken)!r}):\n        raise SystemExit\n"
+    space.write_text(space.read_text().replace("def sample(trial):\n", f"def sample(trial):\n{broken}"))
+    flags = ("--trials", "5", "--scheduler", "fifo", "--max-concurrent", "1", "--cpus-per-trial", "1")
+    with start(folder, *flags) as driver:
+        driver.until(lambda: bool(epoch_numbers(folder / "b")))
+        is_broken.touch()
+        assert driver.end() == 2
+        driver.assert_nothing_lives_on()
+        assert "space.py cannot be used" in driver.log
+        assert f"continue: python -m tune_bisenet.run --resume --name {folder.name}" in driver.log
+        assert "Traceback" not in driver.log
+    is_broken.unlink()
+    with resume(folder) as driver:
+        assert driver.end() == 0
+    assert set(statuses(folder).values()) == {"finished"}
+    assert len(study_of(folder).trials) == 5
+    space.unlink()

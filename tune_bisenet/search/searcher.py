@@ -20,6 +20,7 @@ from tune_bisenet.records import (
     write_trial,
 )
 from tune_bisenet.search.state import SearchState
+from tune_bisenet.spaces import SpaceError
 from tune_bisenet.storage import RetryPolicy, Storage, StorageError, retry_seconds
 from tune_bisenet.study.study import DATABASE_ERRORS, Study, StudySetup, is_outage
 from tune_bisenet.study.warm_start import fresh_runs
@@ -211,6 +212,8 @@ class StudySearcher(Searcher):
                 if next(attempts) > 0:
                     self._reconcile()
                 return call()
+            except SpaceError:
+                raise
             except (*DATABASE_ERRORS, InputError) as error:
                 if is_outage(error):
                     raise

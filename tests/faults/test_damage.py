@@ -27,7 +27,7 @@ from helpers.processes import Driver, end_process
 from helpers.searches import epoch_numbers, on_frames, results, statuses, write_sampled_space
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2700)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(2700)]
 
 Damage = Callable[[Path], None]
 

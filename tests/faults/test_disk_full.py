@@ -172,6 +172,7 @@ def num_waits(place: Path) -> int:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(2700)
 def test_a_full_disk_costs_no_try_and_no_result(place: Path, disk: Disk, undisturbed: list[dict[str, str]]) -> None:
     folder, num_full, seconds_to_end = disk.path / "search", 0, [0.0]
@@ -214,6 +215,7 @@ def assert_no_try_spent(driver: Driver) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(2700)
 def test_a_search_needs_no_more_than_its_plan_says(place: Path, disk: Disk) -> None:
     write_three_rows(place)

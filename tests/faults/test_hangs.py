@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.faults import MOMENTS, assert_as_if_nothing_had_happened, has_done, record_figures, start
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2700)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(2700)]
 
 STALL_SECONDS = 45
 """Long for an epoch even on a busy machine: undisturbed, one takes a second."""

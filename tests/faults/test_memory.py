@@ -10,7 +10,7 @@ import pytest
 from helpers.faults import assert_as_if_nothing_had_happened, epochs_done, has_done, record_figures, start
 from helpers.searches import leaderboard
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2700)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(2700)]
 
 TWO_AT_ONCE = ("--max-concurrent", "2", "--cpus-per-trial", "1")
 

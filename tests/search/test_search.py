@@ -69,7 +69,8 @@ def search(place: Path) -> History:
     search = History(place / "kept")
     foreign = search.folder / "mild-s1" / "last.pt"
     foreign.parent.mkdir(parents=True)
-    foreign.write_bytes(checkpoint.to_bytes({"format": checkpoint.FORMAT, "identity": "of another run"}))
+    state = {"format": checkpoint.FORMAT, "identity": "of another run", "optimizer": {}, "history": []}
+    foreign.write_bytes(checkpoint.to_bytes(state))
     flags = [*on_frames(place), "--scheduler", "fifo", "--seeds", "0,1", "--name", "kept"]
     with Driver(place, *flags) as driver:
         driver.until(lambda: "running" in statuses(search.folder).values())

@@ -16,7 +16,7 @@ from helpers.faults import (
 from helpers.processes import PROJECT, Driver, end_process
 from helpers.searches import epochs, statuses, write_space
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2700)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(2700)]
 
 ROWS = {"a": 0.01, "b": 0.001, "c": 0.05}
 """Those of `write_three_rows`."""

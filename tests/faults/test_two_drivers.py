@@ -26,7 +26,7 @@ from helpers.faults import (
 from helpers.object_store import ObjectStore, StoredSearch, leaderboard_here, make_store
 from helpers.processes import TIMEOUT_SECONDS, Driver, end_process
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2700)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(2700)]
 
 store = pytest.fixture(scope="module")(make_store)
 

@@ -1,6 +1,5 @@
 """Whatever row is trained, and whenever it is killed: the resumed run equals one never stopped, bit for bit."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from tune_bisenet.training import checkpoint, engine
 rates = st.sampled_from([1e-4, 0.003, 0.1, 1e6])  # the last of which diverges
 shares = st.sampled_from([0.0, 0.4, 1.0])
 
-KILLS = ("before it is saved", "between the two files", "in the middle of the file", "after it is saved")
+KILLS = ("before it is saved", "in the middle of the file", "after it is saved")
 
 
 @st.composite
@@ -45,6 +44,7 @@ def runs(draw: st.DrawFn) -> Run:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2700)
 @inputs(3)
 @given(run=runs(), stop=st.integers(1, 2), kill=st.sampled_from(KILLS))
 def test_any_run_killed_anywhere_equals_one_never_stopped(
@@ -62,20 +62,12 @@ def test_any_run_killed_anywhere_equals_one_never_stopped(
         number = end.epoch.epoch
         if number == stop - 1 or (number == stop and kill != "before it is saved"):
             checkpoint.save(unbroken, history, folder, identity="one")
-            if number == stop:
-                break_off(path, kill)
+            if number == stop and kill == "in the middle of the file":
+                state = path / (LAST if number % 2 else PREVIOUS)
+                state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
     resumed = begin(run, small_data)
     epochs = checkpoint.resume(resumed, folder, identity="one")
     assert len(epochs) == (stop if kill == "after it is saved" else stop - 1)
     epochs += [end.epoch for end in engine.fit(resumed)]
     assert repr(measurements(epochs)) == repr(measurements(history))  # by repr, for NaN differs from itself
     assert_same_state(resumed, unbroken)
-
-
-def break_off(folder: Path, kill: str) -> None:
-    """Leave the folder as a kill at that moment of `checkpoint.save` leaves it."""
-    last = folder / LAST
-    if kill == "between the two files":
-        last.unlink()
-    elif kill == "in the middle of the file":
-        last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])

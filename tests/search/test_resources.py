@@ -124,7 +124,8 @@ def test_a_home_without_room_for_a_token_is_named_before_ray_starts(
 def test_a_ray_that_does_not_come_up_is_given_up_with_what_to_do(tmp_path: Path) -> None:
     wait = "resources.START_SECONDS = 0.2"  # no Ray is as fast
     code = f"from tune_bisenet.search import resources; {wait}; resources.ray_session(None).__enter__()"
-    with LoggedProcess([sys.executable, "-c", code], log=tmp_path / "log", env=environment(tmp_path)) as process:
+    env = environment(tmp_path) | {"RAY_TMPDIR": "/tmp"}  # Ray's sockets demand a short name
+    with LoggedProcess([sys.executable, "-c", code], log=tmp_path / "log", env=env) as process:
         assert process.end() == 2
         assert "Ray has not started within 0 s. Are there memory" in process.log
 

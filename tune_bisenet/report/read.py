@@ -110,7 +110,7 @@ class SearchRecord:
 
     @property
     def rows(self) -> tuple[Run, ...]:
-        """Each row of the space once, in declared order: the run of its first seed."""
+        """Return each row of the space once, in declared order: the run of its first seed."""
         rows: dict[str, Run] = {}
         for record in self.trials.values():
             rows.setdefault(record.run.name, record.run)
@@ -118,7 +118,7 @@ class SearchRecord:
 
     @property
     def declared_rows(self) -> tuple[Run, ...]:
-        """The same without the runs that a sampler made up."""
+        """Return the rows without the runs that a sampler made up."""
         return tuple(row for row in self.rows if row.name not in self.sampled_rows)
 
     @property
@@ -127,7 +127,7 @@ class SearchRecord:
 
     @property
     def fresh_trials(self) -> dict[str, ReportedTrial]:
-        """Those at fresh seeds, trained after a study had made its choice."""
+        """Return the trials at fresh seeds, trained after a study had made its choice."""
         return {name: record for name, record in self.trials.items() if record.spec.origin == "confirm"}
 
     @property

@@ -306,11 +306,11 @@ def true_state(record: TrialRecord, cached: TrialState | None) -> TrialState:
 def find_contradiction(record: TrialRecord, cached: TrialState) -> str:
     """Return what `cached`, from trials.json, says otherwise than the trial's record; empty if it is only behind."""
     true = true_state(record, cached)
-    names: tuple[str, ...] = ("status", "epochs", "best_miou")
+    names: tuple[str, ...] = ("status", *MEASURED)
     if cached.status not in ENDED_WELL:
         if not 0 < cached.epochs <= len(record.epochs):
             return ""
-        names, true = ("best_miou",), replace(true, **measure(record.epochs[: cached.epochs]))
+        names, true = MEASURED, replace(true, **measure(record.epochs[: cached.epochs], latency_ms=true.latency_ms))
     pairs = [(name, getattr(cached, name), getattr(true, name)) for name in names]
     return ", ".join(f"{name} is {theirs}, not {own}" for name, theirs, own in pairs if theirs != own)
 
@@ -322,9 +322,14 @@ class SavedState:
     states: tuple[TrialState, ...] = ()
     scheduler: Any = None
     """What the stopping rule has seen, as plain values; None if nothing, or if it was damaged."""
-    scheduler_checksum: str = field(default="", compare=False, repr=False)
     seconds: float = 0.0
-    """The running time of the search in all its sessions."""
+    """The running time of the search in all its sessions; 0 if it was damaged."""
+    own_checksum: str = field(default="", compare=False, repr=False)
+    """Of what is in no trial's record: `scheduler` and `seconds`."""
+
+    def sign(self) -> str:
+        """Return what `own_checksum` must be."""
+        return _checksum(to_json([self.scheduler, self.seconds]))
 
 
 class Session(Frozen):
@@ -479,14 +484,12 @@ def read_saved_state(folder: Storage) -> SavedState:
         saved = read_record(SavedState, folder, TRIALS) or SavedState()
     except DamagedFileError:
         return SavedState()
-    is_sound = saved.scheduler_checksum == _checksum(to_json(saved.scheduler))
-    return saved if is_sound else replace(saved, scheduler=None)
+    return saved if saved.own_checksum == saved.sign() else SavedState(states=saved.states)
 
 
 def write_saved_state(folder: Storage, saved: SavedState) -> None:
     """Write `trials.json`."""
-    checksum = _checksum(to_json(saved.scheduler))
-    folder.write(TRIALS, to_json(replace(saved, scheduler_checksum=checksum)))
+    folder.write(TRIALS, to_json(replace(saved, own_checksum=saved.sign())))
 
 
 def read_trial(folder: Storage) -> TrialRecord | None:

@@ -61,6 +61,17 @@ def test_a_mistake_is_found_without_torch_and_ray() -> None:
     assert not {"torch", "ray"} & modules
 
 
+def test_too_few_open_files_for_ray_are_refused_before_frames_are_packed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tune_bisenet.run", "--space", "smoke", "--storage", str(tmp_path / "results")]
+    limited = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *command]
+    env = environment(tmp_path) | {"PYTHONPATH": str(PROJECT)}
+    refused = subprocess.run(limited, cwd=PROJECT, env=env, capture_output=True, text=True, check=False, timeout=280)
+    assert refused.returncode == 2
+    assert re.search(r"may open 64 files .* at least 256\. Start this from a shell with a higher limit", refused.stderr)
+    assert "Nothing was started." in refused.stderr
+    assert not (tmp_path / "cache").exists()
+
+
 # --- how a driver ends ------------------------------------------------------------------------------------------------
 
 RESUME = "python -m tune_bisenet.run --resume --name x"
@@ -70,6 +81,16 @@ ENDS = {
     "wrong input": ("raise SystemExit(2)", 2, r""),
     "an error before the search": ("raise KeyError('oops')", 70, r"KeyError: 'oops'\n.* report .* The same command .*"),
     "an error after": ("on_begin(RESUME); raise KeyError('oops')", 70, rf"KeyError: 'oops'\n.* report .*: {RESUME}"),
+    "a space that exits": (
+        "os._exit(0)",
+        70,
+        r"The driver ended itself without a word, .* code of the space.* The same command .*",
+    ),
+    "a recursion without an end": (
+        "on_begin(RESUME); signal.raise_signal(signal.SIGSEGV)",
+        70,
+        rf"The driver was killed by SIGSEGV, .* code of the space.*: {RESUME}",
+    ),
     "from C": ("on_begin(RESUME); os._exit(1)", 75, rf".* ended with code 1, without a word.*: {RESUME}"),
     "Ray's own exit at a signal": ("on_begin(RESUME); sys.exit(15)", 75, rf".* ended with code 15.*: {RESUME}"),
     "to be run again": ("on_begin(RESUME); print('away'); os._exit(75)", 75, rf"Nothing is lost. .*: {RESUME}"),

@@ -17,7 +17,7 @@ import pytest
 import requests
 from helpers.object_store import KEY_ID, OUTAGES, SECRET, ObjectStore, Outage, object_store
 
-from tune_bisenet.storage import ConditionalFile, RetryPolicy, Storage, StorageError
+from tune_bisenet.storage import ConditionalFile, RetryPolicy, Storage, StorageError, is_refused
 
 RETRY = "TUNE_BISENET_RETRY_SECONDS"
 
@@ -62,7 +62,7 @@ def test_files_are_written_replaced_moved_and_deleted(storage: Storage) -> None:
 def test_a_file_is_written_only_by_who_knows_what_it_holds(storage: Storage) -> None:
     storage.make()
     one, two = ConditionalFile(storage, "lease"), ConditionalFile(storage, "lease")
-    assert one.is_exact == (storage.filesystem.type_name == "s3")
+    assert one.is_exact() == (storage.filesystem.type_name == "s3")
     assert (one.read(), two.read()) == (None, None)
     assert one.write(b"1")
     assert not two.write(b"2"), "the file is there now"
@@ -261,12 +261,18 @@ class EndpointConnectionError(Exception):
 
 def test_transient_errors_are_retried(caplog: pytest.LogCaptureFixture) -> None:
     errors = UNREACHABLE, FULL, ConnectionResetError(errno.ECONNRESET, "reset"), EndpointConnectionError("no route")
-    assert RetryPolicy("s3://moment")(failing := Failing(*errors)) == "answer"
+    assert RetryPolicy("s3://moment")(failing := Failing(*errors), writing=True) == "answer"
     assert failing.calls == 5
     away, back = caplog.messages
-    assert away.startswith("s3://moment cannot be read (AWS Error NETWORK_CONNECTION")
+    assert away.startswith("s3://moment cannot be written (AWS Error NETWORK_CONNECTION")
     assert "600 s" in away
     assert back.startswith("s3://moment answers again")
+
+
+def test_who_copies_to_a_full_disk_is_told_at_once_and_waits_for_no_server() -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        RetryPolicy("s3://sound")(failing := Failing(FULL))
+    assert (caught.value, failing.calls) == (FULL, 1)
 
 
 def test_a_read_does_not_end_the_outage_of_a_full_disk(caplog: pytest.LogCaptureFixture) -> None:
@@ -324,9 +330,16 @@ def test_permanent_errors_are_raised_at_once(error: Exception) -> None:
 )
 def test_refusals_are_raised_at_once_with_a_remedy(text: str, remedy: str) -> None:
     failing = Failing(OSError(text))
-    with pytest.raises(StorageError, match=f"^s3://x: {re.escape(text[:20])}.*{remedy}"):
+    with pytest.raises(StorageError, match=f"^s3://x: {re.escape(text[:20])}.*{remedy}") as caught:
         RetryPolicy("s3://x")(failing)
     assert failing.calls == 1
+    assert is_refused(caught.value)
+
+
+def test_a_disk_that_denies_access_refuses_and_one_that_is_full_or_away_does_not() -> None:
+    assert is_refused(PermissionError(errno.EACCES, "not yours"))
+    assert is_refused(OSError(errno.EROFS, "read-only"))
+    assert not any(map(is_refused, (FULL, UNREACHABLE, StorageError("away"), ValueError("no"))))
 
 
 def test_the_limit_is_set_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tune_bisenet.options import Options
+    from tune_bisenet.options import InputError, Options
 
 WRONG_INPUT: Final = 2
 
@@ -31,6 +31,9 @@ SAME_SIGNAL_SECONDS: Final = 1.0
 
 HEARD: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGTSTP, signal.SIGALRM, signal.SIGCHLD)
 """What the supervisor waits for, in place of handlers."""
+
+REPEATED: Final = (0, -signal.SIGSEGV)
+"""Ends of a driver without a last word that neither Ray nor a lack of memory is the cause of: it would end so again."""
 
 ENDED: Final = b"ended"
 """The driver's last word to its supervisor: it has told how it ended. Any other word is the command to resume by."""
@@ -49,18 +52,20 @@ def main(argv: Sequence[str] | None = None, *, on_begin: Callable[[str], None] =
         return _show(flags)
     from rich.console import Console
 
-    from tune_bisenet.storage import StorageError
-
     console = Console()
     options, mistyped = parse_options(flags)
+    resume: list[str] = []
+
+    def begin(command: str) -> None:
+        resume.append(command)
+        on_begin(command)
+
     try:
         if options.plan:
             return _plan(options, mistyped, console)
-        return _search(options, mistyped, console, arguments, on_begin)
-    except InputError as error:
-        return _refuse(error.problems)
-    except StorageError as error:
-        return _come_back(error, "run the same command again")
+        return _search(options, mistyped, console, arguments, begin)
+    except (InputError, OSError) as error:
+        return _explain(error, resume)
 
 
 def _search(
@@ -70,10 +75,9 @@ def _search(
     arguments: Sequence[str],
     on_begin: Callable[[str], None],
 ) -> int:
-    """Run a session of a search. Raises InputError, and StorageError if storage does not answer before it begins."""
-    from tune_bisenet.options import InputError, default_name
+    """Run a session of a search. Raises InputError, and StorageError if storage does not answer or refuses."""
+    from tune_bisenet.options import default_name
     from tune_bisenet.search.prepare import prepare_search
-    from tune_bisenet.storage import StorageError
     from tune_bisenet.text import redact
 
     def show(done: int, total: int) -> None:
@@ -84,25 +88,11 @@ def _search(
     search = prepare_search(options, mistyped, default_name=default_name(options.space), progress=show)
     from tune_bisenet.search.driver import run_search
 
-    command = ["python", "-m", "tune_bisenet.run", *map(redact, arguments)]
-    resume: list[str] = []
-
-    def begin(command: str) -> None:
-        resume.append(command)
-        on_begin(command)
-
-    try:
-        return run_search(search, console, command, begin)
-    except InputError as error:  # some mistakes show only when trials are drawn and trained
-        if not resume:
-            raise
-        return _refuse(error.problems, f"Nothing is lost. When that is mended, continue: {resume[0]}")
-    except StorageError as error:
-        return _come_back(error, "run the same command again with --resume")
+    return run_search(search, console, ["python", "-m", "tune_bisenet.run", *map(redact, arguments)], on_begin)
 
 
 def _plan(options: "Options", mistyped: dict[str, str], console: "Console") -> int:
-    """Print what a search would take. Raises InputError, and StorageError if storage does not answer."""
+    """Print what a search would take. Raises InputError, and StorageError if storage does not answer or refuses."""
     from tune_bisenet.options import default_name
     from tune_bisenet.search.prepare import survey_search
 
@@ -133,11 +123,24 @@ def _show(flags: dict[str, Any]) -> int:
     return 0
 
 
-def _come_back(error: OSError, advice: str) -> int:
-    from tune_bisenet.search.resources import RESTARTABLE
+def _explain(error: "InputError | OSError", resume: Sequence[str]) -> int:
+    """Print what is wrong and what to do, and return the exit code. Raises an error that is no user's or storage's.
 
-    sys.stderr.write(f"{str(error).removesuffix('.')}. Nothing is lost: when it answers, {advice}.\n")
-    return RESTARTABLE
+    `resume` holds the command to resume by once the search has begun: some mistakes show only when trials are drawn and
+    trained.
+    """
+    from tune_bisenet.options import InputError
+    from tune_bisenet.storage import StorageError, is_refused
+
+    if isinstance(error, InputError) or is_refused(error):
+        problems = error.problems if isinstance(error, InputError) else [str(error)]
+        advice = f"Nothing is lost. When that is mended, continue: {resume[0]}" if resume else "Nothing was started."
+        return _refuse(problems, advice)
+    if not isinstance(error, StorageError):
+        raise error
+    advice = f"continue: {resume[0]}" if resume else "run the same command again."
+    sys.stderr.write(f"{str(error).removesuffix('.')}. Nothing is lost: when it answers, {advice}\n")
+    return os.EX_TEMPFAIL
 
 
 def _refuse(problems: Sequence[str], advice: str = "Nothing was started.") -> int:
@@ -254,6 +257,10 @@ def _exit_code(code: int, words: Sequence[bytes], interrupted: int) -> int:
         what = "This is an error of the program: please report it, with what is above. "
     elif code == os.EX_TEMPFAIL:  # it has told why
         what = ""
+    elif code in REPEATED:
+        end = "ended itself without a word" if code == 0 else f"was killed by {signal.Signals(-code).name}"
+        what = f"The driver {end}, mostly by code of the space, such as os._exit or a recursion without an end. "
+        code = os.EX_SOFTWARE
     else:
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}, without a word"
         what, code = f"The driver {end}: mostly because Ray died or memory ran out. ", os.EX_TEMPFAIL

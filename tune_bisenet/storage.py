@@ -13,9 +13,10 @@ import re
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from errno import EBADF, EDQUOT, EINVAL, ELOOP, ENAMETOOLONG, ENOSPC, ENOSYS, ENOTEMPTY, EROFS, EXDEV
+from errno import EACCES, EBADF, EDQUOT, EINVAL, ELOOP, ENAMETOOLONG, ENOSPC, ENOSYS, ENOTEMPTY, EPERM, EROFS, EXDEV
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, Self, TypeGuard, TypeVar
@@ -66,6 +67,7 @@ _PERMANENT_CODES: Final = (EBADF, EINVAL, ELOOP, ENAMETOOLONG, ENOSYS, ENOTEMPTY
 _PERMANENT_TEXTS: Final = ("NO_SUCH_KEY", "is a directory")
 """In errors of pyarrow that have no code."""
 _FULL_CODES: Final = (EDQUOT, ENOSPC)
+_REFUSAL_CODES: Final = (EACCES, EPERM, EROFS)
 
 _Value = TypeVar("_Value")
 
@@ -73,7 +75,11 @@ _log = logging.getLogger(__name__)
 
 
 class StorageError(OSError):
-    """Storage refuses for good, or has not answered for as long as it is retried. The text says what to do."""
+    """Storage has not answered for as long as it is retried. The text says why."""
+
+
+class StorageRefusedError(StorageError):
+    """Storage refuses, which no retry mends. The text says what to do."""
 
 
 def retry_seconds() -> float:
@@ -94,15 +100,18 @@ class RetryPolicy:
     seconds: float = RETRY_SECONDS
 
     def __call__(self, attempt: Callable[[], _Value], *, writing: bool = False) -> _Value:
-        """Return what `attempt` returns. StorageError at once if refused, or after `seconds` of failures."""
+        """Return what `attempt` returns. StorageRefusedError at once, or StorageError after `seconds` of failures.
+
+        A full disk is waited for by writes alone: if a copy to another disk finds that one full, the reader is told.
+        """
         began = time.monotonic()
         for number in count():
             try:
                 value = attempt()
             except Exception as error:
                 if not isinstance(error, StorageError) and (remedy := _remedy(error)):
-                    raise StorageError(f"{self.root}: {one_line(error)}. {remedy}") from error
-                if not _is_transient(error):
+                    raise StorageRefusedError(f"{self.root}: {one_line(error)}. {remedy}") from error
+                if not _is_transient(error) or (is_full(error) and not writing):
                     raise
                 self._pause(error, number, began, writing=writing)
             else:
@@ -171,6 +180,11 @@ def _is_transient(error: Exception) -> bool:
 def is_full(error: BaseException) -> TypeGuard[OSError]:
     """Return whether a disk has no room left, or a user's share of it."""
     return isinstance(error, OSError) and error.errno in _FULL_CODES
+
+
+def is_refused(error: BaseException) -> TypeGuard[OSError]:
+    """Return whether storage or a disk denies access: only a person can mend that."""
+    return isinstance(error, StorageRefusedError) or (isinstance(error, OSError) and error.errno in _REFUSAL_CODES)
 
 
 def _remedy(error: Exception) -> str | None:
@@ -386,8 +400,8 @@ class Storage:
 class ConditionalFile:
     """A file that several processes write, each only if no other has written it since it last read or wrote it.
 
-    S3 itself compares. Elsewhere this does, so that two who write in the same moment are not kept apart: `is_exact`
-    says so.
+    S3 itself compares. Where storage does not, this does, so that two who write in the same moment are not kept apart:
+    `is_exact` says so.
     """
 
     def __init__(self, folder: Storage, name: str) -> None:
@@ -399,8 +413,22 @@ class ConditionalFile:
         bucket, _, path = folder.path.partition("/")
         self._object = {"Bucket": bucket, "Key": f"{path}/{name}".lstrip("/")}
 
-    @property
     def is_exact(self) -> bool:
+        """Return whether storage itself compares. To be called before the file is read or written.
+
+        Not all that speak S3's language do: two writes that must be refused are tried, on a file beside this one.
+        """
+        if self._client is None:
+            return False
+        suffix = f".{uuid.uuid4().hex}"
+        probe = {"Key": self._object["Key"] + suffix, "Body": b""}
+        self.folder.write(self._name + suffix, b"")
+        try:
+            if self._ask("put_object", **probe, IfNoneMatch="*") or self._ask("put_object", **probe, IfMatch='"other"'):
+                self._client = None
+        except NotImplementedError:
+            self._client = None
+        self.folder.delete(self._name + suffix)
         return self._client is not None
 
     def read(self) -> bytes | None:
@@ -431,15 +459,20 @@ class ConditionalFile:
         return True
 
     def _ask(self, method: str, **arguments: Any) -> dict[str, Any] | None:
-        """Return what S3 answers, its body read; None if the file is not there or is not what a condition says."""
+        """Return what S3 answers, its body read; None if the file is not there or is not what a condition says.
+
+        Raises NotImplementedError if the server knows no conditions.
+        """
         from botocore.exceptions import ClientError
 
         def attempt() -> dict[str, Any] | None:
             try:
-                answer: dict[str, Any] = getattr(self._client, method)(**self._object, **arguments)
+                answer: dict[str, Any] = getattr(self._client, method)(**self._object | arguments)
             except ClientError as error:
                 if error.response["Error"]["Code"] in ("NoSuchKey", "PreconditionFailed"):
                     return None
+                if error.response["Error"]["Code"] == "NotImplemented":
+                    raise NotImplementedError(str(error)) from error
                 raise
             return answer | ({"Body": answer["Body"].read()} if "Body" in answer else {})
 

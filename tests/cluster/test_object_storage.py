@@ -80,7 +80,7 @@ def test_a_search_outlives_its_server_and_its_driver_and_is_resumed_elsewhere(
         store.come_back()
         assert code == RESTARTABLE
         assert "s3://bucket could not be" in driver.log
-        assert "run the same command again with --resume" in driver.log
+        assert f"Nothing is lost. To continue: python -m tune_bisenet.run --resume --name {search.name}" in driver.log
         assert "packing frames" not in driver.log, "they were fetched"
     assert search.num_epochs < ALL_EPOCHS
     with resume(search, elsewhere) as driver:

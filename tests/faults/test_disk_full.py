@@ -32,6 +32,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.data.packed import Packed
+from tune_bisenet.data.packing import check_room, prepare_packed
+from tune_bisenet.data.streets import Streets
 from tune_bisenet.run import WRONG_INPUT
 from tune_bisenet.search.resources import RESTARTABLE
 from tune_bisenet.storage import Storage
@@ -111,6 +114,53 @@ def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path: Path) -> None
     (tmp_path / ".best.pt.part").write_bytes(b"cut")  # Storage.write's own name for it
     storage.remove_partial_files()
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_packing_waits_for_room_and_leaves_no_part_meanwhile(
+    small_disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, cache = Streets(num_train=4, num_val=2, frame_size=(64, 128)), small_disk.path / "cache"
+    small_disk.fill(free=20_000)
+    with pytest.raises(OSError, match="packed frames need"):  # a person at the start of a search does not wait
+        check_room(source, image_size=(32, 64), cache_dir=cache)
+    packs: list[Packed] = []
+
+    def pack() -> None:
+        packs.append(prepare_packed(source, image_size=(32, 64), cache_dir=cache))
+
+    thread = threading.Thread(target=pack, daemon=True)
+    thread.start()
+    while "It is full: make room there" not in caplog.text:
+        time.sleep(0.01)
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == []
+    small_disk.make_room()
+    thread.join()
+    assert len(packs[0].train) == 4
+    check_room(source, image_size=(32, 64), cache_dir=cache)
+
+
+def test_packing_that_runs_into_a_full_disk_begins_again_when_there_is_room(
+    small_disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, cache = Streets(num_train=4, num_val=2, frame_size=(64, 128)), small_disk.path / "cache"
+
+    def fill(done: int, _total: int) -> None:
+        if done == 1 and not caplog.text:
+            small_disk.fill()
+
+    packs: list[Packed] = []
+
+    def pack() -> None:
+        packs.append(prepare_packed(source, image_size=(32, 64), cache_dir=cache, progress=fill))
+
+    thread = threading.Thread(target=pack, daemon=True)
+    thread.start()
+    while "It is full: make room there" not in caplog.text:
+        time.sleep(0.01)
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == []
+    small_disk.make_room()
+    thread.join()
+    assert len(packs[0].train) == 4
 
 
 def test_an_event_file_waits_for_room_and_is_readable_before_and_after(

@@ -45,6 +45,8 @@ class ObjectStore:
         self.requests: list[str] = []
         self.before_answer: Callable[[str], None] = lambda _request: None
         """Called with each request's line before it is answered, by the thread that answers it."""
+        self.ignores_conditions = False
+        """Whether it writes what is to be written under a condition anyway, as some do that speak S3's language."""
         self._broken: Any = None
         self._is_back = threading.Event()
         self.come_back()
@@ -82,6 +84,16 @@ class ObjectStore:
             self._broken = None
         self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
         self._server.start()
+        server: Any = self._server._server
+        app = server.app
+
+        def answer(environ: dict[str, Any], start_response: Any) -> Any:
+            if self.ignores_conditions:
+                for condition in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
+                    environ.pop(condition, None)
+            return app(environ, start_response)
+
+        server.app = answer
 
     def close(self) -> None:
         self.go_away()

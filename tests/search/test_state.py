@@ -38,6 +38,7 @@ from tune_bisenet.records import (
     read_saved_state,
     read_trial,
     to_json,
+    write_saved_state,
     write_trial,
 )
 from tune_bisenet.search import state as state_module
@@ -235,6 +236,13 @@ def test_an_edited_memory_of_the_stopping_rule_is_forgotten(state: SearchState, 
     assert (list(saved.states), saved.scheduler) == (state.states, SCHEDULER if edit == {"seen": []} else None)
 
 
+def test_an_edited_time_of_the_search_is_forgotten(folder: Storage) -> None:
+    write_saved_state(folder, SavedState(scheduler=SCHEDULER, seconds=60.0))
+    assert read_saved_state(folder).seconds == 60.0
+    folder.write(TRIALS, (folder.read(TRIALS) or b"").replace(b"60.0", b"90.0"))
+    assert read_saved_state(folder) == SavedState()
+
+
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_manifest_is_an_error_that_names_it(folder: Storage, content: bytes) -> None:
     folder.write(SEARCH, content)
@@ -271,7 +279,7 @@ def test_folders_know_the_ends_that_trials_json_has_lost(folder: Storage, caplog
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"best_miou": 99.0}, {"epochs": 4}, {"status": "finished"}, {"status": "finished", "best_miou": 99.0}]
+    "wrong", [{"seconds": 9.0}, {"epochs": 4}, {"status": "finished"}, {"status": "finished", "last_miou": 99.0}]
 )
 def test_numbers_in_trials_json_that_are_not_the_trials_own_are_replaced_and_told(
     folder: Storage, caplog: pytest.LogCaptureFixture, wrong: dict[str, Any]
@@ -285,11 +293,11 @@ def test_a_trial_that_has_not_ended_is_known_by_its_own_epochs(
     folder: Storage, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = plain_state("b", **measured(1))
-    for wrong in ({"status": "waiting", "best_miou": 99.0}, {"status": "finished", "best_miou": 99.0}):
+    for wrong in ({"status": "waiting", "seconds": 99.0}, {"status": "finished", "seconds": 99.0}):
         caplog.clear()
         (found,) = complete_states(folder, [replace(own, **wrong)], ["b"])
-        assert (found.status in ("waiting", "running"), found.best_miou) == (True, 10.0)
-        assert "best_miou is 99.0, not 10.0" in caplog.text
+        assert (found.status in ("waiting", "running"), found.seconds) == (True, 2.0)
+        assert "seconds is 99.0, not 2.0" in caplog.text
 
 
 def test_the_numbers_of_a_trial_whose_record_is_damaged_are_kept(folder: Storage) -> None:
@@ -425,7 +433,6 @@ def test_a_driver_whose_lease_was_taken_ends_at_once_and_leaves_it_alone(leased:
         assert holder.stderr is not None
         errors = holder.stderr.read()
         assert f"process {other.pid} on elsewhere" in errors
-        assert "--resume" in errors
     assert from_json(Holder, lease_of(leased).read() or b"", path="the lease") == other
 
 
@@ -452,4 +459,24 @@ def test_where_storage_compares_nothing_the_lease_holds_all_the_same(
         threading.Timer(0.5, lambda: write_lease(folder, renewals=1)).start()
         with pytest.raises(InputError, match=f"process {os.getpid()}"), state_module.exclusive(folder):
             pass
-    assert "cannot keep two drivers apart that begin" in caplog.text
+    assert "does not compare before it writes" in caplog.text
+
+
+def test_where_a_server_ignores_conditions_the_lease_is_compared_here_and_told(
+    store: ObjectStore, leased: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    with state_module.exclusive(leased):
+        assert not caplog.text
+    store.ignores_conditions = True
+    try:
+        with held(leased.uri) as holder:
+            assert_refused(leased, holder)
+            write_lease(leased)
+            assert holder.wait(timeout=120) == 75
+            assert holder.stderr is not None
+            told, ended = holder.stderr.read().splitlines()
+            assert "does not compare before it writes" in told
+            assert "on elsewhere" in ended
+    finally:
+        store.ignores_conditions = False
+    assert [info.base_name for info in leased.parent.infos()] == [".search.driver.json"], "the probe is gone"

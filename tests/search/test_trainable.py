@@ -1,5 +1,6 @@
 """One trial without Ray: it trains, reports, stops and resumes from its folder, on a local disk and elsewhere."""
 
+import errno
 import math
 import os
 import shutil
@@ -20,7 +21,7 @@ from tune_bisenet.data.packed import open_packed
 from tune_bisenet.options import InputError
 from tune_bisenet.records import TRIAL, Latency, TrialRecord, TrialSpec, read_trial, to_plain, write_trial
 from tune_bisenet.search.trainable import FAILURE, LACKS, _describe_failure, run_trial, train_trial
-from tune_bisenet.storage import RetryPolicy, Storage
+from tune_bisenet.storage import RetryPolicy, Storage, StorageError, StorageRefusedError
 from tune_bisenet.training import checkpoint
 
 if TYPE_CHECKING:
@@ -225,6 +226,22 @@ def test_an_error_that_comes_from_a_network_or_a_disk_is_raised_so_that_tune_tri
         _describe_failure(caught.value)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         _describe_failure(RuntimeError("a fault of the program"))
+    with pytest.raises(OSError, match="could not be read"):
+        _describe_failure(StorageError("s3://x could not be read for 600 s"))
+
+
+def test_storage_that_denies_access_is_reported_as_such() -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied", "/results/a")
+    assert _describe_failure(denied) == {FAILURE: str(denied), LACKS: "access"}
+    with pytest.raises(StorageRefusedError) as refused:
+        RetryPolicy("s3://x")(deny)
+    report = _describe_failure(refused.value)
+    assert report[LACKS] == "access"
+    assert "allow reading, writing" in report[FAILURE]
+
+
+def deny() -> None:
+    raise OSError("AWS Error ACCESS_DENIED during PutObject operation")
 
 
 # --- what it was trained in -------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from tune_bisenet.search.searcher import GridSearcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
 from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SIGNAL
 from tune_bisenet.search.tuner import StoppingScheduler, TuneCallback
-from tune_bisenet.storage import Storage
+from tune_bisenet.storage import Storage, StorageError, StorageRefusedError
 
 NUM_EPOCHS = 6  # one rung, after epoch 3
 ASHA = AshaRule(min_peers=1)
@@ -308,6 +308,45 @@ def test_a_trial_that_says_that_nothing_mends_its_error_has_one_try(
     assert (tmp_path / "tries").read_text() == "r01"
     assert (state["r01"].status, state["r01"].error) == ("failed", "the checkpoint is of another run. Delete it.")
     assert "r01 failed:\nthe checkpoint" in caplog.text
+
+
+@in_ray
+def test_storage_that_denies_access_ends_the_search_at_the_first_try_and_no_trial_has_failed(tmp_path: Path) -> None:
+    def refuse(config: dict[str, Any]) -> None:
+        with (tmp_path / "tries").open("a") as file:
+            file.write(config["trial"])
+        tune.report({FAILURE: "s3://x: AWS Error ACCESS_DENIED. Allow it.", LACKS: "access"})
+
+    state, callback = callback_of(["r01"], tmp_path)
+    ended = pytest.raises(StorageRefusedError, match=r"^s3://x: AWS Error ACCESS_DENIED\. Allow it\.$")
+    with ended, tuner._restartable(SessionOutcome()):
+        run_with(refuse, ["r01"], [callback], tmp_path)
+    assert (tmp_path / "tries").read_text() == "r01"
+    assert state["r01"].status == "running", "which waits for --resume once the session has ended"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("tune_bisenet.storage.StorageError: s3://x could not be read for 600 s: reset", StorageError),
+        ("tune_bisenet.storage.StorageRefusedError: s3://x: AWS Error ACCESS_DENIED. Allow it.", StorageRefusedError),
+        ("PermissionError: [Errno 13] Permission denied: '/results/a'", StorageRefusedError),
+        ("OSError: [Errno 30] Read-only file system: '/results/a'", StorageRefusedError),
+        ("ValueError: no", None),
+        ("OSError: [Errno 5] Input/output error", None),
+    ],
+)
+def test_a_worker_whose_storage_failed_ends_the_search_whatever_raised_it(
+    text: str, kind: type[StorageError] | None
+) -> None:
+    error = f'ray::ImplicitFunc.train()\n  File "x.py", line 1, in write\n{text}'
+    if kind is None:
+        tuner._raise_outage(error)
+        return
+    with pytest.raises(kind) as raised:
+        tuner._raise_outage(error)
+    assert type(raised.value) is kind
+    assert text.endswith(str(raised.value))
 
 
 # --- memory, and how long a trial may take ----------------------------------------------------------------------------

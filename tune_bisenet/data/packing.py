@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from errno import ENOSPC
 from itertools import count, islice
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -49,8 +50,8 @@ from tune_bisenet.data.packed import (
 from tune_bisenet.data.source import SPLITS, Source, Split
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.options import STREETS, InputError
-from tune_bisenet.storage import Storage
-from tune_bisenet.text import is_uri
+from tune_bisenet.storage import RetryPolicy, Storage, retry_seconds
+from tune_bisenet.text import format_bytes, is_uri
 
 BATCH_BYTES: Final = 64 * 2**20
 MAX_BATCH_ROWS: Final = 64
@@ -93,8 +94,8 @@ def prepare_packed(
 ) -> Packed:
     """Open the pack of `source` at `image_size`; if there is none, or it is damaged, fetch it from `shared` or make it.
 
-    Any number of processes may call this at once: one packs, the others wait.
-    Raises InputError naming every frame that cannot be used, or when the disk is too small.
+    Any number of processes may call this at once: one packs, the others wait. If the disk is full, they wait for room.
+    Raises InputError naming every frame that cannot be used.
     """
     folder = cache_dir / _pack_name(source.name, source.fingerprint, image_size)
 
@@ -109,6 +110,14 @@ def prepare_packed(
     return packed
 
 
+def check_room(source: Source, *, image_size: FrameSize, cache_dir: Path) -> None:
+    """Raise OSError if `source` is not packed at `image_size` and there is no room for it."""
+    folder = cache_dir / _pack_name(source.name, source.fingerprint, image_size)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        _make_room(folder, sum(header.num_rows * header.row_bytes for header in _headers(source, image_size)))
+
+
 def fetch_packed(name: str, *, shared: Storage | None, cache_dir: Path) -> Packed | None:
     """Open the pack of that name; if this node has no sound one, fetch it from `shared`. None if `shared` has none.
 
@@ -119,14 +128,22 @@ def fetch_packed(name: str, *, shared: Storage | None, cache_dir: Path) -> Packe
 
 
 def _open_or_make(folder: Path, make: Callable[[], bool]) -> Packed | None:
-    """Open a pack; where there is no sound one, let `make` make it, under its lock. None if that returns False."""
+    """Open a pack; where there is no sound one, let `make` make it, under its lock. None if that returns False.
+
+    If the disk is full, wait for room and let `make` begin again.
+    """
     packed, damage = _try_open(folder)
     if packed:
         return packed
-    with _lock(folder):
-        packed, _ = _try_open(folder)  # another process may have made it
-        if packed or not make():
-            return packed
+
+    def open_or_make() -> tuple[Packed | None, bool]:
+        with _lock(folder):
+            packed, _ = _try_open(folder)  # another process may have made it
+            return packed, packed is None and make()
+
+    packed, is_made = RetryPolicy(str(folder.parent), retry_seconds())(open_or_make, writing=True)
+    if not is_made:
+        return packed
     packed = replace(open_packed(folder), replaced=damage)
     if damage:
         _log.warning("%s. They were packed again.", damage)
@@ -229,15 +246,15 @@ def _complete_folder(folder: Path) -> Iterator[Path]:
 
 
 def _make_room(folder: Path, needed_bytes: int) -> None:
-    """Remove the pack there, which is damaged if there is one. Raise InputError if there is not room for another."""
+    """Remove the pack there, which is damaged if there is one. Raise OSError if there is not room for another."""
     shutil.rmtree(folder, ignore_errors=True)  # files that are open outlive their names
     free_bytes = shutil.disk_usage(folder.parent).free
     if free_bytes < needed_bytes:
         problem = (
-            f"packed frames need {needed_bytes / 1e9:,.1f} GB in {folder.parent}, where {free_bytes / 1e9:,.1f} GB are "
-            "free: remove packs there that no search uses, name another cache folder, or choose a smaller image size."
+            f"packed frames need {format_bytes(needed_bytes)}, and {format_bytes(free_bytes)} are free: remove packs "
+            "there that no search uses, name another cache folder, or choose a smaller image size"
         )
-        raise InputError(problem)
+        raise OSError(ENOSPC, problem, str(folder.parent))
 
 
 def _pack_name(source_name: str, fingerprint: str, image_size: FrameSize) -> str:
@@ -248,9 +265,8 @@ def _pack_name(source_name: str, fingerprint: str, image_size: FrameSize) -> str
     return f"{slug}-{format_size(image_size)}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
 
 
-def _build(source: Source, image_size: FrameSize, folder: Path, progress: PackProgress) -> None:
-    """Pack both splits. To be called under the lock."""
-    headers = [
+def _headers(source: Source, image_size: FrameSize) -> list[Header]:
+    return [
         Header(
             format_version=FORMAT_VERSION,
             source_name=source.name,
@@ -262,6 +278,11 @@ def _build(source: Source, image_size: FrameSize, folder: Path, progress: PackPr
         )
         for split in SPLITS
     ]
+
+
+def _build(source: Source, image_size: FrameSize, folder: Path, progress: PackProgress) -> None:
+    """Pack both splits. To be called under the lock."""
+    headers = _headers(source, image_size)
     _make_room(folder, sum(header.num_rows * header.row_bytes for header in headers))
     num_frames, num_done = sum(header.num_rows for header in headers), count(1)
     problems: list[str] = []

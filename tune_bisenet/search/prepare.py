@@ -7,6 +7,7 @@ All mistakes are ValueErrors in words for the user; a StorageError says that sto
 
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -19,7 +20,7 @@ from typing import Final, TypeVar
 from tune_bisenet import spaces
 from tune_bisenet.config import Precision, Run, TrialContext, format_size, trial_name
 from tune_bisenet.data.packed import FrameSize, Packed, suggested_image_size
-from tune_bisenet.data.packing import PACKS, check_labels, check_reachable, open_source, prepare_packed
+from tune_bisenet.data.packing import PACKS, check_labels, check_reachable, check_room, open_source, prepare_packed
 from tune_bisenet.data.source import Source
 from tune_bisenet.options import (
     DEFAULT_TRIALS,
@@ -51,7 +52,7 @@ from tune_bisenet.report.claims import differences
 from tune_bisenet.report.read import read_search
 from tune_bisenet.report.verdicts import NoiseSummary, judge_search
 from tune_bisenet.spaces import DataFacts, Grid, RowOverrides, Sampled, Space
-from tune_bisenet.storage import Storage, StorageError
+from tune_bisenet.storage import Storage, StorageError, is_refused
 from tune_bisenet.study.sampling import SearchSpace, check_rows, sample_at, sampler_problems
 from tune_bisenet.study.study import StudySetup, study_database
 from tune_bisenet.study.warm_start import warm_start
@@ -64,6 +65,8 @@ DATASET_VARIABLE: Final = "CITYSCAPES_DATASET"
 CACHE_VARIABLE: Final = "TUNE_BISENET_CACHE"
 
 REACH_SECONDS: Final = 5.0
+MIN_OPEN_FILES: Final = 256
+"""For a process of Ray. One with two workers was seen to have up to 58 files open (Ray 2.60), and a core adds some."""
 MAX_SOCKET_BYTES: Final = 107 if sys.platform == "linux" else 103
 """Of the path of a socket, as the system allows."""
 
@@ -192,10 +195,10 @@ def _input_errors() -> Iterator[None]:
     """Raise InputError for a user's mistake, and for files and folders that cannot be used; not for outages."""
     try:
         yield
-    except StorageError:
-        raise
     except OSError as error:
-        raise InputError(one_line(error)) from error
+        if isinstance(error, StorageError) and not is_refused(error):
+            raise
+        raise InputError(str(error) if isinstance(error, StorageError) else one_line(error)) from error
     except ValueError as error:
         raise InputError(*problems_of(error)) from error
 
@@ -276,6 +279,12 @@ def _check_ray(options: Options) -> None:
                 "leave --address out to use this machine alone."
             ) from error
     elif not options.plan:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # Ray itself raises the other limit to this one
+        if most != resource.RLIM_INFINITY and most < MIN_OPEN_FILES:
+            raise InputError(
+                f"Ray cannot run here: a process may open {most} files at once (ulimit -Hn), and Ray needs at least "
+                f"{MIN_OPEN_FILES}. Start this from a shell with a higher limit, such as 8192."
+            )
         variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
         folder = os.environ[variable] if variable else "/tmp"  # noqa: S108 (as Ray does)
         try:
@@ -638,8 +647,11 @@ def _pack_frames(
     """Pack the frames at every size that the search's runs are trained at."""
     runs = search.study.runs if search.study else search.runs
     pack_at = partial(prepare_packed, search.source, cache_dir=search.cache_dir, progress=progress, shared=shared)
+    sizes = sorted({run.image_size for run in runs})
     try:
-        return {size: pack_at(image_size=size) for size in sorted({run.image_size for run in runs})}
+        for size in sizes:
+            check_room(search.source, image_size=size, cache_dir=search.cache_dir)
+        return {size: pack_at(image_size=size) for size in sizes}
     except StorageError as error:
         raise ValueError(f"{error}. Frames that are packed by then must be packed again.") from error
     except OSError as error:

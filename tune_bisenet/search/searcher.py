@@ -21,7 +21,7 @@ from tune_bisenet.records import (
 )
 from tune_bisenet.search.state import SearchState
 from tune_bisenet.spaces import SpaceError
-from tune_bisenet.storage import RetryPolicy, Storage, StorageError, retry_seconds
+from tune_bisenet.storage import RetryPolicy, Storage, StorageError, StorageRefusedError, retry_seconds
 from tune_bisenet.study.study import DATABASE_ERRORS, Study, StudySetup, is_outage
 from tune_bisenet.study.warm_start import fresh_runs
 
@@ -218,7 +218,7 @@ class StudySearcher(Searcher):
                 if is_outage(error):
                     raise
                 told = error if isinstance(error, InputError) else database.error(error)
-                raise (StorageError(str(told)) if self._has_begun else told) from error
+                raise (StorageRefusedError(str(told)) if self._has_begun else told) from error
 
         def attempt_or_rebuild() -> _Value:
             try:

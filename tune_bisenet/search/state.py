@@ -150,9 +150,10 @@ def _locked(file: ConditionalFile, folder: Storage) -> Iterator[None]:
 
 @contextmanager
 def _leased(file: ConditionalFile, folder: Storage) -> Iterator[None]:
-    if not file.is_exact:
+    if not file.is_exact():
         _log.warning(
-            "%s cannot keep two drivers apart that begin a search within the same seconds: begin one after the other.",
+            "%s does not compare before it writes, so two drivers that begin this search within the same seconds "
+            "are not kept apart: begin one after the other.",
             folder.uri,
         )
     _wait_for_lease(file, folder)
@@ -184,7 +185,7 @@ def _end_at_once(other: Holder | None, folder: Storage) -> NoReturn:
     """End this process before it writes anything more."""
     message = (
         "%s runs the search in %s now: it took over when this driver had been silent for minutes. This one ends and "
-        "writes nothing more. To go on here instead, stop the other and run the same command again with --resume."
+        "writes nothing more. To continue it here, stop the other first."
     )
     _log.error(message, other or "another process", folder.uri)
     os._exit(os.EX_TEMPFAIL)

@@ -43,7 +43,7 @@ from tune_bisenet.records import (
     read_sound_trial,
     write_trial,
 )
-from tune_bisenet.storage import Storage
+from tune_bisenet.storage import Storage, is_refused
 from tune_bisenet.training import benchmark, checkpoint, engine
 from tune_bisenet.training.engine import EpochEnd, Training
 from tune_bisenet.training.tensorboard import NUM_PICTURED_EPOCHS, TrialWriter, triptych
@@ -51,7 +51,7 @@ from tune_bisenet.training.tensorboard import NUM_PICTURED_EPOCHS, TrialWriter, 
 FAILURE: Final = "failure"
 """The key of a report that ends its trial as failed, in words. Tune tries again whatever is raised."""
 LACKS: Final = "lacks"
-"""The key, beside it, of what was too small: the memory of the machine, or that of its GPU."""
+"""The key, beside it, of what is missing: memory of the machine or of its GPU, or access to storage."""
 
 WARNING: Final = "warning"
 """The key under which a report says what the user should know beside its measurements."""
@@ -78,14 +78,16 @@ def train_trial(config: dict[str, Any], *, context: dict[str, Any]) -> None:
                 "s3://bucket/searches, or a path that all of them share."
             )
         run_trial(from_plain(TrialSpec, config), TrialContext.model_validate(context), report=tune.report)
-    except (ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
         tune.report(_describe_failure(error))
 
 
-def _describe_failure(error: ValueError | MemoryError | RuntimeError) -> dict[str, Any]:
+def _describe_failure(error: OSError | ValueError | MemoryError | RuntimeError) -> dict[str, Any]:
     """Return the report of a failure that a retry cannot mend, or only with more memory; raise any other again."""
-    comes_from_outside = isinstance(error.__cause__ or error.__context__, OSError)  # a network or disk, which may mend
-    if isinstance(error, ValueError) and not comes_from_outside:
+    cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+    if isinstance(cause, OSError) and is_refused(cause):
+        report = {FAILURE: str(cause), LACKS: "access"}
+    elif isinstance(error, ValueError) and not isinstance(cause, OSError):  # a network or disk may mend
         report = {FAILURE: "\n".join(problems_of(error))}
     elif isinstance(error, torch.OutOfMemoryError):
         report = {FAILURE: str(error), LACKS: "GPU memory"}

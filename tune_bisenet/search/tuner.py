@@ -40,7 +40,7 @@ from tune_bisenet.search.resources import RESTARTABLE
 from tune_bisenet.search.searcher import Searcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
 from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SECONDS, WARNING, read_stack, train_trial
-from tune_bisenet.storage import Storage, StorageError, hurry, is_full, retry_seconds
+from tune_bisenet.storage import Storage, StorageError, StorageRefusedError, hurry, is_full, is_refused, retry_seconds
 from tune_bisenet.text import counted, format_duration
 from tune_bisenet.training.tensorboard import HParamsTable
 
@@ -375,7 +375,12 @@ class TuneCallback(Callback):
             _log.warning("%s was killed and is tried again from its last epoch; %s", name, error)
 
     def _on_failure(self, name: str, problem: str, *, lacks: str) -> None:
-        """Take in a trial's own word that it cannot go on: never, or not beside others that hold the memory."""
+        """Take in a trial's own word that it cannot go on: never, or not beside others that hold the memory.
+
+        Raises StorageRefusedError if its storage denies access: the next trial would have no more luck.
+        """
+        if lacks == "access":
+            raise StorageRefusedError(problem)
         error = (f"{OUT_OF_MEMORY}: " if lacks else "") + " ".join(problem.split())
         has_gpu_alone = lacks == "GPU memory" and self.resources.gpus_per_trial >= 1
         if has_gpu_alone or not self._lowered_for_memory(error):
@@ -489,11 +494,10 @@ def _error_of(trial: Trial) -> str:
 
 
 def _raise_outage(error: str) -> None:
-    """Raise StorageError if a worker's storage did not answer for as long as it is retried: no trial is to blame."""
-    if outage := re.search(
-        r"^tune_bisenet\.storage\.StorageError: (.* could not be (?:read|written) for .*)$", error, re.M
-    ):
-        raise StorageError(outage[1])
+    """Raise StorageError if storage did not answer, or StorageRefusedError if it refused: no trial is to blame."""
+    kinds = r"tune_bisenet\.storage\.(\w+)|PermissionError|OSError(?=: \[Errno 30\])"
+    if found := re.search(rf"^(?:{kinds}): (.*)$", error, re.M):
+        raise (StorageError if found[1] == "StorageError" else StorageRefusedError)(found[2])
 
 
 def _last_line(error: str) -> str:
@@ -559,7 +563,8 @@ def _signals(outcome: SessionOutcome) -> Iterator[None]:
 def _restartable(outcome: SessionOutcome) -> Iterator[None]:
     """End the process, as one to be run again, if storage did not answer for as long as it is retried.
 
-    After a signal that is seconds, and the code is the signal's: every trial's folder knows how far it is.
+    After a signal that is seconds, and the code is the signal's: every trial's folder knows how far it is. Raise
+    StorageRefusedError if storage denies access.
     """
     try:
         yield
@@ -567,15 +572,18 @@ def _restartable(outcome: SessionOutcome) -> Iterator[None]:
         cause = _find_outage(error)
         if cause is None:
             raise
-        reason = str(cause).removesuffix(".")
-        _log.error("%s. Nothing is lost: when it answers, run the same command again with --resume.", reason)
+        if is_refused(cause) and not outcome.signal_number:
+            raise StorageRefusedError(str(cause)) from error
+        _log.error("%s.", str(cause).removesuffix("."))  # the supervisor says how to continue
         # Threads of Tune's still wait for it, and pyarrow's end badly with the interpreter.
         os._exit(128 + outcome.signal_number if outcome.signal_number else RESTARTABLE)
 
 
 def _find_outage(error: BaseException) -> OSError | None:
-    """Return the error under Tune's that says that storage does not answer, or that Ray's own folder is full."""
-    found: OSError | None = _find(error, lambda cause: isinstance(cause, StorageError) or is_full(cause))
+    """Return the error under Tune's that says that storage does not answer or refuses, or Ray's own folder is full."""
+    found: OSError | None = _find(
+        error, lambda cause: isinstance(cause, StorageError) or is_full(cause) or is_refused(cause)
+    )
     return found
 
 

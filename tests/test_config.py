@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from search_spaces.runs10 import SPACE as RUNS10
 from tune_bisenet.config import (
     SGD,
     AdamW,
@@ -13,6 +14,8 @@ from tune_bisenet.config import (
     TrialContext,
     check_image_size,
     fingerprint,
+    parting_epochs,
+    shared_beginnings,
     trial_name,
 )
 
@@ -216,3 +219,30 @@ def test_the_identity_follows_everything_that_decides_the_weights_and_nothing_el
 def test_a_trial_is_named_by_its_row_and_by_a_seed_that_is_not_the_default() -> None:
     assert [trial_name(row(seed=seed), default_seed=2) for seed in (2, 3)] == ["r01", "r01-s3"]
     assert trial_name(row(seed=2), default_seed=None) == "r01-s2"
+
+
+# --- rows that begin as the same training -----------------------------------------------------------------------------
+
+
+def test_of_the_ten_rows_only_r01_and_r05_begin_alike() -> None:
+    runs = [run.model_copy(update={"seed": seed}) for seed in (0, 1) for run in RUNS10.runs]
+    pairs = parting_epochs({(run.name, run.seed): run for run in runs})
+    assert pairs == {(("r01", seed), ("r05", seed)): 35 for seed in (0, 1)}
+    assert shared_beginnings(runs) == {runs[0].beginning(): (35,)}
+
+
+def test_rows_part_at_the_earlier_switch_and_equal_ones_never() -> None:
+    def switching(after: int | None, **changes: object) -> Run:
+        return row(loss={"kind": "ce", "aux_weight": 1.0, "lovasz_after": after}, **changes)
+
+    runs = {"never": switching(None), "late": switching(30), "early": switching(20), "again": switching(None)}
+    at_once = {"at once": switching(0), "other chance": switching(30, stream=1)}
+    assert parting_epochs(runs | at_once) == {
+        ("never", "late"): 30,
+        ("never", "early"): 20,
+        ("never", "again"): 50,
+        ("late", "early"): 20,
+        ("late", "again"): 30,
+        ("early", "again"): 20,
+    }
+    assert shared_beginnings([*runs.values(), *at_once.values()]) == {row().beginning(): (20, 30)}

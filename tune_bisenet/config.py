@@ -6,7 +6,9 @@ A `Run` is portable: it names no path, no device and no machine, so its fingerpr
 import hashlib
 import json
 import re
-from typing import Annotated, Final, Literal, Self
+from collections.abc import Hashable, Iterable, Mapping
+from itertools import combinations
+from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +21,8 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+
+_Name = TypeVar("_Name", bound=Hashable)
 
 STRIDE: Final = 32
 """BiSeNet halves its input five times: heights and widths are multiples of this."""
@@ -230,6 +234,46 @@ class Run(Frozen):
         """Return 16 hex digits over everything that decides what is trained: not the name, not the expectation."""
         return fingerprint(self.model_dump(mode="json", exclude={"name", "expect"}))
 
+    def beginning(self) -> str:
+        """Return 16 hex digits over everything that decides what is trained but chance and when the loss switches."""
+        values = self.model_dump(mode="json", exclude={"name", "expect", "seed", "stream"})
+        del values["loss"]["lovasz_after"]
+        return fingerprint(values)
+
+
+def parting_epochs(runs: Mapping[_Name, Run]) -> dict[tuple[_Name, _Name], int]:
+    """Return after how many epochs each two runs part that are the same training until the loss of one switches.
+
+    Those that never part have all their epochs in common. `runs` are by any names, and pairs in their order.
+    """
+    alike: dict[tuple[str, int], list[_Name]] = {}
+    for name, run in runs.items():
+        alike.setdefault((run.beginning(), run.random_seed), []).append(name)
+    parting = {}
+    for pair in (pair for group in alike.values() for pair in combinations(group, 2)):
+        switches = {runs[name].loss.lovasz_after for name in pair}
+        earlier = min((switch for switch in switches if switch is not None), default=0)
+        parting[pair] = earlier if len(switches) > 1 else runs[pair[0]].num_epochs
+    return {pair: epochs for pair, epochs in parting.items() if epochs > 0}
+
+
+def shared_beginnings(runs: Iterable[Run]) -> dict[str, tuple[int, ...]]:
+    """Return, by `Run.beginning`, after which epochs runs part that begin as the same training."""
+    found: dict[str, set[int]] = {}
+    for run, others in partners({run: run for run in runs}).items():
+        found.setdefault(run.beginning(), set()).update(others.values())
+    return {beginning: tuple(sorted(epochs)) for beginning, epochs in found.items()}
+
+
+def partners(runs: Mapping[_Name, Run]) -> dict[_Name, dict[_Name, int]]:
+    """Return, by name, the others that begin as the same training, and after how many epochs each parts from it."""
+    found: dict[_Name, dict[_Name, int]] = {}
+    for (first, second), epochs in parting_epochs(runs).items():
+        if epochs < runs[first].num_epochs:
+            found.setdefault(first, {})[second] = epochs
+            found.setdefault(second, {})[first] = epochs
+    return found
+
 
 class TrialContext(Frozen):
     """Says where and with what runs are trained: everything a trial needs that is not part of its row."""
@@ -255,11 +299,25 @@ class TrialContext(Frozen):
     use_gpu: bool
     measures_latency: bool = False
     """Whether each trial also measures how long one prediction takes."""
+    shared_beginnings: dict[str, tuple[int, ...]] = {}
+    """By `Run.beginning`, after which epochs a trial keeps its state for others that are the same training so far."""
 
     def identity(self, run: Run) -> str:
         """Return 16 hex digits over all that decides the weights a trial ends with."""
+        return self._identity(run, run.fingerprint())
+
+    def beginning_identity(self, run: Run) -> str:
+        """Return 16 hex digits over all that decides the weights a trial has before its loss switches."""
+        return self._identity(run, fingerprint([run.beginning(), run.random_seed]))
+
+    def shared_epochs(self, run: Run) -> tuple[int, ...]:
+        """Return the epochs before its loss switches after which others part from it that are the same until then."""
+        until = run.num_epochs if run.loss.lovasz_after is None else run.loss.lovasz_after
+        return tuple(epoch for epoch in self.shared_beginnings.get(run.beginning(), ()) if epoch <= until)
+
+    def _identity(self, run: Run, trained: str) -> str:
         digest = self.data_digests[format_size(run.image_size)]
-        return fingerprint([run.fingerprint(), digest, self.backbone_digest, self.precision])
+        return fingerprint([trained, digest, self.backbone_digest, self.precision])
 
 
 def trial_name(run: Run, *, default_seed: int | None) -> str:

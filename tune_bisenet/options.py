@@ -200,6 +200,12 @@ class Options(Frozen):
         "the end, for judging expectations (default: asha)",
     )
     precision: Precision | None = _flag(WHAT, "fp32|bf16", "precision of the training step (default: fp32)")
+    no_share: bool | None = _flag(
+        WHAT,
+        None,
+        "train every row from its first epoch, also those that are the same training until the loss of one switches, "
+        "as r01 and r05 (default: their common epochs are trained once)",
+    )
 
     looks: Looks | None = _flag(
         JUDGED,
@@ -404,6 +410,8 @@ class SearchConfig(Frozen):
     proxy: bool
     scheduler: Scheduler
     precision: Precision
+    no_share: bool = False
+    """Whether rows that begin as the same training each train those epochs."""
     looks: Looks = ()
     """The numbers of seeds at which a grid is judged; empty for one look at all of them."""
     decide: bool = False

@@ -63,6 +63,8 @@ HTML: Final = "report.html"
 MARKDOWN: Final = "report.md"
 TABLES: Final = "tables"
 """A folder of the report, in that of the search; Tune's own is beside it."""
+BEGINNINGS: Final = "beginnings"
+"""A folder of states that several trials go through; deleted when all trials have ended."""
 TUNE: Final = "tune"
 
 
@@ -71,7 +73,7 @@ def is_reserved(name: str) -> bool:
 
     Case does not count, as on some disks; nor does what follows the name of the study, as SQLite's journal has it.
     """
-    names = (SEARCH, TRIALS, KNOWN, LEADERBOARD_CSV, LEADERBOARD_MD, HTML, MARKDOWN, TABLES, TUNE)
+    names = (SEARCH, TRIALS, KNOWN, LEADERBOARD_CSV, LEADERBOARD_MD, HTML, MARKDOWN, TABLES, BEGINNINGS, TUNE)
     return name.lower() in names or name.lower().startswith((STUDY, "events.out.tfevents"))
 
 
@@ -182,6 +184,9 @@ class TrialState:
     last_miou: float | None = None
     pixel_accuracy: float | None = None
     seconds: float = 0.0
+    """Of the epochs that it has trained itself."""
+    shared_epochs: int = 0
+    """How many of its epochs another trial has trained."""
     latency_ms: float | None = None
     """Milliseconds of one prediction at batch 1; None unless the search has latency for a goal."""
     error: str = ""
@@ -192,10 +197,11 @@ class TrialState:
         return cls(trial=trial, run=run.name, seed=run.seed, num_epochs=run.num_epochs, **measured)
 
 
-def measure(history: Sequence[Epoch], *, latency_ms: float | None = None) -> dict[str, Any]:
+def measure(history: Sequence[Epoch], *, latency_ms: float | None = None, shared_epochs: int = 0) -> dict[str, Any]:
     """Return the fields of `TrialState` that follow from a trial's epochs; none of them without an epoch.
 
-    The last mIoU and accuracy are None if the last epoch diverged, the best ones if all did.
+    The last mIoU and accuracy are None if the last epoch diverged, the best ones if all did. Another trial has trained
+    the first `shared_epochs`.
     """
     if not history:
         return {}
@@ -206,12 +212,22 @@ def measure(history: Sequence[Epoch], *, latency_ms: float | None = None) -> dic
         "best_epoch": best and best.epoch,
         "last_miou": None if last.diverged else last.miou,
         "pixel_accuracy": None if last.diverged else last.pixel_accuracy,
-        "seconds": sum(epoch.seconds for epoch in history),
+        "seconds": sum(epoch.seconds for epoch in history[shared_epochs:]),
+        "shared_epochs": min(shared_epochs, len(history)),
         "latency_ms": latency_ms,
     }
 
 
-MEASURED: Final = ("epochs", "best_miou", "best_epoch", "last_miou", "pixel_accuracy", "seconds", "latency_ms")
+MEASURED: Final = (
+    "epochs",
+    "best_miou",
+    "best_epoch",
+    "last_miou",
+    "pixel_accuracy",
+    "seconds",
+    "shared_epochs",
+    "latency_ms",
+)
 """The keys of what `measure` returns."""
 
 
@@ -245,6 +261,14 @@ class Environment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """Says which trial trained the first epochs of another, the same training until the loss of one switches."""
+
+    trial: str
+    epochs: PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """A trial as its own folder has it: all that is known of it, without weights and pictures."""
 
@@ -255,6 +279,8 @@ class TrialRecord:
     """None where latency is no goal of the search."""
     environments: tuple[Environment, ...] = ()
     """Each that trained a part of it, in order of appearance; empty before it has begun."""
+    beginning: Beginning | None = None
+    """None if it has trained all its epochs itself."""
     source: str = ""
     """The folder in an earlier search that it was taken from; empty for a trial of this search."""
     checksum: str = field(default="", compare=False, repr=False)
@@ -273,17 +299,29 @@ class TrialRecord:
         epochs: Iterable[Epoch] = (),
         latency: Latency | None = None,
         environments: tuple[Environment, ...] = (),
+        beginning: Beginning | None = None,
     ) -> "TrialRecord":
         """Return the record of a trial that has these epochs and has not ended."""
         history = tuple(epochs)
         state = TrialState.of_run(spec.trial, spec.run, status="running" if history else "waiting")
-        record = cls(spec=spec, state=state, epochs=history, latency=latency, environments=environments)
+        record = cls(
+            spec=spec,
+            state=state,
+            epochs=history,
+            latency=latency,
+            environments=environments,
+            beginning=beginning,
+        )
         return replace(record, state=replace(state, **record.measured))
 
     @property
     def measured(self) -> dict[str, Any]:
         """Return the fields of its state that follow from its epochs."""
-        return measure(self.epochs, latency_ms=self.latency.median_ms if self.latency else None)
+        return measure(
+            self.epochs,
+            latency_ms=self.latency.median_ms if self.latency else None,
+            shared_epochs=self.beginning.epochs if self.beginning else 0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

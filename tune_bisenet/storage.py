@@ -368,6 +368,10 @@ class Storage:
         """Remove a file. FileNotFoundError if there is none."""
         self._change(lambda: self.filesystem.delete_file(f"{self.path}/{name}"), is_done=lambda: not self.exists(name))
 
+    def remove(self) -> None:
+        """Remove the folder with all that is in it, if there is one."""
+        self.retry(lambda: self.filesystem.delete_dir(self.path) if self.exists() else None, writing=True)
+
     def check_writable(self) -> None:
         """Raise OSError if nothing can be written here. On a local disk a file without a name is written."""
         if self.local_path is None:

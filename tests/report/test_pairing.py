@@ -8,8 +8,8 @@ import pytest
 from expecting import epoch, gaining, trial
 from helpers.rows import plain_row
 
-from tune_bisenet.records import Environment, TrialSpec
-from tune_bisenet.report.pairing import environment_differences, mixed_pairs, unequal_pairs
+from tune_bisenet.records import Beginning, Environment, TrialSpec
+from tune_bisenet.report.pairing import environment_differences, mixed_pairs, shared_pairs, unequal_pairs
 from tune_bisenet.report.read import ReportedTrial
 from tune_bisenet.report.verdicts import judge
 
@@ -106,3 +106,15 @@ def test_compared_trials_that_were_trained_differently_are_named() -> None:
     claims = judge(gaining(1, 2), trials).claims
     (sentence,) = mixed_pairs(claims, trials)
     assert sentence == "Compared, but trained with 2 threads against 1 thread: x-s0 and r01-s0."
+
+
+def test_pairs_of_which_one_took_over_epochs_of_the_other_are_named_with_their_seeds() -> None:
+    seeds = (0, 1)
+    r01 = [trained("r01", seed=seed) for seed in seeds]
+    r05 = [
+        replace(trained("r05", switch=2, seed=seed), beginning=Beginning(trial=f"r01-s{seed}", epochs=2))
+        for seed in seeds
+    ]
+    (sentence,) = shared_pairs([*r01, *r05, trained("r05", switch=2, seed=2)])
+    assert sentence.startswith("r05 took over epochs 1 to 2 of r01 (seed 0, 1)")
+    assert shared_pairs(r01) == []

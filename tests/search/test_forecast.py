@@ -39,7 +39,8 @@ from tune_bisenet.training import checkpoint, engine
 
 TWO_CORES = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
 TWO_GPUS = Resources(cpus_per_trial=4, gpus_per_trial=1, max_concurrent=None, concurrency=2)
-TRIAL = TRIAL_SECONDS + 4 * (KEEPING_SECONDS + 8 + 3 * VAL_SHARE)
+EPOCH = KEEPING_SECONDS + 8 + 3 * VAL_SHARE
+TRIAL = TRIAL_SECONDS + 4 * EPOCH
 """Seconds of four epochs of eight training and three validation images at one image per second."""
 
 
@@ -52,13 +53,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def search_of(place: Path, **flags: str) -> PreparedSearch:
+def search_of(place: Path, **flags: str | bool) -> PreparedSearch:
     defaults = {"space": str(place / "space.py"), "data": str(place / "frames"), "backbone": "none"}
     options, mistyped = parse_options(defaults | {"scheduler": "fifo"} | flags)
     return survey_search(options, mistyped, default_name="mine")
 
 
-def estimate_of(place: Path, resources: Resources = TWO_CORES, **flags: str) -> Estimate:
+def estimate_of(place: Path, resources: Resources = TWO_CORES, **flags: str | bool) -> Estimate:
     return estimate_search(search_of(place, images_per_second="1", **flags), resources, [])
 
 
@@ -145,6 +146,30 @@ def test_a_study_trains_its_rows_draws_the_rest_and_confirms(place: Path) -> Non
     unbounded = find_workload(search_of(place, space=str(place / "sampled.py"), time_budget="1h"), [])
     assert unbounded.is_unbounded
     assert len(unbounded.remaining) == UNBOUNDED_SAMPLE
+
+
+def test_epochs_that_rows_have_in_common_are_counted_once_for_each_seed(place: Path) -> None:
+    ten_rows = {"space": "runs10", "proxy": True, "epochs": "4", "seeds": "0,1", "runs": "r01,r05"}
+    whole = estimate_of(place, no_share=True, **ten_rows)
+    shared = estimate_of(place, **ten_rows)
+    assert whole.workload.shared_epochs == (0, 0, 0, 0)
+    assert shared.workload.shared_epochs == (0, 3, 0, 3), "r05 switches after 3 of 4 epochs"
+    assert shared.trial_seconds == pytest.approx([TRIAL, TRIAL - 3 * EPOCH, TRIAL, TRIAL - 3 * EPOCH])
+    assert whole.trial_seconds == pytest.approx([TRIAL] * 4)
+    _best, last = checkpoint_bytes(shared.workload.runs[0])
+    kept = trial_bytes(shared.workload.runs[0], shared.search.facts, frame_size=(32, 64))
+    assert shared.storage_bytes == whole.storage_bytes + 2 * (kept + last)
+    begun = estimate_search(shared.search, TWO_CORES, [state("r05", status="waiting", epochs=1, seconds=1.0)])
+    assert begun.workload.shared_epochs == (0, 0, 0, 3)
+
+
+def test_speed_is_that_of_the_epochs_a_trial_has_trained_itself(tiny_run: Run) -> None:
+    facts = DataFacts(num_train=8, num_val=3, suggested_image_size=(64, 128))
+    rows = [tiny_run.model_copy(update={"name": name}) for name in ("a", "b")]
+    states = [state("a", epochs=6, seconds=30.0), state("b", epochs=6, shared_epochs=4, seconds=6.0)]
+    throughput = Throughput.measured(states, rows, facts)
+    assert throughput
+    assert throughput.epoch_seconds(rows[0], facts) == pytest.approx(36 / 8)
 
 
 # --- disk -----------------------------------------------------------------------------------------------------------

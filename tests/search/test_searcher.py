@@ -19,10 +19,11 @@ from helpers.light_search import (
     row,
     trials_in,
 )
+from helpers.rows import plain_epoch
 from optuna.trial import TrialState as OptunaState
 
 from tune_bisenet.config import Sampler
-from tune_bisenet.records import TRIAL, TRIALS, TrialSpec, TrialState, read_saved_state
+from tune_bisenet.records import TRIAL, TRIALS, TrialSpec, TrialState, measure, read_saved_state
 from tune_bisenet.search.prepare import read_specs
 from tune_bisenet.search.searcher import GridSearcher
 from tune_bisenet.search.state import SearchState
@@ -74,7 +75,7 @@ def state_of(search: Search, *states: TrialState) -> SearchState:
 def test_declared_runs_are_handed_out_once_in_their_order_until_a_new_beginning(search: Search) -> None:
     specs = {name: TrialSpec(trial=name, run=row(name, 0.01)) for name in ("a", "b", "c")}
     state = state_of(search, *(TrialState.of_run(name, spec.run) for name, spec in specs.items()))
-    searcher = GridSearcher(specs, state)
+    searcher = GridSearcher(specs, state, share=True)
     assert searcher.begin()
     assert [searcher.next() for _ in range(4)] == [*specs.values(), None]
     assert searcher.exhausted
@@ -84,6 +85,30 @@ def test_declared_runs_are_handed_out_once_in_their_order_until_a_new_beginning(
     for name in ("a", "c"):
         state.on_error(name, "no memory")
     assert not searcher.begin()
+
+
+def test_a_row_waits_for_one_that_begins_alike_until_they_part_or_that_has_ended(search: Search) -> None:
+    plain = row("r01", 0.01).model_copy(update={"num_epochs": 4})
+    switching = plain.model_copy(update={"name": "r05", "loss": plain.loss.model_copy(update={"lovasz_after": 3})})
+    rows = [plain, switching, row("r09", 0.02), plain.model_copy(update={"name": "same"})]
+    specs = {run.name: TrialSpec(trial=run.name, run=run) for run in rows}
+    state = state_of(search)
+    searcher = GridSearcher(specs, state, share=True)
+    searcher.begin()
+    assert [searcher.next() for _ in range(4)] == [specs["r01"], specs["r09"], specs["same"], None]
+    assert not searcher.exhausted
+    for name in ("r01", "same"):
+        state.on_result(name, measure([plain_epoch(number, 10.0) for number in (1, 2)]))
+    assert searcher.next() is None, "they part after epoch 3"
+    state.on_error("same", "no memory")
+    searcher.on_end(state["same"])
+    assert searcher.next() is None, "r01 still trains what they have in common"
+    state.on_result("r01", measure([plain_epoch(number, 10.0) for number in (1, 2, 3)]))
+    assert searcher.next() == specs["r05"]
+    assert searcher.exhausted
+    alone = GridSearcher(specs, state, share=False)
+    alone.begin()
+    assert [alone.next() for _ in range(3)] == [specs["r01"], specs["r05"], specs["r09"]]
 
 
 def test_a_trial_is_in_its_folder_and_in_the_state_before_it_is_handed_out(search: Search) -> None:

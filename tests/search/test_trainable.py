@@ -14,12 +14,13 @@ import pytest
 import torch
 from helpers.searches import epoch_numbers, write_frames
 from ray import tune
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tune_bisenet.config import Run, TrialContext
+from tune_bisenet.config import Run, TrialContext, shared_beginnings
 from tune_bisenet.data import packing
 from tune_bisenet.data.packed import open_packed
 from tune_bisenet.options import InputError
-from tune_bisenet.records import TRIAL, Latency, TrialRecord, TrialSpec, read_trial, to_plain, write_trial
+from tune_bisenet.records import TRIAL, Beginning, Latency, TrialRecord, TrialSpec, read_trial, to_plain, write_trial
 from tune_bisenet.search.trainable import FAILURE, LACKS, _describe_failure, run_trial, train_trial
 from tune_bisenet.storage import RetryPolicy, Storage, StorageError, StorageRefusedError
 from tune_bisenet.training import checkpoint
@@ -131,6 +132,85 @@ def test_an_epoch_is_safe_on_storage_before_it_is_reported(run: Run, context: Tr
         assert (folder / "best.pt").exists()
 
     run_trial(TrialSpec(trial=run.name, run=run), context, report=report)
+
+
+SWITCH = 2
+"""The last epoch that `run` and `switching` have in common."""
+
+
+@pytest.fixture
+def switching(run: Run) -> Run:
+    """Return `run` with a loss that switches, as r05 is to r01."""
+    loss = run.loss.model_copy(update={"lovasz_after": SWITCH})
+    return run.model_copy(update={"name": "switching", "loss": loss})
+
+
+def sharing(context: TrialContext, *runs: Run) -> TrialContext:
+    return context.model_copy(update={"shared_beginnings": shared_beginnings(runs)})
+
+
+def states_of(trial: Path) -> list[dict[str, Any]]:
+    """Return what a trial of an odd number of epochs resumes from, and its best weights."""
+    return [checkpoint.from_bytes((trial / name).read_bytes()) for name in ("last.pt", "best.pt")]
+
+
+def tensors_of(state: dict[str, Any]) -> list[torch.Tensor]:
+    slots = state.get("optimizer", {"state": {}})["state"].values()
+    return [*state["model"].values(), *(tensor for slot in slots for tensor in slot.values())]
+
+
+def test_epochs_that_two_rows_have_in_common_are_trained_once(
+    run: Run, switching: Run, context: TrialContext, folder: Path, small_data: "Packed", tmp_path: Path
+) -> None:
+    alone = context_in(tmp_path / "alone", small_data)
+    train(switching, alone)
+    train(run, sharing(context, run, switching))
+    reports = train(switching, sharing(context, run, switching))
+    trial, other = Path(context.storage) / "switching", Path(alone.storage) / "switching"
+    assert [report["epoch"] for report in reports] == [SWITCH, 3]
+    for shared, own in zip(states_of(trial), states_of(other), strict=True):
+        assert (shared["identity"], shared["run"]) == (own["identity"], own["run"])
+        assert all(map(torch.equal, tensors_of(shared), tensors_of(own)))
+    record = record_of(trial)
+    assert record.beginning == Beginning(trial=run.name, epochs=SWITCH)
+    assert record.epochs[:SWITCH] == record_of(folder).epochs[:SWITCH]
+    assert record.epochs[-1].miou == record_of(other).epochs[-1].miou
+    assert record.state.shared_epochs == SWITCH
+    assert record.state.seconds == record.epochs[-1].seconds
+    events, expected = (EventAccumulator(str(path)).Reload().Scalars("best_miou") for path in (trial, other))
+    assert [(event.step, event.value) for event in events] == [(event.step, event.value) for event in expected]
+
+
+def test_a_trial_that_took_over_epochs_resumes_as_any_other(
+    run: Run, switching: Run, context: TrialContext, folder: Path
+) -> None:
+    context = sharing(context, run, switching)
+    train(run, context)
+    train_and_kill(1, switching, context)
+    assert epoch_numbers(folder.parent / "switching") == [1, 2]
+    train_and_kill(2, switching, context)
+    shutil.rmtree(folder.parent / "beginnings")
+    reports = train(switching, context)
+    assert [report["epoch"] for report in reports] == [3]
+    assert record_of(folder.parent / "switching").beginning == Beginning(trial=run.name, epochs=SWITCH)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "of another training", "no pictures"])
+def test_a_beginning_that_cannot_be_used_is_trained_again(
+    run: Run, switching: Run, context: TrialContext, folder: Path, damage: str
+) -> None:
+    context = sharing(context, run, switching)
+    train(run, context)
+    (kept,) = (folder.parent / "beginnings").iterdir()
+    content = (kept / "last.pt").read_bytes()
+    if damage == "flipped":
+        (kept / "last.pt").write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    elif damage == "of another training":
+        (kept / "last.pt").write_bytes(checkpoint.to_bytes(checkpoint.from_bytes(content) | {"identity": "f" * 16}))
+    else:
+        (kept / "best.npz").unlink()
+    assert [report["epoch"] for report in train(switching, context)] == [1, 2, 3]
+    assert record_of(folder.parent / "switching").beginning is None
 
 
 @pytest.mark.slow

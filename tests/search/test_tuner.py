@@ -209,7 +209,7 @@ def callback_of(names: Sequence[str], folder: Path, **fields: Any) -> tuple[Sear
         state,
         Stopper(rule=None, iterations_per_epoch=hundred),
         SearchProgress(Console(quiet=True)),
-        GridSearcher(specs, state),
+        GridSearcher(specs, state, share=True),
         Limits(),
         **{"resources": resources(), "outcome": SessionOutcome()} | fields,
     )

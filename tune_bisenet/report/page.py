@@ -25,7 +25,7 @@ from tune_bisenet.records import HTML, MARKDOWN, TABLES
 from tune_bisenet.report import figures, sampled, tables
 from tune_bisenet.report.claims import format_measure
 from tune_bisenet.report.figures import Block, Plots, PythonSource, Section, plots
-from tune_bisenet.report.pairing import mixed_pairs, unequal_pairs
+from tune_bisenet.report.pairing import mixed_pairs, shared_pairs, unequal_pairs
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.tables import Marked, Table
 from tune_bisenet.report.verdicts import Judgement, judge_search
@@ -143,6 +143,7 @@ class Report:
             ", ".join(f"{counts[verdict]} {verdict}" for verdict in tables.VERDICT_SYMBOLS if counts[verdict]) + ".",
             tables.verdict_table(self.search, self.judgement, self.price),
             self._verdict_text(),
+            *shared_pairs(list(self.search.trials.values())),
             *unequal_pairs(self.search.trials.values()),
             *mixed_pairs(claims, self.search.trials.values()),
         ]

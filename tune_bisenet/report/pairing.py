@@ -5,15 +5,12 @@ must be equal there; what they were trained in (`records.Environment`) may say w
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 
+from tune_bisenet.config import parting_epochs
 from tune_bisenet.records import Environment
-from tune_bisenet.report.claims import Claim, settings
+from tune_bisenet.report.claims import Claim
 from tune_bisenet.report.read import ReportedTrial
 from tune_bisenet.text import counted
-
-SWITCH = "loss lovasz_after"
-"""The setting in which rows may differ and still be the same training for a while."""
 
 
 def environment_parts(environment: Environment) -> tuple[str, str, str, str, str]:
@@ -45,20 +42,14 @@ def _by_part(trial: ReportedTrial) -> Iterable[tuple[str, ...]]:
 
 def unequal_pairs(trials: Iterable[ReportedTrial]) -> list[str]:
     """Return a sentence for each two trials that must be equal up to an epoch, but part before it."""
-    alike: dict[object, list[ReportedTrial]] = {}
-    for trial in trials:
-        same = {name: value for name, value in settings(trial.run).items() if name != SWITCH}
-        alike.setdefault((trial.run.random_seed, *same.items()), []).append(trial)
-    pairs = [(own, bar) for group in alike.values() for bar, own in combinations(group, 2)]
-    return [sentence for own, bar in pairs if (sentence := _parting(own, bar))]
+    by_name = {trial.spec.trial: trial for trial in trials}
+    pairs = parting_epochs({name: trial.run for name, trial in by_name.items()})
+    parted = (_parting(by_name[own], by_name[bar], until) for (bar, own), until in pairs.items())
+    return [sentence for sentence in parted if sentence]
 
 
-def _parting(own: ReportedTrial, bar: ReportedTrial) -> str:
-    """Return where two trials part that must not; empty if they are equal as far as both came."""
-    switches = {trial.run.loss.lovasz_after for trial in (own, bar)}
-    until = own.run.num_epochs
-    if len(switches) > 1:
-        until = min(switch for switch in switches if switch is not None)
+def _parting(own: ReportedTrial, bar: ReportedTrial, until: int) -> str:
+    """Return where two trials part before they may; empty if they are equal as far as both came."""
     for ours, theirs in zip(own.epochs[:until], bar.epochs[:until], strict=False):
         if ours.diverged and theirs.diverged:  # a loss that is no number equals nothing, not even itself
             return ""
@@ -82,6 +73,21 @@ def _reason(own: ReportedTrial, bar: ReportedTrial) -> str:
     if any(environment.cuda for trial in (own, bar) for environment in trial.environments):
         return " This is usual on GPUs, whose kernels are not repeatable to the last bit."
     return ""
+
+
+def shared_pairs(trials: Sequence[ReportedTrial]) -> list[str]:
+    """Return a sentence for each two rows of which one took over epochs of the other, and with which seeds."""
+    rows = {trial.spec.trial: trial.run.name for trial in trials}
+    seeds: dict[tuple[str, str, int], list[str]] = {}
+    for trial in trials:
+        if begun := trial.beginning:
+            pair = trial.run.name, rows.get(begun.trial, begun.trial), begun.epochs
+            seeds.setdefault(pair, []).append(str(trial.run.seed))
+    return [
+        f"{row} took over epochs 1 to {epochs} of {other} (seed {', '.join(numbers)}), the same training until then: "
+        "they were trained once, so their noise is common to both."
+        for (row, other, epochs), numbers in seeds.items()
+    ]
 
 
 def mixed_pairs(claims: Sequence[Claim], trials: Iterable[ReportedTrial]) -> list[str]:

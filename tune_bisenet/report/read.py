@@ -24,6 +24,7 @@ from tune_bisenet.records import (
     SEARCH,
     TRIAL,
     TRIALS,
+    Beginning,
     BestPredictions,
     Environment,
     Epoch,
@@ -56,7 +57,8 @@ class ReportedTrial:
     state: TrialState
     epochs: Sequence[Epoch]
     environments: tuple[Environment, ...] = ()
-    """As in its record."""
+    beginning: Beginning | None = None
+    """Both as in its record."""
     confusions: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
     """Counts of its best epoch, N images x C x C, labels by rows; None if not kept."""
     groups: tuple[str, ...] = field(default=(), repr=False)
@@ -232,6 +234,7 @@ def _read_trial(folder: Storage, name: str, declared: Run | None, cached: TrialS
         state=true_state(record, cached) if record else cached or TrialState.of_run(name, spec.run),
         epochs=record.epochs if record else (),
         environments=record.environments if record else (),
+        beginning=record.beginning if record else None,
         confusions=confusions,
         groups=groups,
         notes=tuple(notes),

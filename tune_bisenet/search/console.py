@@ -28,7 +28,7 @@ from tune_bisenet.report.power import Power
 from tune_bisenet.report.sampled import best_lines
 from tune_bisenet.report.terminal import format_verdicts
 from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, format_expected
-from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, checkpoint_bytes
+from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, Workload, checkpoint_bytes
 from tune_bisenet.search.prepare import PreparedSearch
 from tune_bisenet.search.state import SessionOutcome
 from tune_bisenet.spaces import published_levels
@@ -78,7 +78,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
     published = published_levels(search.runs, config, num_train=facts.num_train)
     return [
         ("search", f"{search.name}: {search.space.title}"),
-        ("trials", _trials(search)),
+        ("trials", _trials(search, estimate.workload)),
         *([("sampler", f"{config.sampler}, for {' and '.join(config.objectives)}")] if search.study else []),
         *([("limits", "ends after " + " or ".join(bounds))] if bounds else []),
         ("data", f"{config.data}: {facts.num_train} training and {facts.num_val} validation images, {sizes}"),
@@ -106,12 +106,18 @@ def _label_lines(search: PreparedSearch) -> list[tuple[str, str]]:
     return [("classes", f"training: {classes}"), *(("warning", text) for text in search.label_warnings)]
 
 
-def _trials(search: PreparedSearch) -> str:
+def _trials(search: PreparedSearch, workload: Workload) -> str:
     limits, example = search.config.limits, search.example
     if search.study is None:
         names = ", ".join(trial_name(run, default_seed=search.config.default_seed) for run in search.runs)
         num_epochs = counted(sum(run.num_epochs for run in search.runs), "epoch")
-        return f"{len(search.runs)} ({textwrap.shorten(names, 80, placeholder=' …')}), {num_epochs} in all"
+        text = f"{len(search.runs)} ({textwrap.shorten(names, 80, placeholder=' …')}), {num_epochs} in all"
+        pairs = zip(workload.remaining, workload.shared_epochs, strict=True)
+        rows = dict.fromkeys(run.name for (run, _epochs), shared in pairs if shared)
+        taken_over = (
+            f", {sum(workload.shared_epochs)} of them taken over by {', '.join(rows)} from rows that begin alike"
+        )
+        return text + (taken_over if rows else "")
     num_trials = "as many as the limits allow" if limits.trials is None else str(limits.trials)
     confirmed = f"; then up to {CONFIRMED_RUNS * limits.confirm} with fresh seeds" if limits.confirm else ""
     return f"{num_trials}, declared rows first, {counted(example.num_epochs, 'epoch')} each{confirmed}"

@@ -22,6 +22,7 @@ from tune_bisenet import __version__, spaces
 from tune_bisenet.config import Resources
 from tune_bisenet.options import InputError, Limits, Options
 from tune_bisenet.records import (
+    BEGINNINGS,
     ENDED_WELL,
     TRIALS,
     DataInfo,
@@ -131,15 +132,18 @@ def _run_session(
             trials = {name: spec.run for name, spec in search.specs.items()}
             manifest = manifest.model_copy(update={"config": search.config, "trials": trials})
             write_manifest(folder, manifest)
-            new_trials, at_once = GridSearcher(search.specs, state), outcome.max_concurrent
+            new_trials = GridSearcher(search.specs, state, share=not search.config.no_share)
+            at_once = outcome.max_concurrent
             outcome = train(new_trials, stopper=stopper, limits=limits, max_concurrent=at_once)
         if limits.confirm and outcome.signal_number is None:
             # No limit holds for fresh seeds, and nothing stops them early.
-            fresh = GridSearcher(searcher.fresh_trials(limits.confirm), state)
+            fresh = GridSearcher(searcher.fresh_trials(limits.confirm), state, share=not search.config.no_share)
             never = _make_stopper(search, "fifo")
             confirmed = train(fresh, stopper=never, limits=Limits(), max_concurrent=outcome.max_concurrent)
             outcome = replace(confirmed, limit=outcome.limit)
     write_manifest(folder, _end_session(manifest, outcome))
+    if all(trial.status in ENDED_WELL for trial in state.states):
+        (folder / BEGINNINGS).remove()
     print_results(console, search, state.states, report=write_safely(folder), outcome=outcome)
     if outcome.signal_number is not None:
         return 128 + outcome.signal_number
@@ -221,7 +225,7 @@ def _restore_stopper(search: PreparedSearch, saved: SavedState) -> Stopper:
 
 def _make_searcher(search: PreparedSearch, state: SearchState, max_running: Callable[[], int]) -> Searcher:
     if search.study is None:
-        return GridSearcher(search.specs, state)
+        return GridSearcher(search.specs, state, share=not search.config.no_share)
     notes = {f"note {number}": caption for number, caption in enumerate(search.captions, start=1)}
     about = {"search": search.folder.uri, "space": search.config.space, "data": search.config.data}
     return StudySearcher(

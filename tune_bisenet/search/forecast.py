@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from tune_bisenet import rungs, spaces
 from tune_bisenet.classes import NUM_CLASSES
-from tune_bisenet.config import SGD, Resources, Run, format_size, trial_name
+from tune_bisenet.config import SGD, Resources, Run, format_size, partners, trial_name
 from tune_bisenet.data.packed import FORMAT_VERSION, Header
 from tune_bisenet.options import InputError
 from tune_bisenet.records import ENDED_WELL, TrialState
@@ -87,12 +87,13 @@ class Throughput:
     def measured(cls, states: Iterable[TrialState], runs: Iterable[Run], facts: DataFacts) -> Self | None:
         """From the epochs that trials of these runs have trained; None if there are none."""
         rows = {run.name: run for run in runs}
-        trained = [(state, rows[state.run]) for state in states if state.epochs and state.run in rows]
+        trained = [(state, rows[state.run]) for state in states if state.seconds and state.run in rows]
         if not trained:
             return None
         size = trained[0][1].image_size
         unit = cls(images_per_second=1, val_images_per_second=1 / VAL_SHARE, num_pixels=math.prod(size), source="")
-        images = math.fsum(state.epochs * unit.epoch_seconds(run, facts) for state, run in trained)
+        epochs = [(state.epochs - state.shared_epochs, run) for state, run in trained]
+        images = math.fsum(count * unit.epoch_seconds(run, facts) for count, run in epochs)
         speed = images / math.fsum(state.seconds for state, _run in trained)
         source = f"at {format_size(size)}, measured in earlier sessions of this search"
         return replace(unit, images_per_second=speed, val_images_per_second=speed / VAL_SHARE, source=source)
@@ -128,6 +129,10 @@ class Workload:
     """All trials, also those that have ended."""
     remaining: tuple[tuple[Run, int], ...]
     """Trials that have not ended, in their order, each with the number of epochs it has done."""
+    shared_epochs: tuple[int, ...]
+    """How many first epochs each of these is to take over from a trial before it."""
+    num_beginnings: int
+    """Of how many states the search keeps for that."""
     is_unbounded: bool = False
     """Whether only time or money ends the search: then the trials are a sample of it."""
 
@@ -153,8 +158,25 @@ def find_workload(search: PreparedSearch, states: Iterable[TrialState]) -> Workl
         state = known_states.get((run.name, run.seed))
         if (state is None or state.status not in ENDED_WELL) and (only is None or run.name in only):
             remaining.append((run, state.epochs if state else 0))
-    is_unbounded = search.study is not None and limit is None
-    return Workload(runs=tuple(runs), remaining=tuple(remaining), is_unbounded=is_unbounded)
+    shared = _shared_epochs([] if search.study or search.config.no_share else search.runs)
+    return Workload(
+        runs=tuple(runs),
+        remaining=tuple(remaining),
+        shared_epochs=tuple(0 if epochs else shared.get((run.name, run.seed), 0) for run, epochs in remaining),
+        num_beginnings=len(shared),
+        is_unbounded=search.study is not None and limit is None,
+    )
+
+
+def _shared_epochs(runs: Sequence[Run]) -> dict[tuple[str, int], int]:
+    """Return, by name and seed, how many epochs a run can take over from one before it; without those that can none."""
+    named = {(run.name, run.seed): run for run in runs}
+    order = {key: number for number, key in enumerate(named)}
+    shared = {
+        key: max((epochs for other, epochs in others.items() if order[other] < order[key]), default=0)
+        for key, others in partners(named).items()
+    }
+    return {key: epochs for key, epochs in shared.items() if epochs}
 
 
 def makespan(durations: Iterable[float], *, num_slots: int) -> float:
@@ -184,7 +206,9 @@ class Estimate:
         if self.throughput is None:
             return []
         facts, trial_seconds = self.search.facts, self.throughput.trial_seconds
-        return [trial_seconds(run, facts, epochs_done=epochs) for run, epochs in self.workload.remaining]
+        done = map(max, (epochs for _run, epochs in self.workload.remaining), self.workload.shared_epochs)
+        runs = (run for run, _epochs in self.workload.remaining)
+        return [trial_seconds(run, facts, epochs_done=epochs) for run, epochs in zip(runs, done, strict=True)]
 
     @property
     def wall_seconds(self) -> float:
@@ -235,8 +259,9 @@ class Estimate:
             remaining = remaining[:num_running]
         checkpoints = sorted((checkpoint_bytes(run)[1] for run, _epochs in remaining), reverse=True)
         num_running = max(num_running, sum(epochs > 0 for _run, epochs in remaining))
-        kept = (trial_bytes(run, facts, frame_size=self.search.source.frame_size) for run, _epochs in remaining)
-        return SEARCH_BYTES + sum(kept) + 3 * sum(checkpoints[:num_running])
+        kept = [trial_bytes(run, facts, frame_size=self.search.source.frame_size) for run, _epochs in remaining]
+        beginnings = self.workload.num_beginnings * (max(kept, default=0) + max(checkpoints, default=0))
+        return SEARCH_BYTES + sum(kept) + 3 * sum(checkpoints[:num_running]) + beginnings
 
     @property
     def free_storage_bytes(self) -> int | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from tune_bisenet import spaces
-from tune_bisenet.config import Precision, Run, TrialContext, format_size, trial_name
+from tune_bisenet.config import Precision, Run, TrialContext, format_size, shared_beginnings, trial_name
 from tune_bisenet.data.packed import FrameSize, Packed, suggested_image_size
 from tune_bisenet.data.packing import PACKS, check_labels, check_reachable, check_room, open_source, prepare_packed
 from tune_bisenet.data.source import Source
@@ -150,6 +150,7 @@ class PreparedSearch:
             threads_per_trial=threads_per_trial,
             use_gpu=use_gpu,
             measures_latency="latency" in self.config.objectives,
+            shared_beginnings={} if self.config.no_share else shared_beginnings(self.runs),
         )
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TypeVar
 
-from tune_bisenet.config import trial_name
+from tune_bisenet.config import partners, trial_name
 from tune_bisenet.options import InputError
 from tune_bisenet.records import (
     TrialRecord,
@@ -61,24 +61,45 @@ class Searcher(ABC):
 
 
 class GridSearcher(Searcher):
-    """Hands out declared trials in their order; those that are new to the search's state are added to it."""
+    """Hands out declared trials in their order; those that are new to the search's state are added to it.
 
-    def __init__(self, specs: Mapping[str, TrialSpec], state: SearchState) -> None:
+    With `share`, a trial that begins as one that is running waits until that has come to where they part: it then
+    takes over its epochs (`trainable`), unless that has ended before.
+    """
+
+    def __init__(self, specs: Mapping[str, TrialSpec], state: SearchState, *, share: bool) -> None:
         for name, spec in specs.items():
             state.add(TrialState.of_run(name, spec.run))
         self._specs = specs
         self._state = state
         self._left: list[str] = []
+        self._live: set[str] = set()
+        self._partners = partners({name: spec.run for name, spec in specs.items()}) if share else {}
 
     def begin(self) -> bool:
         self._left = [name for name in self._state.unfinished() if name in self._specs]
+        self._live.clear()
         self.exhausted = not self._left
         return bool(self._left)
 
     def next(self) -> TrialSpec | None:
-        name = self._left.pop(0) if self._left else None
+        name = next((name for name in self._left if not self._waits(name)), None)
+        if name is None:
+            return None
+        self._left.remove(name)
+        self._live.add(name)
         self.exhausted = not self._left
-        return self._specs[name] if name else None
+        return self._specs[name]
+
+    def on_end(self, state: TrialState) -> None:
+        self._live.discard(state.trial)
+
+    def _waits(self, name: str) -> bool:
+        """Return whether a trial that is running will soon have trained epochs that this one can take over."""
+        if self._state[name].epochs:
+            return False
+        others = self._partners.get(name, {})
+        return any(self._state[other].epochs < others.get(other, 0) for other in self._live)
 
 
 class StudySearcher(Searcher):

@@ -29,16 +29,16 @@ from tune_bisenet.data.packing import fetch_packed, open_source, prepare_packed
 from tune_bisenet.data.source import frame_group
 from tune_bisenet.options import problems_of
 from tune_bisenet.records import (
+    BEGINNINGS,
     BEST_PREDICTIONS,
+    Beginning,
     BestPredictions,
     Environment,
     Epoch,
-    Latency,
     TrialRecord,
     TrialSpec,
     best_of,
     from_plain,
-    measure,
     predictions_to_bytes,
     read_sound_trial,
     write_trial,
@@ -143,33 +143,63 @@ def _train_on(
     identity = context.identity(spec.run)
     history = checkpoint.resume(training, folder, identity=identity)
     earlier = read_sound_trial(folder)
-    environments = earlier.environments if earlier and history else ()
-    environments = tuple(dict.fromkeys([*environments, _current_environment(device)]))
+    is_resumed = bool(history)
+    known = earlier if is_resumed else _take_over(training, spec, context)
+    history = history or list(known.epochs if known else ())
+    environments = tuple(dict.fromkeys([*(known.environments if known else ()), _current_environment(device)]))
+    beginning = known.beginning if known else None
     latency = earlier.latency if earlier else None
     if latency is None and context.measures_latency:
         latency = benchmark.measure_latency(training.run, device=device, precision=training.precision)
-    record = partial(TrialRecord.of_spec, spec, latency=latency, environments=environments)
+    record = partial(TrialRecord.of_spec, spec, latency=latency, environments=environments, beginning=beginning)
     write_trial(search, record(history))
+    num_written = len(history) if is_resumed else 0
     with ExitStack() as stack:
-        writer = stack.enter_context(TrialWriter(folder, run=spec.run, trial=spec.trial, completed_epochs=len(history)))
+        writer = stack.enter_context(TrialWriter(folder, run=spec.run, trial=spec.trial, completed_epochs=num_written))
+        for epoch in history[num_written:]:
+            writer.add_epoch(epoch, best=best_of(history[: epoch.epoch]))
+        writer.flush()
         if history:  # the driver may have died before it heard of this epoch
-            report(make_report(history, latency))
+            report(make_report(record(history)))
         for end in engine.fit(training):
             history.append(end.epoch)
-            _save_epoch(training, end, history, data, folder, identity=identity)
+            _save_epoch(training, end, history, data, spec, context)
             write_trial(search, record(history))
             _log_epoch(writer, end, history, data, num_epochs=spec.run.num_epochs)
-            report(make_report(history, latency))
+            report(make_report(record(history)))
             if end.epoch.diverged:
                 return
         writer.end("finished")
 
 
-def make_report(history: Sequence[Epoch], latency: Latency | None) -> dict[str, Any]:
+def make_report(record: TrialRecord) -> dict[str, Any]:
     """Return what Tune is told after an epoch: its measurements, and the trial's so far."""
-    last = history[-1]
-    latency_ms = latency.median_ms if latency else None
-    return asdict(last) | {"diverged": last.diverged} | measure(history, latency_ms=latency_ms)
+    last = record.epochs[-1]
+    return asdict(last) | {"diverged": last.diverged} | record.measured
+
+
+def _take_over(training: Training, spec: TrialSpec, context: TrialContext) -> TrialRecord | None:
+    """Let a trial begin where another left what they have in common; None if no state of that was kept."""
+    search = Storage.at(context.storage)
+    for epoch in reversed(context.shared_epochs(spec.run)):
+        kept_identity = context.beginning_identity(spec.run)
+        other, history = checkpoint.load_beginning(
+            training,
+            search / spec.trial,
+            _kept_beginning(search, kept_identity, epoch),
+            identity=context.identity(spec.run),
+            kept_identity=kept_identity,
+        )
+        if history:
+            trained = read_sound_trial(search / other)
+            environments = trained.environments if trained else ()
+            beginning = None if other == spec.trial else Beginning(trial=other, epochs=epoch)
+            return TrialRecord.of_spec(spec, history, environments=environments, beginning=beginning)
+    return None
+
+
+def _kept_beginning(search: Storage, identity: str, epoch: int) -> Storage:
+    return search / BEGINNINGS / f"{identity}-{epoch}"
 
 
 def _open_data(spec: TrialSpec, context: TrialContext) -> Packed:
@@ -204,11 +234,13 @@ def _current_environment(device: torch.device) -> Environment:
 
 
 def _save_epoch(
-    training: Training, end: EpochEnd, history: list[Epoch], data: Packed, folder: Storage, *, identity: str
+    training: Training, end: EpochEnd, history: list[Epoch], data: Packed, spec: TrialSpec, context: TrialContext
 ) -> None:
     """Write the epoch's state. Weights that are no longer numbers never replace good ones."""
     if end.epoch.diverged:
         return
+    search = Storage.at(context.storage)
+    folder, identity = search / spec.trial, context.identity(spec.run)
     if best_of(history) is end.epoch:
         checkpoint.save_best(training, end.epoch, folder, identity=identity)
         split, indices = data.val, list(end.samples)
@@ -221,6 +253,10 @@ def _save_epoch(
             predictions=np.stack([prediction.numpy() for prediction in end.samples.values()]),
         )
         folder.write(BEST_PREDICTIONS, predictions_to_bytes(best))
+    if end.epoch.epoch in context.shared_epochs(spec.run):
+        kept_identity = context.beginning_identity(spec.run)
+        kept = _kept_beginning(search, kept_identity, end.epoch.epoch)
+        checkpoint.save_beginning(training, history, folder, kept, trial=spec.trial, identity=kept_identity)
     checkpoint.save(training, history, folder, identity=identity)
 
 

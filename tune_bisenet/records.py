@@ -196,6 +196,11 @@ class TrialState:
         """Return the state of a trial of `run`: waiting, unless `measured` says more."""
         return cls(trial=trial, run=run.name, seed=run.seed, num_epochs=run.num_epochs, **measured)
 
+    @property
+    def trained_epochs(self) -> int:
+        """Return how many epochs it has trained itself."""
+        return self.epochs - self.shared_epochs
+
 
 def measure(history: Sequence[Epoch], *, latency_ms: float | None = None, shared_epochs: int = 0) -> dict[str, Any]:
     """Return the fields of `TrialState` that follow from a trial's epochs; none of them without an epoch.

@@ -15,7 +15,7 @@ from helpers.processes import PROJECT, Driver, LoggedProcess, end_process, envir
 from helpers.searches import epoch_numbers, epochs, on_frames, results, write_space
 from nodes import Nodes
 
-from tune_bisenet.search.tuner import MAX_FAILURES
+from tune_bisenet.search.failures import MAX_FAILURES
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(2700)]
 

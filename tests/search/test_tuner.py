@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypedDict
 
 import pytest
@@ -20,9 +19,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 from rich.console import Console
 
-from tune_bisenet import storage as storage_module
 from tune_bisenet.config import Expect, Resources, Run
-from tune_bisenet.data import packing
 from tune_bisenet.options import Limits
 from tune_bisenet.records import TrialSpec, measure, to_plain
 from tune_bisenet.rungs import AshaRule, MedianRule, Stopper, StoppingRule, protected_rows
@@ -32,7 +29,7 @@ from tune_bisenet.search.searcher import GridSearcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
 from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SIGNAL
 from tune_bisenet.search.tuner import StoppingScheduler, TuneCallback
-from tune_bisenet.storage import Storage, StorageError, StorageRefusedError
+from tune_bisenet.storage import Storage, StorageRefusedError
 
 NUM_EPOCHS = 6  # one rung, after epoch 3
 ASHA = AshaRule(min_peers=1)
@@ -318,31 +315,7 @@ def test_storage_that_denies_access_ends_the_search_and_no_trial_has_failed(tmp_
     assert state["r01"].status == "waiting"
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("tune_bisenet.storage.StorageError: s3://x could not be read for 600 s: reset", StorageError),
-        ("tune_bisenet.storage.StorageRefusedError: s3://x: AWS Error ACCESS_DENIED. Allow it.", StorageRefusedError),
-        ("PermissionError: [Errno 13] Permission denied: '/results/a'", StorageRefusedError),
-        ("OSError: [Errno 30] Read-only file system: '/results/a'", StorageRefusedError),
-        ("ValueError: no", None),
-        ("OSError: [Errno 5] Input/output error", None),
-    ],
-)
-def test_a_worker_whose_storage_failed_ends_the_search_whatever_raised_it(
-    text: str, kind: type[StorageError] | None
-) -> None:
-    error = f'ray::ImplicitFunc.train()\n  File "x.py", line 1, in write\n{text}'
-    if kind is None:
-        tuner._raise_outage(error)
-        return
-    with pytest.raises(kind) as raised:
-        tuner._raise_outage(error)
-    assert type(raised.value) is kind
-    assert text.endswith(str(raised.value))
-
-
-# --- memory, and how long a trial may take ----------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 KILLED = (
     "2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 127.0.0.1, ID: 4a25) was "
@@ -384,27 +357,6 @@ def test_what_does_not_fit_into_a_gpu_of_its_own_is_no_neighbours_fault(tmp_path
 def trial_result(callback: TuneCallback, name: str, result: dict[str, Any]) -> None:
     trial = Trial("stub", config=config_of(row(name)), trial_name_creator=name_of, stub=True)
     callback.on_trial_result(0, [trial], trial, result)
-
-
-def test_a_stall_is_ten_epochs_and_storage_and_packing_have_their_own_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TUNE_BISENET_RETRY_SECONDS", "7")
-    state, callback = callback_of(["r01"], tmp_path)
-    assert callback._stall_seconds("r01") == 300
-    assert callback._longest_stall("r01", "in forward") == 4 * 3600, "no epoch is measured"
-    state.on_result("r01", measure([plain_epoch(1, 10.0)], latency_ms=None) | {"seconds": 100.0})
-    assert callback._stall_seconds("r01") == callback._longest_stall("r01", "in forward") == 1000
-    callback.stall_timeout = 60.0
-    assert callback._longest_stall("r01", "in forward") == 60
-    assert callback._longest_stall("r01", None) == 67, "it may wait for storage"
-    assert callback._longest_stall("r01", stack_in(storage_module)) == 67
-    assert callback._longest_stall("r01", stack_in(packing)) == 4 * 3600
-
-
-def stack_in(module: ModuleType) -> str:
-    """Return what faulthandler writes of a thread that is in this module."""
-    return f'Thread 0x1 (most recent call first):\n  File "{module.__file__}", line 1 in wait\n'
 
 
 # --- without a cluster ------------------------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from rich.console import Console, RenderableType
 
 from tune_bisenet.options import problems_of
-from tune_bisenet.report.page import Report
+from tune_bisenet.report.page import Report, format_table, format_verdicts
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.replay import replay_table
 from tune_bisenet.report.sampled import best_lines
-from tune_bisenet.report.terminal import format_table, format_verdicts
 from tune_bisenet.storage import Storage
 from tune_bisenet.text import one_line
 

@@ -1,4 +1,4 @@
-"""The report of a search: one page that needs no network, the same as Markdown, and its tables as files.
+"""The report of a search: one page that needs no network, the same as Markdown, its tables as files and for a terminal.
 
     read_search -> judge_search -> sections -> report.html, report.md; tables/*.csv, tables/*.parquet
 
@@ -19,6 +19,10 @@ from importlib import resources
 from typing import Final
 
 import jinja2
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.records import HTML, MARKDOWN, TABLES
@@ -27,7 +31,7 @@ from tune_bisenet.report.claims import format_measure
 from tune_bisenet.report.figures import Block, Plots, PythonSource, Section, plots
 from tune_bisenet.report.pairing import mixed_pairs, shared_pairs, unequal_pairs
 from tune_bisenet.report.read import SearchRecord, read_search
-from tune_bisenet.report.tables import Marked, Table
+from tune_bisenet.report.tables import Badge, Marked, Table
 from tune_bisenet.report.verdicts import Judgement, judge_search
 from tune_bisenet.spaces import published_levels
 from tune_bisenet.storage import Storage
@@ -37,6 +41,9 @@ SECONDS_BETWEEN_PAGES: Final = 45.0
 """With the seconds it takes to write one, a page is never older than a minute, but for many hundred trials."""
 MAX_SHARE: Final = 0.1
 """The share of the driver's time that pages may take: over thousands of trials, each takes seconds."""
+
+STYLES: Final = {"good": "green", "bad": "red", "open": "yellow", "off": "yellow", "none": "dim"}
+"""Of a terminal, by a badge's style."""
 
 _log = logging.getLogger(__name__)
 
@@ -345,3 +352,31 @@ def write_safely(folder: Storage) -> Report | None:
     except Exception as error:  # a search of days must not end because of its page
         _log.warning("the report could not be written: %s: %s", type(error).__name__, error)
         return None
+
+
+# --- for a terminal ---------------------------------------------------------------------------------------------------
+
+
+def format_table(table: Table, *, left_out: Sequence[str] = ()) -> RenderableType:
+    """Return the table and its sentence. Marked rows have a star, which needs no colour."""
+    shown = RichTable(box=SIMPLE_HEAD, collapse_padding=True)
+    kept = [title for title in table.columns if title not in left_out]
+    for title in kept:
+        shown.add_column(title, justify="right" if title in table.numbers else "left")
+    for line in table.lines:
+        marked = any(isinstance(cell, Marked) for cell in line.values())
+        shown.add_row(*(_rich_cell(line[title]) for title in kept), style="bold" if marked else "")
+    return Group(*([shown] if table.lines else []), *([Text(table.text)] if table.text else []))
+
+
+def format_verdicts(report: Report) -> RenderableType:
+    """Return a line for each claim; the page has the rest of what is known of it."""
+    table = tables.verdict_table(report.search, report.judgement, report.price)
+    return format_table(table, left_out=("to decide it", "seeds", "best epochs", "remarks"))
+
+
+def _rich_cell(cell: str) -> Text:
+    """As Text: a cell may hold brackets, which strings would turn into markup."""
+    if isinstance(cell, Badge):
+        return Text(cell, style=STYLES[cell.style])
+    return Text(f"{cell}*" if isinstance(cell, Marked) else cell)

@@ -23,10 +23,9 @@ from tune_bisenet.options import NO_BACKBONE
 from tune_bisenet.records import Epoch, TrialState
 from tune_bisenet.report import leaderboard
 from tune_bisenet.report.claims import format_measure
-from tune_bisenet.report.page import Report
+from tune_bisenet.report.page import Report, format_verdicts
 from tune_bisenet.report.power import Power
 from tune_bisenet.report.sampled import best_lines
-from tune_bisenet.report.terminal import format_verdicts
 from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, format_expected
 from tune_bisenet.search.forecast import CONFIRMED_RUNS, Estimate, Workload, checkpoint_bytes
 from tune_bisenet.search.prepare import PreparedSearch

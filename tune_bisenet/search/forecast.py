@@ -87,13 +87,12 @@ class Throughput:
     def measured(cls, states: Iterable[TrialState], runs: Iterable[Run], facts: DataFacts) -> Self | None:
         """From the epochs that trials of these runs have trained; None if there are none."""
         rows = {run.name: run for run in runs}
-        trained = [(state, rows[state.run]) for state in states if state.seconds and state.run in rows]
+        trained = [(state, rows[state.run]) for state in states if state.trained_epochs and state.run in rows]
         if not trained:
             return None
         size = trained[0][1].image_size
         unit = cls(images_per_second=1, val_images_per_second=1 / VAL_SHARE, num_pixels=math.prod(size), source="")
-        epochs = [(state.epochs - state.shared_epochs, run) for state, run in trained]
-        images = math.fsum(count * unit.epoch_seconds(run, facts) for count, run in epochs)
+        images = math.fsum(state.trained_epochs * unit.epoch_seconds(run, facts) for state, run in trained)
         speed = images / math.fsum(state.seconds for state, _run in trained)
         source = f"at {format_size(size)}, measured in earlier sessions of this search"
         return replace(unit, images_per_second=speed, val_images_per_second=speed / VAL_SHARE, source=source)

@@ -1,7 +1,8 @@
-"""One search under Ray Tune: its searcher, scheduler and callback, signals, and what to do when Tune gives up.
+"""One search under Ray Tune: its searcher, scheduler and callback, signals, and Tune experiments one after another.
 
 Tune schedules, Ray runs, storage remembers. A search is never restored from Tune's own state: whatever ended the
-driver, the next one starts a new Tune experiment over what is left, and each trial resumes from its folder.
+driver, the next one starts a new Tune experiment over what is left, and each trial resumes from its folder. What
+an error means is decided in `failures`.
 """
 
 import logging
@@ -10,12 +11,12 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import ray
 from ray import ObjectRef, tune
@@ -35,43 +36,24 @@ from tune_bisenet.data.packing import publish_packed
 from tune_bisenet.options import Limits
 from tune_bisenet.records import TUNE, Epoch, TrialSpec, from_plain, to_plain
 from tune_bisenet.rungs import Stopper
+from tune_bisenet.search import failures
 from tune_bisenet.search.console import SearchProgress
 from tune_bisenet.search.resources import RESTARTABLE
 from tune_bisenet.search.searcher import Searcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
 from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SECONDS, WARNING, read_stack, train_trial
-from tune_bisenet.storage import Storage, StorageError, StorageRefusedError, hurry, is_full, is_refused, retry_seconds
+from tune_bisenet.storage import Storage, StorageRefusedError, hurry, is_refused
 from tune_bisenet.text import counted, format_duration
 from tune_bisenet.training.tensorboard import HParamsTable
 
 METRIC: Final = "miou"
 MODE: Final = "max"
 
-MAX_FAILURES: Final = 3
-"""How often in a row, without an epoch between, a trial is put back to its last epoch before it counts as failed.
-
-A lost node, a killed worker or a hiccup of the storage costs an unfinished epoch, however often; a trial that cannot
-get further, or takes its node down each time, comes to an end. Ray itself counts no failure that was announced as a
-preemption (`cluster.daemons`).
-"""
-
 SECONDS_BETWEEN_LOOKS: Final = 10.0
 """At all trials of a search, which may be thousands."""
 
-STALL_FACTOR: Final = 10.0
-MIN_STALL_SECONDS: Final = 300.0
-FIRST_EPOCH_STALL_SECONDS: Final = 4 * 3600.0
 SECONDS_TO_ASK: Final = 60.0
 """Ray may have to start a process on the trial's node, which looks at the other one."""
-
-TRIAL_FRAME: Final = "in run_trial\n"
-PACKING_FRAME: Final = "tune_bisenet/data/packing.py"
-STORAGE_FRAME: Final = "tune_bisenet/storage.py"
-
-OUT_OF_MEMORY: Final = "out of memory"
-"""How errors begin that may be the fault of other trials."""
-RAY_KILLED: Final = "due to the node running low on memory"
-"""What Ray says of a process that it has killed for memory."""
 
 SECONDS_WITHOUT_TRIAL: Final = 600.0
 """After which the user is told that trials wait for a node: a machine of a cloud takes minutes to start."""
@@ -79,8 +61,6 @@ SECONDS_WITHOUT_TRIAL: Final = 600.0
 AWS_KEYS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 """Tune would hand these to its workers by name and value, which Ray writes into its logs and shows to anyone who asks.
 Workers of this machine inherit them; nodes of a cluster have a role, or an environment of their own."""
-
-_Error = TypeVar("_Error", bound=BaseException)
 
 _log = logging.getLogger(__name__)
 
@@ -114,16 +94,17 @@ def run_trials(
                     _share_packs(context)
                     _fit(TuneSearcher(searcher, table), context, StoppingScheduler(stopper), callback)
                 except Exception as error:
-                    if killed := _find_cause(error, OutOfMemoryError):  # which Tune does not expect of a trial
-                        callback.on_killed_for_memory(str(killed))
+                    causes = list(failures.causes(error))
+                    if killed := [cause for cause in causes if isinstance(cause, OutOfMemoryError)]:
+                        callback.on_killed_for_memory(str(killed[0]))  # which Tune does not expect of a trial
                     elif (
-                        _epochs_done(state) == epochs_before
-                        or not _find_cause(error, (RayError, TuneError))
-                        or _find_outage(error)
+                        _epochs_done(state) > epochs_before
+                        and any(isinstance(cause, (RayError, TuneError)) for cause in causes)
+                        and not failures.find_outage(error)
                     ):
-                        raise
-                    else:
                         _log.warning("Tune gave up (%s); another Tune experiment trains what is left.", error)
+                    else:
+                        raise
                 else:
                     if not callback.is_to_restart:
                         break
@@ -179,7 +160,7 @@ def _fit(
             name=time.strftime("%Y-%m-%dT%H-%M-%S") + f"-{os.getpid()}",
             storage_path=storage.path,
             storage_filesystem=storage.retrying_filesystem,
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=tune.FailureConfig(max_failures=failures.MAX_FAILURES),
             callbacks=[callback, JsonLoggerCallback(), CSVLoggerCallback()],  # type: ignore[no-untyped-call]
             verbose=0,
         ),
@@ -326,7 +307,7 @@ class TuneCallback(Callback):
         self.searcher.on_result(name, epoch=result["epoch"], miou=result["miou"])
         self._workers[name] = replace(self._workers[name], heard_at=time.monotonic(), quiet=0.0, asked=0.0)
         if is_new:
-            trial.max_failures = trial.num_failures + MAX_FAILURES
+            trial.max_failures = trial.num_failures + failures.MAX_FAILURES
             self._kills.pop(name, None)
             self.progress.epoch_done(name, Epoch(**{field.name: result[field.name] for field in fields(Epoch)}))
 
@@ -342,18 +323,14 @@ class TuneCallback(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         name, error = _name_of(trial), self._why_lost(trial)
-        _raise_outage(error)
+        failures.raise_outage(error)
         if self._lowered_for_memory(error):
             return
-        if error.startswith("ray::"):  # a traceback out of the worker
-            message = f"failed and is tried again from its last epoch:\n{error}"
-        else:  # mostly not the trial's fault
-            message = f"lost its process ({_last_line(error)}); it resumes from its last epoch, where there is room."
-        _log.warning("%s %s", name, message)
+        _log.warning("%s %s", name, failures.describe_retry(error))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         name, error = _name_of(trial), self._why_lost(trial)
-        _raise_outage(error)
+        failures.raise_outage(error)
         if not self._lowered_for_memory(error):
             self._fail(name, error)
 
@@ -364,12 +341,12 @@ class TuneCallback(Callback):
         """
         for worker in self._workers.values():  # none, unless the same error cut off Tune's own end
             ray.kill(worker.actor)
-        error = _killed_for_memory(reason)
+        error = failures.explain_memory_kill(reason)
         if self._lowered_for_memory(error):
             return
         name = self._last_started
         self._kills[name] += 1
-        if self._kills[name] > MAX_FAILURES:
+        if self._kills[name] > failures.MAX_FAILURES:
             self._fail(name, error)
         else:
             _log.warning("%s was killed and is tried again from its last epoch; %s", name, error)
@@ -381,16 +358,15 @@ class TuneCallback(Callback):
         """
         if lacks == "access":
             raise StorageRefusedError(problem)
-        error = (f"{OUT_OF_MEMORY}: " if lacks else "") + " ".join(problem.split())
+        error = (f"{failures.OUT_OF_MEMORY}: " if lacks else "") + " ".join(problem.split())
         has_gpu_alone = lacks == "GPU memory" and self.resources.gpus_per_trial >= 1
         if has_gpu_alone or not self._lowered_for_memory(error):
             self._fail(name, error)
 
     def _fail(self, name: str, error: str) -> None:
-        if error.startswith(OUT_OF_MEMORY):
-            error += " No other trial shared it: lower the batch size or --image-size, or give the trial more."
+        error = failures.describe_end(error)
         _log.error("%s failed:\n%s", name, error)
-        self.state.on_error(name, _last_line(error))
+        self.state.on_error(name, failures.last_line(error))
         self.searcher.on_end(self.state[name])
         self._show()
 
@@ -399,26 +375,23 @@ class TuneCallback(Callback):
         worker, error = self._workers.pop(_name_of(trial), None), _error_of(trial)
         if worker and worker.stalled:
             return worker.stalled
-        if RAY_KILLED in error:
-            return _killed_for_memory(error)
-        if not error.startswith("ray::") and _kernel_kills() > self._kernel_kills[0] and _is_here(worker):
-            return f"{OUT_OF_MEMORY}, probably: the kernel has just killed a process on this machine for it."
-        return error
+        kernel_killed = _kernel_kills() > self._kernel_kills[0] and _is_here(worker)
+        return failures.explain_loss(error, kernel_killed=kernel_killed)
 
     def _lowered_for_memory(self, error: str) -> bool:
         """Let fewer trials run at once from now on if memory ran out; return False if it did not, or for one alone."""
-        if not error.startswith(OUT_OF_MEMORY):
+        if not error.startswith(failures.OUT_OF_MEMORY):
             return False
         running = sum(state.status == "running" for state in self.state.states)
         fit = max(running, self.resources.concurrency) if self.resources.grows else self.resources.concurrency
         at_once = min(self.outcome.max_concurrent or fit, len(self.state.unfinished()))
-        if at_once > 1 and not self.is_to_restart:
-            self.is_to_restart = True
-            self.outcome.max_concurrent = at_once - max(1, at_once // 4)
+        fewer = failures.fewer_at_once(at_once)
+        if fewer and not self.is_to_restart:
+            self.is_to_restart, self.outcome.max_concurrent = True, fewer
             _log.warning(
                 "At most %s at once until this session ends, not %d: %s. Those that ran resume from their last epoch, "
                 "and no try of theirs is spent. For more at once, give them more memory, or smaller batches or images.",
-                counted(self.outcome.max_concurrent, "trial"),
+                counted(fewer, "trial"),
                 at_once,
                 error.removesuffix("."),
             )
@@ -428,31 +401,18 @@ class TuneCallback(Callback):
         """Kill a process that does not answer, or is at one place for too long; Tune then resumes its trial."""
         unheard = now - max(worker.heard_at, self._looked_at)
         worker.quiet += min(unheard, 2 * SECONDS_BETWEEN_LOOKS)  # a driver that waits for storage hears nothing
-        if worker.stalled or worker.quiet - worker.asked < self._stall_seconds(name):
+        state, timeout = self.state[name], self.stall_timeout
+        if worker.stalled or worker.quiet - worker.asked < failures.stall_seconds(state, timeout):
             return
         worker.asked = worker.quiet
         stack = _ask_for_stack(worker)
-        if stack != "" and worker.quiet < self._longest_stall(name, stack):
+        if stack != "" and worker.quiet < failures.longest_stall(state, timeout, stack):
             return
         worker.stalled = f"stalled: nothing has come of it for {format_duration(worker.quiet)}"
         if stack == "":
             worker.stalled += ", and its process did not answer"
         _log.warning("%s has %s. Its process is ended.\n%s", name, worker.stalled, stack or "")
         ray.kill(worker.actor)
-
-    def _stall_seconds(self, name: str) -> float:
-        """Return after how long a trial of which nothing is heard is looked into."""
-        state = self.state[name]
-        epoch_seconds = state.seconds / state.epochs if state.epochs else 0.0
-        return self.stall_timeout or max(MIN_STALL_SECONDS, STALL_FACTOR * epoch_seconds)
-
-    def _longest_stall(self, name: str, stack: str | None) -> float:
-        """Return how long a trial may stay at one place, by its stack; None if that is not known."""
-        timeout = self._stall_seconds(name)
-        is_first_epoch = self.stall_timeout is None and not self.state[name].epochs
-        if is_first_epoch or (stack and PACKING_FRAME in stack):
-            timeout = max(timeout, FIRST_EPOCH_STALL_SECONDS)
-        return timeout + retry_seconds() if stack is None or STORAGE_FRAME in stack else timeout
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         for trial in trials:  # Tune now unpickles their errors from storage, which runs whatever code is there
@@ -488,27 +448,7 @@ class TuneCallback(Callback):
 def _error_of(trial: Trial) -> str:
     """Return the last error's text from the driver's own disk; Tune keeps errors as pickles, too, which run code."""
     path = Path(trial.error_file or "")
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    last = re.split(r"^Failure # \d+ \(occurred at .*\)\n", text, flags=re.MULTILINE)[-1]
-    return re.sub(r"\x1b\[[0-9;]*m", "", last).strip()  # without Ray's colours
-
-
-def _raise_outage(error: str) -> None:
-    """Raise StorageError if storage did not answer, or StorageRefusedError if it refused: no trial is to blame."""
-    kinds = r"tune_bisenet\.storage\.(\w+)|PermissionError|OSError(?=: \[Errno 30\])"
-    if found := re.search(rf"^(?:{kinds}): (.*)$", error, re.M):
-        raise (StorageError if found[1] == "StorageError" else StorageRefusedError)(found[2])
-
-
-def _last_line(error: str) -> str:
-    return error.rpartition("\n")[2].strip() or "unknown error"
-
-
-def _killed_for_memory(error: str) -> str:
-    """Return in short what Ray says of a process that it has killed for memory; it lists all processes."""
-    found = re.search(r"Memory on the node \(IP: ([^,)]+).*? was (\S+) used / (\S+) limit", error, re.DOTALL)
-    used = f": {found[2]} of {found[3]} were in use on {found[1]}" if found else ""
-    return f"{OUT_OF_MEMORY}: Ray's memory monitor ended the process{used}."
+    return failures.last_error(path.read_text(errors="replace") if path.is_file() else "")
 
 
 def _ask_for_stack(worker: _Worker) -> str | None:
@@ -520,8 +460,7 @@ def _ask_for_stack(worker: _Worker) -> str | None:
     except RayError as error:
         _log.warning("A process cannot be asked for its stack: %s", error)
         return None
-    threads = stacks.split("\n\n")
-    return "\n\n".join(thread for thread in threads if TRIAL_FRAME in thread) or stacks
+    return failures.stack_of_trial(stacks)
 
 
 def _is_here(worker: _Worker | None) -> bool:
@@ -569,7 +508,7 @@ def _restartable(outcome: SessionOutcome) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = _find_outage(error)
+        cause = failures.find_outage(error)
         if cause is None:
             raise
         if is_refused(cause) and not outcome.signal_number:
@@ -577,23 +516,3 @@ def _restartable(outcome: SessionOutcome) -> Iterator[None]:
         _log.error("%s.", str(cause).removesuffix("."))  # the supervisor says how to continue
         # Threads of Tune's still wait for it, and pyarrow's end badly with the interpreter.
         os._exit(128 + outcome.signal_number if outcome.signal_number else RESTARTABLE)
-
-
-def _find_outage(error: BaseException) -> OSError | None:
-    """Return the error under Tune's that says that storage does not answer or refuses, or Ray's own folder is full."""
-    found: OSError | None = _find(
-        error, lambda cause: isinstance(cause, StorageError) or is_full(cause) or is_refused(cause)
-    )
-    return found
-
-
-def _find_cause(error: BaseException, kind: type[_Error] | tuple[type[_Error], ...]) -> _Error | None:
-    """Return the error of that kind under those of Tune and Ray."""
-    found: _Error | None = _find(error, lambda cause: isinstance(cause, kind))
-    return found
-
-
-def _find(error: BaseException | None, is_wanted: Callable[[BaseException], bool]) -> Any:
-    while error is not None and not is_wanted(error):
-        error = error.__cause__ or error.__context__
-    return error

@@ -16,11 +16,12 @@ from typing import Final, assert_never
 import torch
 from torch import Tensor
 
+from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.config import OHEM, CrossEntropy, Precision, Run, WeightedCrossEntropy
 from tune_bisenet.data.batches import Frames, augment_batch, epoch_draw, epoch_order, normalise
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.records import Epoch
-from tune_bisenet.training import losses, metrics, optim
+from tune_bisenet.training import losses, optim
 from tune_bisenet.training.model import BiSeNet
 from tune_bisenet.training.optim import lr_at
 
@@ -179,23 +180,23 @@ def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
         logits = _main_logits(training.model, images, precision=training.precision)
         is_sound &= logits.isfinite().all()
         predictions = losses.argmax(logits, size)
-        matrices.append(metrics.confusion(predictions, labels))
+        matrices.append(confusion(predictions, labels))
         for index in wanted.intersection(indices.tolist()):
             samples[index] = predictions[index - first].cpu()
-    confusion = torch.cat(matrices).cpu()
+    counts = torch.cat(matrices).cpu()
     val_seconds = time.perf_counter() - started
-    matrix = confusion.sum(dim=0)
-    iou = metrics.iou_per_class(matrix)
+    matrix = counts.sum(dim=0)
+    iou = iou_per_class(matrix)
     epoch = Epoch(
         epoch=training.epochs_done,
         iterations=training.epochs_done * training.iterations_per_epoch,
-        miou=metrics.mean_iou(iou) if is_sound else math.nan,
+        miou=mean_iou(iou) if is_sound else math.nan,
         iou=tuple(iou),
-        pixel_accuracy=metrics.pixel_accuracy(matrix),
+        pixel_accuracy=pixel_accuracy(matrix),
         val_seconds=val_seconds,
         **measured,
     )
-    return EpochEnd(epoch, confusion, samples)
+    return EpochEnd(epoch, counts, samples)
 
 
 def predict(model: BiSeNet, images: Tensor, size: tuple[int, int], *, precision: Precision) -> Tensor:
@@ -231,3 +232,43 @@ def _autocast(device: torch.device, precision: Precision) -> contextlib.Abstract
 def _memory_format(device: torch.device) -> torch.memory_format:
     """Return channels last on GPUs, where it is faster; on CPUs the backward loses what the forward gains."""
     return torch.channels_last if device.type == "cuda" else torch.preserve_format
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+# Counted exactly (int64), labels by rows, predictions by columns, as in cityscapesScripts: summed over the whole split,
+# then IoU = TP / (TP + FP + FN). Void labels are not counted, and a class that occurs neither in labels nor in
+# predictions has no IoU and no part in the mean. Of labels that are all void nothing is known: NaN, not 0.
+
+assert VOID > NUM_CLASSES, "confusion() relies on void lying beyond the classes"
+
+
+def confusion(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Count (label, prediction) pairs of each image: B x H x W uint8, twice, to B x C x C int64."""
+    num_images = len(labels)
+    # Void becomes one more row that is cut off afterwards: cheaper than masking every pixel.
+    rows = labels.clamp_max(NUM_CLASSES).int()
+    image = torch.arange(num_images, device=labels.device, dtype=torch.int32).view(-1, 1, 1)
+    codes = (image * (NUM_CLASSES + 1) + rows) * NUM_CLASSES + predictions.int()
+    counts = torch.bincount(codes.flatten(), minlength=num_images * (NUM_CLASSES + 1) * NUM_CLASSES)
+    return counts.view(num_images, NUM_CLASSES + 1, NUM_CLASSES)[:, :NUM_CLASSES]
+
+
+def iou_per_class(matrix: Tensor) -> list[float | None]:
+    """Return IoU in percent by trainId from a C x C confusion matrix; None where a class never occurs."""
+    hits = matrix.diagonal().double()
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    values: list[float] = (100.0 * hits / union).tolist()
+    return [value if count else None for value, count in zip(values, union.tolist(), strict=True)]
+
+
+def mean_iou(iou: list[float | None]) -> float:
+    """Return the mean over the classes that occur, in percent; NaN if none does."""
+    occurring = [value for value in iou if value is not None]
+    return sum(occurring) / len(occurring) if occurring else math.nan
+
+
+def pixel_accuracy(matrix: Tensor) -> float:
+    """Return the share of labelled pixels that are right, in percent; NaN if none is labelled."""
+    num_labelled = int(matrix.sum())
+    return 100.0 * int(matrix.trace()) / num_labelled if num_labelled else math.nan

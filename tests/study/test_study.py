@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -407,3 +407,38 @@ def test_in_a_rebuilt_study_no_name_is_given_twice(url: str, place: Path) -> Non
     more = train_next(open_study(url, setup, records=[record_of(spec) for spec in trained]), 3)
     assert not {spec.trial for spec in more} & {spec.trial for spec in trained}
     assert train_next(open_study(f"sqlite:///{place / 'other.db'}", setup), 12) == [*trained, *more]
+
+
+def bowl(trial: BaseTrial) -> Run:
+    """Return a run of two numbers alone, all that CMA-ES draws, whose mIoU is highest near lr 0.05 and momentum 0.9."""
+    return row(
+        "drawn", trial.suggest_float("lr", 1e-3, 1e-1, log=True), momentum=trial.suggest_float("momentum", 0.5, 0.99)
+    )
+
+
+def test_cmaes_whose_state_was_lost_starts_again_around_the_best_trials_and_says_so(
+    url: str, place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = setup_of(Sampled("bowl", bowl), sampler="cmaes")
+    trained = train_next(open_study(url, setup), 30)
+    assert "CMA-ES" not in caplog.text
+    (place / "study.db").unlink()
+    study = open_study(url, setup, records=[record_of(spec) for spec in trained])
+    assert "CMA-ES has lost its state with the study" in caplog.text
+    assert "the best of the 30 trials" in caplog.text
+    caplog.clear()
+    more = train_next(study, 20)
+    best = max(trained, key=lambda spec: ended(spec).best_miou or 0).params
+    first = [distance(spec.params, best) for spec in more[:6]]
+    assert sum(first) / 6 < 0.75 * sum(distance(spec.params, best) for spec in trained[:6]) / 6
+    states = [trial.system_attrs for trial in trials_at(url)]
+    generations = [attributes["cma:generation"] for attributes in states if attributes]
+    assert generations[0] == 0
+    assert generations[-1] >= 2, "it learns from the new ones"
+    open_study(url, setup, records=[record_of(spec) for spec in [*trained, *more]])
+    assert not caplog.text
+
+
+def distance(params: Mapping[str, Any], best: Mapping[str, Any]) -> float:
+    """Return how far apart two points are, in shares of their ranges."""
+    return math.hypot(math.log10(params["lr"] / best["lr"]) / 2, (params["momentum"] - best["momentum"]) / 0.49)

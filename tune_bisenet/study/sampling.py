@@ -20,7 +20,8 @@ from optuna.distributions import (
 )
 from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.trial import BaseTrial, FixedTrial, FrozenTrial
+from optuna.study import StudyDirection
+from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, create_trial
 from pydantic import ValidationError
 
 from tune_bisenet import spaces
@@ -43,6 +44,9 @@ CMAES_GLOBALS: Final = {
     ("numpy._core.multiarray", "scalar"),
 }
 """What the state of CMA-ES is made of: the optimizer, with arrays and numbers."""
+
+REBUILT: Final = "rebuilt"
+"""The user attribute of a drawn trial that a study has from its folder, without what the sampler had stored with it."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -236,10 +240,14 @@ class NumberedQMCSampler(QMCSampler):
 
 
 class PlainCmaEsSampler(CmaEsSampler):
-    """CMA-ES that runs no code out of a database: Optuna keeps its state there as a pickle, and loads any."""
+    """CMA-ES that runs no code out of a database: Optuna keeps its state there as a pickle, and loads any.
+
+    Where that state was lost with a study, it starts again around the best of the trials that were rebuilt.
+    """
 
     def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
         """Return the latest state; None before the first. Raise StorageInternalError if it is more than numbers."""
+        self._rebuilt = [trial for trial in completed_trials if REBUILT in trial.user_attrs]
         for trial in reversed(completed_trials):
             attributes = trial.system_attrs
             parts = {key: attributes[key] for key in attributes if key.startswith(self._attr_key_optimizer)}
@@ -252,6 +260,20 @@ class PlainCmaEsSampler(CmaEsSampler):
                     f"the state of CMA-ES in trial {trial.number} is not loaded: {error}"
                 ) from None
         return None
+
+    def _init_optimizer(self, trans: Any, direction: StudyDirection) -> Any:
+        """Return the first state: in the middle of the space, or as Optuna warm-starts it from the rebuilt trials."""
+        names = trans._search_space.keys()
+        self._source_trials = [
+            create_trial(
+                value=trial.value,
+                params={name: trial.params[name] for name in names},
+                distributions={name: trial.distributions[name] for name in names},
+            )
+            for trial in self._rebuilt
+            if names <= trial.params.keys()
+        ] or None
+        return super()._init_optimizer(trans, direction)
 
 
 def build_sampler(kind: Sampler, *, seed: int) -> BaseSampler:

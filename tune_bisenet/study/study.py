@@ -36,8 +36,8 @@ from tune_bisenet.options import STUDY_VARIABLE, InputError
 from tune_bisenet.records import BEST_WEIGHTS, STUDY, Status, TrialRecord, TrialSpec, TrialState
 from tune_bisenet.spaces import SpaceError, running_code_of
 from tune_bisenet.storage import Storage
-from tune_bisenet.study.sampling import SampledRun, SearchSpace, build_sampler
-from tune_bisenet.text import one_line
+from tune_bisenet.study.sampling import REBUILT, SampledRun, SearchSpace, build_sampler
+from tune_bisenet.text import counted, one_line
 
 _OBJECTIVES: Final[dict[Objective, tuple[StudyDirection, str]]] = {
     "miou": (StudyDirection.MAXIMIZE, "best mIoU in %"),
@@ -466,6 +466,7 @@ class Study:
             if (status := self._follow(record, latest.get(record.spec.trial))) is not None
         }
         self._mark_running(live)
+        self._tell_lost_state(latest)
         tried = {trial.user_attrs.get("row") for trial in self._own_trials()}
         tried |= {record.spec.run.name for record in self._setup.known}
         for name, row in self._setup.rows.items():
@@ -528,7 +529,7 @@ class Study:
             # Numbers name trials. After the study was lost, the number of a trial that left nothing stays unused.
             for _ in range(len(self._study.get_trials(deepcopy=False)), record.spec.number or 0):
                 self._study.add_trial(create_trial(state=OptunaState.FAIL, user_attrs={"error": "lost"}))
-            self._ids[name] = self._add(record)
+            self._ids[name] = self._add(record, **({REBUILT: True} if record.spec.origin == "sampled" else {}))
         elif not trial.state.is_finished():
             self._ids[name] = trial._trial_id
             for epoch in record.epochs:
@@ -542,6 +543,18 @@ class Study:
             self._ids[name] = trial._trial_id
             return None if has_ended else _status(trial)
         return None
+
+    def _tell_lost_state(self, known: Mapping[str, FrozenTrial]) -> None:
+        """Log it if drawn trials were added that were not `known`, and no trial has the state of CMA-ES."""
+        trials = self._own_trials()
+        num_rebuilt = sum(REBUILT in trial.user_attrs and name_in_search(trial) not in known for trial in trials)
+        has_state = any(key.startswith("cma:") for trial in trials for key in trial.system_attrs)
+        if num_rebuilt and self._setup.sampler == "cmaes" and not has_state:
+            log.warning(
+                "CMA-ES has lost its state with the study. It starts again around the best of the %s that were drawn "
+                "before, as far as these have finished.",
+                counted(num_rebuilt, "trial"),
+            )
 
     def _add(self, record: TrialRecord, **attributes: Any) -> int:
         """Add a trial as its folder has it; return its id."""

@@ -572,6 +572,27 @@ def test_a_row_that_was_taken_out_and_put_back_changed_is_refused(
     assert "put back: row b, with the results in storage" in back
 
 
+def test_the_report_of_a_search_needs_no_space(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path
+) -> None:
+    for spec in search.specs.values():
+        write_trial(search.folder, TrialRecord.of_spec(spec, [plain_epoch(1, 10.0), plain_epoch(2, 11.0)]))
+
+    def reports() -> list[str]:
+        pages = []
+        for flags in ([], ["--next"], ["--replay"]):
+            assert report_main([str(search.folder.path), *flags]) == 0
+            pages.append("".join(capsys.readouterr()))
+        return pages
+
+    whole = reports()
+    assert "b" in [line.split()[0] for line in whole[0].splitlines() if line.strip()]
+    write_space(place / "space.py", {"a": 0.01}, num_epochs=2, baseline="a")
+    assert reports() == whole, "it lacks a row"
+    (place / "space.py").unlink()
+    assert reports() == whole, "it has moved"
+
+
 def test_rows_are_put_into_a_search_by_add_alone(
     capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path
 ) -> None:

@@ -68,11 +68,12 @@ fixtures: setup  ## write the two small searches in tests/fixtures again; then r
 snapshots: setup  ## write tests/snapshots again; review the diff
 	TUNE_BISENET_WRITE_SNAPSHOTS=1 $(BIN)/python -m pytest tests/test_snapshots.py
 
-lint: setup  ## formatting, lint, types, import layers
+lint: setup  ## formatting, lint, types, import layers, security
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive tune_bisenet search_spaces benchmarks
 
 format: setup  ## let ruff format and fix
 	$(BIN)/ruff format

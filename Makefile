@@ -65,8 +65,8 @@ test-namespaces: setup  ## clusters that grow, in Linux namespaces: needs root
 fixtures: setup  ## write the two small searches in tests/fixtures again; then run make snapshots
 	$(BIN)/python tests/write_fixtures.py
 
-snapshots: setup  ## write tests/snapshots again; review the diff
-	TUNE_BISENET_WRITE_SNAPSHOTS=1 $(BIN)/python -m pytest tests/test_snapshots.py
+snapshots: setup  ## write tests/snapshots and docs/messages.md again; review the diff
+	TUNE_BISENET_WRITE_SNAPSHOTS=1 $(BIN)/python -m pytest tests/test_snapshots.py tests/test_messages.py
 
 lint: setup  ## formatting, lint, types, import layers, security
 	$(BIN)/ruff format --check

@@ -58,13 +58,16 @@ def check(name: str, text: str, results: Path) -> None:
     text = re.sub(r" {2,}\|", " |", re.sub(r"-{4,}", "---", text))  # a table is as wide as the longest path in it
     for pattern, mask in MASKS.items():
         text = re.sub(pattern, mask, text)
-    text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
-    path = TESTS / "snapshots" / name
+    compare(TESTS / "snapshots" / name, "".join(f"{line.rstrip()}\n" for line in text.splitlines()))
+
+
+def compare(path: Path, text: str) -> None:
+    """Compare `text` with a file of this repository, or write it."""
     if os.environ.get(WRITES):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
     expected = path.read_text(encoding="utf-8") if path.exists() else ""
-    diff = difflib.unified_diff(expected.splitlines(), text.splitlines(), f"snapshots/{name}", "now", lineterm="")
+    diff = difflib.unified_diff(expected.splitlines(), text.splitlines(), path.name, "now", lineterm="")
     if text != expected:
         pytest.fail("\n".join([*diff, "", "If this is meant: make snapshots, and review its diff."]), pytrace=False)
 

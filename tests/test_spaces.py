@@ -395,7 +395,8 @@ def test_whatever_a_space_does_is_told_as_its_fault(tmp_path: Path, monkeypatch:
             spaces.load_space(str(tmp_path / "mine.py"))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert str(refused.value).startswith(f"the space {tmp_path}/mine.py cannot be used: {FAULTS[text]}")
+    assert str(refused.value).startswith(f"the space {tmp_path}/mine.py cannot be used: ")
+    assert FAULTS[text] in str(refused.value)
     assert signal.getsignal(signal.SIGALRM) == alarm[0]
     assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (alarm[1] > 0)  # that of the test's own time limit
 

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from tune_bisenet.config import Frozen, NumEpochs, Objective, Precision, Sampler, Seed, check_image_size
-from tune_bisenet.text import absolute_path, format_duration, is_uri, is_utf8, redact
+from tune_bisenet.text import absolute_path, format_duration, in_words, is_uri, is_utf8, redact, without_errno
 
 STREETS: Final = "streets"
 NO_BACKBONE: Final = "none"
@@ -53,6 +53,7 @@ class InputError(ValueError):
     """The user's input cannot be used. `problems` holds a sentence each, with what to do; str() lists the first."""
 
     def __init__(self, *problems: str) -> None:
+        problems = tuple(map(without_errno, problems))
         super().__init__(*problems)  # not joined, so that it can be pickled on its way out of a worker
         self.problems = problems
 
@@ -350,7 +351,7 @@ def parse_options(flags: dict[str, Any]) -> tuple[Options, dict[str, str]]:
 
 def _explain(finding: ErrorDetails) -> str:
     flag = "--" + str(finding["loc"][0]).replace("_", "-")
-    message = finding["msg"].removeprefix("Value error, ")
+    message = in_words(finding["msg"])
     return f"{flag}: {message}" if "Value error" in finding["msg"] else f"{flag} {finding['input']}: {message}."
 
 

@@ -42,6 +42,7 @@ from pydantic import (
 from tune_bisenet.config import Frozen, Param, Run
 from tune_bisenet.options import SearchConfig
 from tune_bisenet.storage import Storage
+from tune_bisenet.text import in_words
 
 SEARCH: Final = "search.json"
 TRIALS: Final = "trials.json"
@@ -471,7 +472,9 @@ def from_json(kind: type[_Value], content: bytes, *, path: str) -> _Value:
     except ValidationError as error:
         finding = error.errors()[0]
         where = ".".join(map(str, finding["loc"]))
-        raise DamagedFileError(f"{path} is damaged: {where + ': ' if where else ''}{finding['msg']}") from error
+        raise DamagedFileError(
+            f"{path} is damaged: {where + ': ' if where else ''}{in_words(finding['msg'])}"
+        ) from error
     checksum = getattr(record, "checksum", "")
     if checksum and checksum != _checksum(content):
         raise DamagedFileError(f"{path} is damaged: its checksum is not that of what it holds")
@@ -510,8 +513,8 @@ def read_manifest(folder: Storage) -> Manifest | None:
         return read_record(Manifest, folder, SEARCH)
     except DamagedFileError as error:
         raise DamagedFileError(
-            f"{error}. It was damaged, or written by another version of tune_bisenet: "
-            "start a new search under another --name."
+            f"{error}. It has been changed, or another version of tune_bisenet wrote it: restore it, or start a new "
+            "search under another --name."
         ) from error
 
 

@@ -25,7 +25,7 @@ import search_spaces
 from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import OHEM, SGD, AdamW, CrossEntropy, Expect, Param, Run, WeightedCrossEntropy
 from tune_bisenet.options import CONTROL, STREETS, InputError, SearchConfig
-from tune_bisenet.text import counted, markdown_table
+from tune_bisenet.text import counted, in_words, markdown_table
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -211,7 +211,7 @@ def running_code_of(name: str) -> Iterator[None]:
         may_be_a_persons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if is_in_words or (isinstance(error, KeyboardInterrupt) and may_be_a_persons):
             raise
-        kind = "" if isinstance(error, ImportError | _OverdueError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, ImportError | _OverdueError) else f"its code raises {type(error).__name__}: "
         raise SpaceError(f"the space {name} cannot be used: {kind}{error}") from error
     finally:
         if is_main:
@@ -228,9 +228,9 @@ def load_space(name: str) -> Space:
         raise
     except ValidationError as error:
         findings = [
-            f"{'.'.join(map(str, finding['loc']))}: {finding['msg']} (given {finding['input']!r})"
+            f"{'.'.join(map(str, finding['loc']))}: {in_words(finding['msg'])} (given {finding['input']!r})"
             if finding["loc"]
-            else finding["msg"].removeprefix("Value error, ")
+            else in_words(finding["msg"])
             for finding in error.errors()
         ]
         raise InputError(f"a row of the space {name} is wrong: {'; '.join(findings)}") from error

@@ -99,5 +99,15 @@ def is_ambiguous(address: str) -> bool:
 
 def one_line(error: BaseException) -> str:
     """Return the first line of an error, or of the one it was raised from, redacted."""
-    lines = redact(str(error.__cause__ or error)).strip().splitlines()
+    lines = redact(without_errno(str(error.__cause__ or error))).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def in_words(message: str) -> str:
+    """Return what pydantic says of a value, as the program says it: `must be greater than 0`."""
+    return message.removeprefix("Value error, ").replace("Input should", "must")
+
+
+def without_errno(text: str) -> str:
+    """Return `text` without the numbers of the system's errors: their words say as much."""
+    return re.sub(r"\[Errno \d+\] ", "", text)

@@ -39,7 +39,7 @@ IS_FOLDER: Final = "is a folder"
 NUM_HEADER_THREADS: Final = 16  # in object storage a header costs a round trip
 NUM_DESCRIBED_LABELS: Final = 20
 
-IMAGE_KINDS: Final = {"8-bit RGB": "an image is 8-bit RGB"}
+IMAGE_KINDS: Final = {"8-bit RGB": "an image must be 8-bit RGB"}
 LABEL_KINDS: Final = dict.fromkeys(
     ("8-bit grey", "8-bit palette", "4-bit palette", "2-bit palette", "1-bit palette"),
     "a label is 8-bit grey, or has a palette whose indices are the ids",
@@ -396,7 +396,7 @@ def _read_ids(root: Storage, path: str, label_format: LabelFormat) -> NDArray[np
     if unknown:
         listed = ", ".join(f"{i} ({counts[i]:,} pixels)" for i in unknown)
         problem = (
-            f"{uri} holds the ids {listed}: *{label_format.suffix} holds 0 to {label_format.max_id}, and {VOID} for "
+            f"{uri} holds the ids {listed}: *{label_format.suffix} may hold 0 to {label_format.max_id}, and {VOID} for "
             "void. Replace it by the original, or map your own classes to these ids."
         )
         raise InputError(problem)

@@ -49,7 +49,10 @@ def read_png_header(content: bytes) -> PngHeader:
             raise ValueError("is a pointer of Git LFS, not the file itself: fetch it with git lfs pull.")
         for magic, name in _OTHER_FORMATS.items():
             if content.startswith(magic):
-                raise ValueError(f"is {name}, whatever its name says: save it as PNG, a label from its original.")
+                raise ValueError(
+                    f"is {name}, whatever its name says: save it as PNG, and make a label from its original again: its "
+                    "ids may have changed."
+                )
         raise ValueError(f"cannot be read as PNG (it does not begin as one): {_COPY_AGAIN}.")
     if len(content) < HEADER_BYTES:
         raise ValueError(f"cannot be read as PNG (it ends within its header): {_COPY_AGAIN}.")

@@ -18,7 +18,7 @@ from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.replay import replay_table
 from tune_bisenet.report.sampled import best_lines
 from tune_bisenet.storage import Storage
-from tune_bisenet.text import one_line
+from tune_bisenet.text import one_line, without_errno
 
 OK, NO_SEARCH = 0, 2
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             advice = "" if arguments.out else " Name a folder to write it to with --out."
             raise ValueError(f"the report cannot be written: {one_line(error)}.{advice}") from error
     except (ValueError, OSError) as error:
-        problems = problems_of(error) if isinstance(error, ValueError) else [str(error)]
+        problems = problems_of(error) if isinstance(error, ValueError) else [without_errno(str(error))]
         sys.stderr.write("".join(f"error: {problem}\n" for problem in problems))
         return NO_SEARCH
     lines = [*best_lines(report.search), f"report: {page}"]

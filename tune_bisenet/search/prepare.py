@@ -360,7 +360,8 @@ def _check_folder(options: Options, name: str) -> Storage:
             storage.check_writable()
     except OSError as error:
         verb = "read" if only_read else "written to"
-        raise ValueError(f"--storage {options.storage} cannot be {verb}: {error}") from error
+        advice = "" if storage.local_path is None else f". Name a folder that can be {verb}."
+        raise ValueError(f"--storage {options.storage} cannot be {verb}: {error}{advice}") from error
     return Storage.at(options.storage) / name
 
 
@@ -392,7 +393,10 @@ def _flag_problems(options: Options, config: SearchConfig, space: Space | None) 
         problems.append("--gpus-per-trial 0 uses none of the --gpus that are planned for. Leave one of them out.")
     if isinstance(space, Grid):
         if given := _given(options, "trials", "sampler", "objectives", "warm_start", "study", "confirm"):
-            problems.append(f"{given}: {config.space} is a grid of declared rows, not a space to sample from.")
+            problems.append(
+                f"{given}: {config.space} is a grid of declared rows, not a space to sample from. "
+                "Leave them out, or name a sampled space such as around10."
+            )
         problems += _look_problems(config)
     if not isinstance(space, Sampled):
         return problems

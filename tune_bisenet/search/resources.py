@@ -101,7 +101,7 @@ def ray_session(address: str | None) -> Iterator[Callable[[], Cluster]]:
     except Exception as error:  # Ray has no class for what keeps it from starting
         ray.shutdown()
         if address is None:
-            raise InputError(f"Ray cannot start on this machine: {error}. {_RAY_NEEDS}") from error
+            raise InputError(f"Ray cannot start on this machine: {str(error).rstrip('. ')}. {_RAY_NEEDS}") from error
         raise InputError(
             f"--address {address}: Ray cannot connect: {error}. Is its Ray the same version as here? "
             "If it asks for a token (RAY_AUTH_MODE=token), are that variable and the token set here too?"

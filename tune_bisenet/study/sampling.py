@@ -28,7 +28,7 @@ from tune_bisenet import spaces
 from tune_bisenet.config import STRIDE, Objective, Param, Run, Sampler
 from tune_bisenet.options import InputError
 from tune_bisenet.spaces import DataFacts, RowOverrides, Sampled
-from tune_bisenet.text import markdown_table
+from tune_bisenet.text import in_words, markdown_table
 
 if TYPE_CHECKING:
     from tune_bisenet.records import Origin, TrialSpec
@@ -127,9 +127,11 @@ class SearchSpace:
         if failures:
             params, mistake = failures[0]
             if isinstance(mistake, ValidationError):
-                problem = "; ".join(finding["msg"].removeprefix("Value error, ") for finding in mistake.errors())
+                problem = "; ".join(in_words(finding["msg"]) for finding in mistake.errors())
             else:
-                problem = (str(mistake).strip() or type(mistake).__name__).splitlines()[0]
+                is_in_words = str(mistake).strip() and (isinstance(mistake, InputError) or type(mistake) is ValueError)
+                problem = str(mistake) if is_in_words else f"its code raises {type(mistake).__name__}: {mistake}"
+                problem = problem.strip().splitlines()[0]
             values = ", ".join(
                 f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
             )

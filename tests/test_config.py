@@ -196,7 +196,7 @@ def context(**changes: object) -> TrialContext:
         "precision": "fp32",
         "storage": "/results/search",
         "threads_per_trial": 1,
-        "use_gpu": False,
+        "gpu_share": 0.0,
     }
     return TrialContext.model_validate(fields | changes)
 
@@ -210,7 +210,7 @@ def test_the_identity_follows_everything_that_decides_the_weights_and_nothing_el
         context(precision="bf16").identity(row()),
     ]
     assert len({same, *others}) == 5
-    elsewhere = context(cache_dir="/tmp", storage="s3://bucket", threads_per_trial=8, use_gpu=True)
+    elsewhere = context(cache_dir="/tmp", storage="s3://bucket", threads_per_trial=8, gpu_share=0.5)
     assert elsewhere.identity(row(name="other")) == same
     small = row(image_size=(256, 512))
     assert context().identity(small) == context(data_digests={"256x512": "def"}).identity(small)

@@ -296,7 +296,8 @@ class TrialContext(Frozen):
     """The search's own folder: a local path or a URI."""
     threads_per_trial: PositiveInt
     """CPU threads that torch uses: sums of another number of threads differ in their last bits."""
-    use_gpu: bool
+    gpu_share: Annotated[float, Field(ge=0, le=1)]
+    """How much of one GPU's memory a trial may take; 0 trains on the CPU."""
     measures_latency: bool = False
     """Whether each trial also measures how long one prediction takes."""
     shared_beginnings: dict[str, tuple[int, ...]] = {}

@@ -3,14 +3,24 @@
 Shapes: N images of a split, B of a batch, H x W pixels.
 """
 
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tune_bisenet.classes import VOID
 from tune_bisenet.config import Augment
-from tune_bisenet.data.batches import AugmentDraw, Frames, augment_batch, epoch_draw, epoch_order, normalise
-from tune_bisenet.data.packed import Packed
+from tune_bisenet.data import batches
+from tune_bisenet.data.batches import AugmentDraw, augment_batch, epoch_draw, epoch_order, load_frames, normalise
+from tune_bisenet.data.packed import DamagedPackError, Packed, PackedSplit, open_packed
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 STILL = Augment(min_scale=1.0, max_scale=1.0, flip=0.0, jitter=0.0)
@@ -48,23 +58,131 @@ def augmented(
     return augment_batch(images, labels, epoch_draw(augment, len(images), seed=seed, epoch=epoch))
 
 
-def test_a_batch_holds_copies_of_the_packed_rows_it_was_asked_for(tiny_data: Packed) -> None:
+# --- frames -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def empty_device() -> Iterator[None]:
+    """Leave nothing resident behind: tests share a process as trials do."""
+    yield
+    batches._resident.clear()
+
+
+def bytes_of(split: PackedSplit) -> int:
+    return len(split) * (split.images[0].nbytes + split.labels[0].nbytes)
+
+
+@pytest.mark.parametrize("room", [0, 10**9], ids=["read from the pack", "resident"])
+def test_batches_hold_copies_of_the_packed_rows_they_were_asked_for(tiny_data: Packed, room: int) -> None:
+    order = [5, 0, 7, 0, 3]
     for _ in range(2):
-        images, labels = Frames(tiny_data.train, CPU).batch(torch.tensor([5, 0, 7, 0]))
-        assert (images.dtype, images.shape) == (torch.uint8, (4, 3, 64, 128))
-        assert (labels.dtype, labels.shape) == (torch.uint8, (4, 64, 128))
-        for row, index in enumerate([5, 0, 7, 0]):
+        train, _val = load_frames(tiny_data, CPU, room=room)
+        found = list(train.batches(torch.tensor(order), 2))
+        assert [len(images) for images, _labels in found] == [2, 2, 1]
+        images, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        assert (images.dtype, images.shape) == (torch.uint8, (5, 3, 64, 128))
+        assert (labels.dtype, labels.shape) == (torch.uint8, (5, 64, 128))
+        for row, index in enumerate(order):
             assert images[row].tolist() == tiny_data.train.images[index].tolist()
             assert labels[row].tolist() == tiny_data.train.labels[index].tolist()
-        images.zero_()  # changes nothing in the pack
-        labels.zero_()
+        for part in (part for batch in found for part in batch):
+            part.zero_()  # changes neither the pack nor what is resident
 
 
 def test_a_validation_label_keeps_its_own_resolution(small_data: Packed) -> None:
-    images, labels = Frames(small_data.val, CPU).batch(torch.tensor([1, 2]))
+    _train, val = load_frames(small_data, CPU, room=0)
+    ((images, labels),) = val.batches(torch.tensor([1, 2]), 2)
     assert images.shape == (2, 3, 32, 64)
     assert labels.shape == (2, 64, 128)
     assert labels[1].tolist() == small_data.val.labels[2].tolist()
+
+
+def test_frames_reach_a_device_through_two_buffers_of_bounded_size(
+    tiny_data: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = tiny_data.train.images
+    for rows, chunk in ((1, 1), (3, 3 * arrays[0].nbytes + 1), (len(arrays), 2**26)):
+        monkeypatch.setattr(batches, "CHUNK_BYTES", chunk)
+        with AllocatedBytes() as allocated:
+            copied = batches._copy_to(CPU, arrays)
+        assert np.array_equal(copied.numpy(), np.stack([*arrays]))
+        assert allocated.sizes == [copied.nbytes, *2 * [rows * arrays[0].nbytes]]
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Records the bytes of each tensor that is made empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if "empty" in str(operation):
+            self.sizes.append(result.nbytes)
+        return result
+
+
+def resident_tensors() -> dict[str, int]:
+    return {name: images.data_ptr() for (_digest, name, _device), (images, _labels) in batches._resident.items()}
+
+
+def test_trials_of_a_process_share_frames_and_those_of_other_packs_make_room(
+    tiny_data: Packed, small_data: Packed
+) -> None:
+    both = sum(bytes_of(split) for data in (tiny_data, small_data) for split in (data.train, data.val))
+    load_frames(tiny_data, CPU, room=both)
+    first = resident_tensors()
+    load_frames(small_data, CPU, room=both)
+    assert len(batches._resident) == 4
+    load_frames(tiny_data, CPU, room=both)
+    assert resident_tensors() == first, "nothing was copied again"
+    load_frames(small_data, CPU, room=both - 1)
+    digests = Counter(digest for digest, _name, _device in batches._resident)
+    assert digests == {small_data.digest: 2, tiny_data.digest: 1}, "no more is dropped than has to be"
+
+
+def test_frames_never_take_more_than_their_room_and_the_training_split_comes_first(tiny_data: Packed) -> None:
+    train, val = bytes_of(tiny_data.train), bytes_of(tiny_data.val)
+    for room, expected in (
+        (train + val, ["train", "val"]),
+        (train + val - 1, ["train"]),
+        (train - 1, ["val"] if val < train else []),
+        (-1, []),  # training alone takes more than the share
+    ):
+        load_frames(tiny_data, CPU, room=room)
+        assert sorted(resident_tensors()) == expected, room
+
+
+def test_damaged_frames_do_not_become_resident(tiny_data: Packed, tmp_path: Path) -> None:
+    path = tmp_path / "pack"
+    shutil.copytree(tiny_data.path, path)
+    data = open_packed(path)
+    content = bytearray((path / "train.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "train.arrow").write_bytes(content)
+    with pytest.raises(DamagedPackError):
+        load_frames(data, CPU, room=10**9)
+    assert batches._resident == {}
+
+
+def test_the_next_batch_is_read_while_one_is_used_and_none_beyond() -> None:
+    began = [threading.Event() for _ in range(4)]
+
+    def read(number: int) -> int:
+        began[number].set()
+        if number == 3:
+            raise DamagedPackError("damaged")
+        return number
+
+    values = batches._read_ahead(read, range(4))
+    for number in range(3):
+        assert next(values) == number
+        assert began[number + 1].wait(timeout=60)
+        assert not any(event.is_set() for event in began[number + 2 :])
+    with pytest.raises(DamagedPackError):  # where its batch is due, not before
+        next(values)
+    assert list(batches._read_ahead(read, [])) == []
 
 
 # --- randomness -------------------------------------------------------------------------------------------------

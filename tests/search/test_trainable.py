@@ -44,7 +44,7 @@ def context_in(storage: Path, data: "Packed") -> TrialContext:
         precision="fp32",
         storage=str(storage),
         threads_per_trial=1,
-        use_gpu=False,
+        gpu_share=0.0,
     )
 
 

@@ -118,7 +118,7 @@ def test_the_first_stream_of_a_seed_draws_what_the_seed_alone_says(run: Run, sma
     next(engine.fit(training))
     state = int(np.random.SeedSequence([3, 1, 0]).generate_state(1, np.uint64)[0])
     order = torch.randperm(len(small_data.train), generator=torch.Generator().manual_seed(state >> 1))
-    batch = training.train.batch(order[: run.batch_size])
+    batch = next(training.train.batches(order, run.batch_size))
     expected, _ = augment_batch(*batch, epoch_draw(run.augment, len(order), seed=3, epoch=1)[: run.batch_size])
     assert torch.equal(inputs[0], expected)
 
@@ -284,7 +284,7 @@ def test_a_split_of_one_image_hands_out_that_one(run: Run, tmp_path: Path) -> No
 def test_validation_changes_nothing_in_the_network(run: Run, small_data: Packed) -> None:
     training = begin(run, small_data)
     before = flat(training.model.state_dict())
-    images, labels = training.val.batch(torch.arange(4))
+    images, labels = next(training.val.batches(torch.arange(4), 4))
     predictions = engine.predict(training.model, images, (labels.shape[1], labels.shape[2]), precision="fp32")
     assert predictions.shape == labels.shape
     assert flat(training.model.state_dict()) == before

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tune_bisenet.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
 from tune_bisenet.data.streets import Streets
-from tune_bisenet.training.engine import confusion, iou_per_class, mean_iou, pixel_accuracy
+from tune_bisenet.training.metrics import confusion, iou_per_class, mean_iou, pixel_accuracy
 
 CAR = CLASS_NAMES.index("car")
 

@@ -6,21 +6,25 @@ runs with one seed see the same data in the same order.
 Shapes: N images of a split, B of a batch, H x W pixels of an image, h x w of a label.
 """
 
-import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tune_bisenet.classes import VOID
 from tune_bisenet.config import Augment
-from tune_bisenet.data.packed import PackedSplit
+from tune_bisenet.data.packed import Packed, PackedSplit
+from tune_bisenet.data.source import Split
 
-RESIDENT_SHARE: Final = 0.4
-"""A split is kept on the GPU if it takes no more than this share of the memory that is free."""
+CHUNK_BYTES: Final = 2**26
+"""A split is copied to a GPU through two page-locked buffers of this size, or of a frame's where that is larger. torch
+rounds such buffers up to powers of two and keeps them as long as the process lives."""
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
@@ -28,39 +32,107 @@ LUMA: Final = (0.299, 0.587, 0.114)  # weights of red, green and blue in brightn
 
 
 class Frames:
-    """One split, moved to the device at once if it fits comfortably onto a GPU.
+    """One split, batch by batch: resident on the device, or read from the pack, whose files the system caches."""
 
-    Otherwise each batch is read from the pack, whose files the system keeps in memory for all trials of a node.
-    """
-
-    def __init__(self, split: PackedSplit, device: torch.device) -> None:
+    def __init__(self, split: PackedSplit, device: torch.device, resident: tuple[Tensor, Tensor] | None = None) -> None:
         self._split = split
         self._device = device
-        self._shapes = (split.images[0].shape, split.labels[0].shape)
-        self._resident: tuple[Tensor, Tensor] | None = None
-        if device.type == "cuda":
-            num_bytes = len(split) * sum(map(math.prod, self._shapes))
-            if num_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-                self._resident = self._gather(np.arange(len(split)))
+        self._resident = resident
 
     def __len__(self) -> int:
         return len(self._split)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return uint8 images B x 3 x H x W and labels B x h x w on the device, for int64 `indices` on the CPU."""
-        if self._resident is None:
-            return self._gather(indices.numpy())
-        images, labels = self._resident
-        indices = indices.to(self._device, non_blocking=True)
-        return images[indices], labels[indices]
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the frames of `order`, N int64 on the CPU, on the device; the last batch may be smaller.
 
-    def _gather(self, indices: np.ndarray[tuple[int], np.dtype[np.int64]]) -> tuple[Tensor, Tensor]:
-        pinned = self._device.type == "cuda"
+        Images are uint8 B x 3 x H x W, labels B x h x w. A GPU is not waited for: frames that are not resident are read
+        while the batch before is used. On a CPU, which has to read as well as to train, each is read when it is due.
+        """
+        if self._resident is not None:
+            images, labels = self._resident
+            for indices in torch.split(order.to(self._device), batch_size):
+                yield images[indices], labels[indices]
+            return
+        parts = torch.split(order, batch_size)
+        for images, labels in map(self._read, parts) if self._device.type == "cpu" else _read_ahead(self._read, parts):
+            yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+
+    def _read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        shapes = (self._split.images[0].shape, self._split.labels[0].shape)
         images, labels = (
-            torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=pinned) for shape in self._shapes
+            torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            for shape in shapes
         )
-        self._split.gather(indices, images.numpy(), labels.numpy())
-        return images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+        self._split.gather(indices.numpy(), images.numpy(), labels.numpy())
+        return images, labels
+
+
+_Item = TypeVar("_Item")
+_Value = TypeVar("_Value")
+
+
+def _read_ahead(read: Callable[[_Item], _Value], items: Iterable[_Item]) -> Iterator[_Value]:
+    """Yield `read(item)` of each item in turn; in a thread, the next is read while one is used, and none beyond."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: Future[_Value] | None = None
+        for item in items:
+            following = pool.submit(read, item)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+_resident: Final[dict[tuple[str, Split, torch.device], tuple[Tensor, Tensor]]] = {}
+"""The splits that this process has on its devices, by the digest of their pack, the last used one last: trials that
+follow each other in a worker share them."""
+
+
+def load_frames(data: Packed, device: torch.device, *, room: int) -> tuple[Frames, Frames]:
+    """Return both splits of a pack, each resident on the device if it fits into `room` bytes, the training split first.
+
+    What other packs left there remains only as far as it fits beside them. Raises DamagedPackError.
+    """
+    splits: dict[Split, PackedSplit] = {"train": data.train, "val": data.val}
+    resident = {}
+    for name, split in splits.items():
+        num_bytes = len(split) * (split.images[0].nbytes + split.labels[0].nbytes)
+        if num_bytes <= room:
+            room -= num_bytes
+            resident[name] = (data.digest, name, device)
+    for key in [key for key in reversed(_resident) if key[2] == device and key not in resident.values()]:
+        num_bytes = sum(tensor.nbytes for tensor in _resident[key])
+        if num_bytes <= room:
+            room -= num_bytes
+        else:
+            del _resident[key]
+    for name, key in resident.items():
+        split = splits[name]
+        present = _resident.pop(key, None)
+        _resident[key] = present or (_copy_to(device, split.images), _copy_to(device, split.labels))
+    train, val = (Frames(split, device, _resident.get((data.digest, name, device))) for name, split in splits.items())
+    return train, val
+
+
+def _copy_to(device: torch.device, arrays: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Copy arrays of one shape to the device as one tensor, through two buffers: one is filled, the other copied."""
+    on_gpu = device.type == "cuda"
+    target = torch.empty((len(arrays), *arrays[0].shape), dtype=torch.uint8, device=device)
+    num_rows = min(len(arrays), max(1, CHUNK_BYTES // arrays[0].nbytes))
+    buffers = [torch.empty((num_rows, *arrays[0].shape), dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+    copied = [torch.cuda.Event() for _ in buffers] if on_gpu else []  # type: ignore[no-untyped-call]
+    for number, first in enumerate(range(0, len(arrays), num_rows)):
+        rows = range(first, min(first + num_rows, len(arrays)))
+        buffer = buffers[number % 2][: len(rows)]
+        if on_gpu:
+            copied[number % 2].synchronize()  # returns at once before it is first recorded
+        for row, index in enumerate(rows):
+            buffer.numpy()[row] = arrays[index]
+        target[first : rows.stop].copy_(buffer, non_blocking=True)
+        if on_gpu:
+            copied[number % 2].record()
+    return target
 
 
 @dataclass(frozen=True)

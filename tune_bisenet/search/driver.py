@@ -113,8 +113,8 @@ def _run_session(
     table = HParamsTable(folder, {name: spec.run for name, spec in search.specs.items()})
     table.write()
     print_plan(console, estimate)
-    use_gpu = resources.gpus_per_trial > 0 and search.options.device != "cpu"
-    context = search.trial_context(threads_per_trial=resources.threads_per_trial, use_gpu=use_gpu)
+    gpu_share = 0.0 if search.options.device == "cpu" else min(resources.gpus_per_trial, 1.0)
+    context = search.trial_context(threads_per_trial=resources.threads_per_trial, gpu_share=gpu_share)
     with SearchProgress(console) as progress, refreshed(folder):
         progress.update([*state.states, *searcher.pending()])
         train = partial(

@@ -136,7 +136,7 @@ class PreparedSearch:
     def captions(self) -> list[str]:
         return [spaces.proxy_caption(self.example, self.facts)] if self.config.proxy else []
 
-    def trial_context(self, *, threads_per_trial: int, use_gpu: bool) -> TrialContext:
+    def trial_context(self, *, threads_per_trial: int, gpu_share: float) -> TrialContext:
         return TrialContext(
             data=self.config.data,
             packs={format_size(size): str(pack.path) for size, pack in self.packs.items()},
@@ -148,7 +148,7 @@ class PreparedSearch:
             precision=self.config.precision,
             storage=self.folder.uri,
             threads_per_trial=threads_per_trial,
-            use_gpu=use_gpu,
+            gpu_share=gpu_share,
             measures_latency="latency" in self.config.objectives,
             shared_beginnings={} if self.config.no_share else shared_beginnings(self.runs),
         )

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from ray import tune
 
-from tune_bisenet.config import TrialContext, format_size
+from tune_bisenet.config import Run, TrialContext, format_size
 from tune_bisenet.data.packed import DamagedPackError, Packed
 from tune_bisenet.data.packing import fetch_packed, open_source, prepare_packed
 from tune_bisenet.data.source import frame_group
@@ -137,9 +137,16 @@ def _train_on(
     """Train a trial from where its folder left off. Raises DamagedPackError if `data` no longer are what they were."""
     search = Storage.at(context.storage)
     folder = search / spec.trial
-    device = torch.device("cuda" if context.use_gpu else "cpu")
+    device = torch.device("cuda" if context.gpu_share else "cpu")
     backbone = checkpoint.load_backbone(context.backbone)
-    training = engine.begin(spec.run, data, device=device, precision=context.precision, backbone=backbone)
+    training = engine.begin(
+        spec.run,
+        data,
+        device=device,
+        precision=context.precision,
+        backbone=backbone,
+        frames_room=_frames_room(spec.run, context, device),
+    )
     identity = context.identity(spec.run)
     history = checkpoint.resume(training, folder, identity=identity)
     earlier = read_sound_trial(folder)
@@ -170,6 +177,14 @@ def _train_on(
             if end.epoch.diverged:
                 return
         writer.end("finished")
+
+
+def _frames_room(run: Run, context: TrialContext, device: torch.device) -> int:
+    """Return the bytes of a GPU that frames may take: the trial's share of it less what training takes."""
+    if device.type == "cpu":
+        return 0
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(context.gpu_share * total) - benchmark.gpu_bytes(run, context.precision)
 
 
 def make_report(record: TrialRecord) -> dict[str, Any]:

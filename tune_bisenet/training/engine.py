@@ -16,12 +16,11 @@ from typing import Final, assert_never
 import torch
 from torch import Tensor
 
-from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.config import OHEM, CrossEntropy, Precision, Run, WeightedCrossEntropy
-from tune_bisenet.data.batches import Frames, augment_batch, epoch_draw, epoch_order, normalise
+from tune_bisenet.data.batches import Frames, augment_batch, epoch_draw, epoch_order, load_frames, normalise
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.records import Epoch
-from tune_bisenet.training import losses, optim
+from tune_bisenet.training import losses, metrics, optim
 from tune_bisenet.training.model import BiSeNet
 from tune_bisenet.training.optim import lr_at
 
@@ -64,9 +63,18 @@ class EpochEnd:
 
 
 def begin(
-    run: Run, data: Packed, *, device: torch.device, precision: Precision, backbone: dict[str, Tensor] | None
+    run: Run,
+    data: Packed,
+    *,
+    device: torch.device,
+    precision: Precision,
+    backbone: dict[str, Tensor] | None,
+    frames_room: int = 0,
 ) -> Training:
-    """Return a run before its first epoch, its weights drawn from its seed, or from `backbone` for the ResNet-18."""
+    """Return a run before its first epoch, its weights drawn from its seed, or from `backbone` for the ResNet-18.
+
+    Frames may take `frames_room` bytes of the device's memory.
+    """
     torch.manual_seed(run.random_seed)
     model = BiSeNet(head_width=run.head_width)
     if backbone is not None:
@@ -81,14 +89,15 @@ def begin(
             pass
         case _:
             assert_never(run.loss)
+    train, val = load_frames(data, device, room=frames_room)
     return Training(
         run=run,
         device=device,
         precision=precision,
         model=model,
         optimizer=optim.build_optimizer(run, model),
-        train=Frames(data.train, device),
-        val=Frames(data.val, device),
+        train=train,
+        val=val,
         class_weights=class_weights,
     )
 
@@ -115,9 +124,10 @@ def _train_epoch(training: Training, epoch: int) -> dict[str, float]:
     loss_sums = torch.zeros(4, device=training.device)
     norms = []
     lr = 0.0
-    for iteration in range(num_iterations):
+    batches = training.train.batches(order[: num_iterations * run.batch_size], run.batch_size)
+    for iteration, frames in enumerate(batches):
         batch = slice(iteration * run.batch_size, (iteration + 1) * run.batch_size)
-        images, labels = augment_batch(*training.train.batch(order[batch]), draw[batch])
+        images, labels = augment_batch(*frames, draw[batch])
         group_size = _group_size(iteration, num_iterations, run.accumulation)
         loss_sums += _backward(training, images, labels, epoch=epoch, scale=1.0 / group_size)
         if (iteration + 1) % run.accumulation == 0 or iteration + 1 == num_iterations:
@@ -173,30 +183,30 @@ def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
     wanted = set(training.sample_indices)
     is_sound = torch.stack([value.isfinite().all() for value in training.model.state_dict().values()]).all()
     matrices, samples = [], {}
-    for first in range(0, len(training.val), training.run.batch_size):
-        indices = torch.arange(first, min(first + training.run.batch_size, len(training.val)))
-        images, labels = training.val.batch(indices)
+    first = 0
+    for images, labels in training.val.batches(torch.arange(len(training.val)), training.run.batch_size):
         size = (labels.shape[1], labels.shape[2])
         logits = _main_logits(training.model, images, precision=training.precision)
         is_sound &= logits.isfinite().all()
         predictions = losses.argmax(logits, size)
-        matrices.append(confusion(predictions, labels))
-        for index in wanted.intersection(indices.tolist()):
+        matrices.append(metrics.confusion(predictions, labels))
+        for index in wanted.intersection(range(first, first + len(images))):
             samples[index] = predictions[index - first].cpu()
-    counts = torch.cat(matrices).cpu()
+        first += len(images)
+    confusion = torch.cat(matrices).cpu()
     val_seconds = time.perf_counter() - started
-    matrix = counts.sum(dim=0)
-    iou = iou_per_class(matrix)
+    matrix = confusion.sum(dim=0)
+    iou = metrics.iou_per_class(matrix)
     epoch = Epoch(
         epoch=training.epochs_done,
         iterations=training.epochs_done * training.iterations_per_epoch,
-        miou=mean_iou(iou) if is_sound else math.nan,
+        miou=metrics.mean_iou(iou) if is_sound else math.nan,
         iou=tuple(iou),
-        pixel_accuracy=pixel_accuracy(matrix),
+        pixel_accuracy=metrics.pixel_accuracy(matrix),
         val_seconds=val_seconds,
         **measured,
     )
-    return EpochEnd(epoch, counts, samples)
+    return EpochEnd(epoch, confusion, samples)
 
 
 def predict(model: BiSeNet, images: Tensor, size: tuple[int, int], *, precision: Precision) -> Tensor:
@@ -232,43 +242,3 @@ def _autocast(device: torch.device, precision: Precision) -> contextlib.Abstract
 def _memory_format(device: torch.device) -> torch.memory_format:
     """Return channels last on GPUs, where it is faster; on CPUs the backward loses what the forward gains."""
     return torch.channels_last if device.type == "cuda" else torch.preserve_format
-
-
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-# Counted exactly (int64), labels by rows, predictions by columns, as in cityscapesScripts: summed over the whole split,
-# then IoU = TP / (TP + FP + FN). Void labels are not counted, and a class that occurs neither in labels nor in
-# predictions has no IoU and no part in the mean. Of labels that are all void nothing is known: NaN, not 0.
-
-assert VOID > NUM_CLASSES, "confusion() relies on void lying beyond the classes"
-
-
-def confusion(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Count (label, prediction) pairs of each image: B x H x W uint8, twice, to B x C x C int64."""
-    num_images = len(labels)
-    # Void becomes one more row that is cut off afterwards: cheaper than masking every pixel.
-    rows = labels.clamp_max(NUM_CLASSES).int()
-    image = torch.arange(num_images, device=labels.device, dtype=torch.int32).view(-1, 1, 1)
-    codes = (image * (NUM_CLASSES + 1) + rows) * NUM_CLASSES + predictions.int()
-    counts = torch.bincount(codes.flatten(), minlength=num_images * (NUM_CLASSES + 1) * NUM_CLASSES)
-    return counts.view(num_images, NUM_CLASSES + 1, NUM_CLASSES)[:, :NUM_CLASSES]
-
-
-def iou_per_class(matrix: Tensor) -> list[float | None]:
-    """Return IoU in percent by trainId from a C x C confusion matrix; None where a class never occurs."""
-    hits = matrix.diagonal().double()
-    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
-    values: list[float] = (100.0 * hits / union).tolist()
-    return [value if count else None for value, count in zip(values, union.tolist(), strict=True)]
-
-
-def mean_iou(iou: list[float | None]) -> float:
-    """Return the mean over the classes that occur, in percent; NaN if none does."""
-    occurring = [value for value in iou if value is not None]
-    return sum(occurring) / len(occurring) if occurring else math.nan
-
-
-def pixel_accuracy(matrix: Tensor) -> float:
-    """Return the share of labelled pixels that are right, in percent; NaN if none is labelled."""
-    num_labelled = int(matrix.sum())
-    return 100.0 * int(matrix.trace()) / num_labelled if num_labelled else math.nan

@@ -1,0 +1,47 @@
+"""Segmentation scores from confusion matrices, counted exactly (int64). Rows are labels, columns predictions.
+
+As in cityscapesScripts: summed over the whole split, then IoU = TP / (TP + FP + FN); void labels are not counted, and
+a class that occurs neither in labels nor in predictions has no IoU and no part in the mean. Of labels that are all void
+nothing can be said: their mIoU and accuracy are NaN, not 0.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tune_bisenet.classes import NUM_CLASSES, VOID
+
+
+def confusion(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Count (label, prediction) pairs of each image: B x H x W uint8, twice, to B x C x C int64."""
+    num_images = len(labels)
+    # Void becomes one more row that is cut off afterwards: cheaper than masking every pixel.
+    rows = labels.clamp_max(NUM_CLASSES).int()
+    image = torch.arange(num_images, device=labels.device, dtype=torch.int32).view(-1, 1, 1)
+    codes = (image * (NUM_CLASSES + 1) + rows) * NUM_CLASSES + predictions.int()
+    counts = torch.bincount(codes.flatten(), minlength=num_images * (NUM_CLASSES + 1) * NUM_CLASSES)
+    return counts.view(num_images, NUM_CLASSES + 1, NUM_CLASSES)[:, :NUM_CLASSES]
+
+
+def iou_per_class(matrix: Tensor) -> list[float | None]:
+    """Return IoU in percent by trainId from a C x C confusion matrix; None where a class never occurs."""
+    hits = matrix.diagonal().double()
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    values: list[float] = (100.0 * hits / union).tolist()
+    return [value if count else None for value, count in zip(values, union.tolist(), strict=True)]
+
+
+def mean_iou(iou: list[float | None]) -> float:
+    """Return the mean over the classes that occur, in percent; NaN if none does."""
+    occurring = [value for value in iou if value is not None]
+    return sum(occurring) / len(occurring) if occurring else math.nan
+
+
+def pixel_accuracy(matrix: Tensor) -> float:
+    """Return the share of labelled pixels that are right, in percent; NaN if none is labelled."""
+    num_labelled = int(matrix.sum())
+    return 100.0 * int(matrix.trace()) / num_labelled if num_labelled else math.nan
+
+
+assert VOID > NUM_CLASSES, "confusion() relies on void lying beyond the classes"

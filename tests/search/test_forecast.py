@@ -194,8 +194,8 @@ def test_the_sizes_of_checkpoints_are_forecast(
     training = engine.begin(run, tiny_data, device=torch.device("cpu"), precision="fp32", backbone=None)
     (end,) = engine.fit(training)
     folder = Storage.at(str(tmp_path))
-    checkpoint.save(training, [end.epoch], folder, identity="x")
-    checkpoint.save_best(training, end.epoch, folder, identity="x")
+    checkpoint.save(checkpoint.state_of(training), [end.epoch], folder, identity="x")
+    checkpoint.save_best(checkpoint.state_of(training), end.epoch, folder, identity="x")
     sizes = [(tmp_path / name).stat().st_size for name in (checkpoint.BEST_WEIGHTS, checkpoint.LAST)]
     assert checkpoint_bytes(run) == pytest.approx(sizes, rel=0.01)
 

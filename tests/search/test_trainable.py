@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tune_bisenet.data import packing
 from tune_bisenet.data.packed import open_packed
 from tune_bisenet.options import InputError
 from tune_bisenet.records import TRIAL, Beginning, Latency, TrialRecord, TrialSpec, read_trial, to_plain, write_trial
+from tune_bisenet.search import trainable
 from tune_bisenet.search.trainable import FAILURE, LACKS, _describe_failure, run_trial, train_trial
 from tune_bisenet.storage import RetryPolicy, Storage, StorageError, StorageRefusedError
 from tune_bisenet.training import checkpoint
@@ -258,6 +260,65 @@ def test_the_state_of_another_run_is_refused_and_left_as_it_is(run: Run, context
     with pytest.raises(checkpoint.CheckpointError, match="another run"):
         train(run, context)
     assert (folder / "last.pt").read_bytes() == before
+
+
+# --- epochs that are kept while the next one is trained, as on GPUs ---------------------------------------------------
+
+
+@pytest.fixture
+def kept_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainable, "KEPT_ASIDE", ("cpu",))
+
+
+@pytest.mark.usefixtures("kept_aside")
+def test_an_epoch_kept_aside_is_reported_in_its_turn_when_it_is_safe_on_storage(
+    run: Run, context: TrialContext, folder: Path, expected: list[Report]
+) -> None:
+    reports: list[Report] = []
+
+    def report(result: Report) -> None:
+        saved = checkpoint.from_bytes(newest(folder).read_bytes())
+        assert saved["history"][-1]["epoch"] == result["epoch"] == len(record_of(folder).epochs)
+        assert epoch_numbers(folder) == list(range(1, result["epoch"] + 1))
+        assert threading.current_thread() is threading.main_thread(), "Tune ends the thread that reports"
+        reports.append(result)
+
+    run_trial(TrialSpec(trial=run.name, run=run), context, report=report)
+    assert timeless(reports) == timeless(expected)
+
+
+@pytest.mark.usefixtures("kept_aside")
+def test_a_trial_that_is_killed_in_the_next_epoch_ends_as_one_that_was_not(
+    run: Run, context: TrialContext, folder: Path, expected: list[Report]
+) -> None:
+    train_and_kill(2, run, context)
+    assert len(record_of(folder).epochs) == 2
+    assert timeless(train(run, context)) == timeless(expected)[1:]
+
+
+def test_one_epoch_is_kept_at_a_time_and_its_error_comes_where_the_trial_looks() -> None:
+    reports: list[Report] = []
+    may_end = threading.Event()
+
+    def keep() -> Report:
+        assert may_end.wait(timeout=60)
+        return {"epoch": 1}
+
+    def fail() -> Report:
+        raise StorageError("no room")
+
+    with trainable._Aside(reports.append) as aside:
+        aside.start(keep)
+        aside.poll()
+        assert reports == [], "it is not kept yet"
+        may_end.set()
+        aside.finish()
+        assert reports == [{"epoch": 1}]
+        aside.finish()
+        aside.start(fail)
+        with pytest.raises(StorageError, match="no room"):
+            aside.finish()
+    assert reports == [{"epoch": 1}]
 
 
 # --- what no retry mends ----------------------------------------------------------------------------------------------

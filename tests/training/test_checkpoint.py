@@ -55,7 +55,7 @@ def mark_of(training: Training) -> float:
 def save_epochs(training: Training, folder: Storage, num_epochs: int) -> None:
     for number in range(1, num_epochs + 1):
         mark(training, number)
-        checkpoint.save(training, history_of(number), folder, identity="one")
+        checkpoint.save(checkpoint.state_of(training), history_of(number), folder, identity="one")
 
 
 def local(folder: Storage, name: str) -> Path:
@@ -87,7 +87,7 @@ def test_a_run_resumes_from_the_last_saved_epoch_and_the_one_before_is_kept(
     assert mark_of(training) == 3.0
     assert sorted(path.name for path in Path(folder.path).iterdir()) == [LAST, PREVIOUS]
     assert epochs_kept(folder) == {2, 3}
-    checkpoint.save(training, history_of(4), folder, identity="one")
+    checkpoint.save(checkpoint.state_of(training), history_of(4), folder, identity="one")
     assert epochs_kept(folder) == {3, 4}
     assert len(checkpoint.resume(training, folder, identity="one")) == 4
 
@@ -107,9 +107,11 @@ def test_a_save_writes_one_file_and_moves_none(training: Training, folder: Stora
 
 def test_nan_and_missing_scores_are_restored(training: Training, folder: Storage) -> None:
     strange = plain_epoch(1, 10.0, loss=math.nan, grad_norm=math.inf, iou=(None, 12.5, None))
-    checkpoint.save(training, [plain_epoch(1, 10.0, iou=(None, 12.5, None))], folder, identity="one")
+    checkpoint.save(
+        checkpoint.state_of(training), [plain_epoch(1, 10.0, iou=(None, 12.5, None))], folder, identity="one"
+    )
     assert checkpoint.resume(training, folder, identity="one")[0].iou == (None, 12.5, None)
-    checkpoint.save(training, [strange], folder, identity="one")
+    checkpoint.save(checkpoint.state_of(training), [strange], folder, identity="one")
     (found,) = checkpoint.resume(training, folder, identity="one")
     assert math.isnan(found.loss)
     assert math.isnan(found.grad_norm)  # an infinity has no place in JSON and comes back as NaN
@@ -132,7 +134,7 @@ def die_while_saving(training: Training, folder: Storage) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "_put", put_half)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save(training, history_of(3), folder, identity="one")
+            checkpoint.save(checkpoint.state_of(training), history_of(3), folder, identity="one")
 
 
 def test_a_process_that_dies_while_saving_loses_that_epoch_only(training: Training, folder: Storage) -> None:
@@ -142,7 +144,7 @@ def test_a_process_that_dies_while_saving_loses_that_epoch_only(training: Traini
     assert epochs_kept(folder) == {1, 2}
     assert len(checkpoint.resume(training, folder, identity="one")) == 2
     assert mark_of(training) == 2.0
-    checkpoint.save(training, history_of(3), folder, identity="one")
+    checkpoint.save(checkpoint.state_of(training), history_of(3), folder, identity="one")
     assert len(checkpoint.resume(training, folder, identity="one")) == 3
     assert epochs_kept(folder) == {2, 3}
 
@@ -167,7 +169,7 @@ def test_a_damaged_state_costs_one_epoch(
     assert len(checkpoint.resume(training, folder, identity="one")) == 1
     assert mark_of(training) == 1.0
     assert f"{path.name}.damaged" in caplog.text
-    checkpoint.save(training, history_of(2), folder, identity="one")
+    checkpoint.save(checkpoint.state_of(training), history_of(2), folder, identity="one")
     assert epochs_kept(folder) == {1, 2}
 
 
@@ -303,7 +305,10 @@ def test_the_state_of_another_run_is_refused_saying_what_to_do(training: Trainin
 def test_a_state_that_does_not_fit_is_refused_saying_what_to_do(
     training: Training, folder: Storage, changes: dict[str, Any]
 ) -> None:
-    whole = checkpoint._state(training, "one") | {"optimizer": training.optimizer.state_dict(), "history": []}
+    whole = checkpoint._content(checkpoint.state_of(training), "one") | {
+        "optimizer": training.optimizer.state_dict(),
+        "history": [],
+    }
     folder.write(LAST, to_bytes(whole | changes))
     with pytest.raises(CheckpointError, match="Move that folder away"):
         checkpoint.resume(training, folder, identity="one")
@@ -325,7 +330,7 @@ def test_a_state_of_another_format_is_left_alone_saying_what_to_do(training: Tra
 
 def test_the_best_weights_come_with_their_score(training: Training, folder: Storage) -> None:
     mark(training, 4.0)
-    checkpoint.save_best(training, plain_epoch(4, 33.0), folder, identity="one")
+    checkpoint.save_best(checkpoint.state_of(training), plain_epoch(4, 33.0), folder, identity="one")
     state = from_bytes(local(folder, BEST_WEIGHTS).read_bytes())
     assert state["identity"] == "one"
     assert Run.model_validate(state["run"]) == training.run

@@ -1,6 +1,8 @@
 """One run, trained for real on 32 x 64 pixels: it learns, it counts right, and it is scored right."""
 
+import itertools
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,3 +290,25 @@ def test_validation_changes_nothing_in_the_network(run: Run, small_data: Packed)
     predictions = engine.predict(training.model, images, (labels.shape[1], labels.shape[2]), precision="fp32")
     assert predictions.shape == labels.shape
     assert flat(training.model.state_dict()) == before
+
+
+def test_what_is_called_before_each_iteration_may_end_the_training_and_its_time_is_not_counted(
+    run: Run, small_data: Packed
+) -> None:
+    training = begin(run, small_data)
+    calls = itertools.count(1)
+
+    def wait() -> None:
+        time.sleep(0.2)
+        if next(calls) > training.iterations_per_epoch:
+            raise InterruptedError
+
+    began = time.perf_counter()
+    epochs = engine.fit(training, between=wait)
+    measured = next(epochs).epoch
+    assert next(calls) == training.iterations_per_epoch + 1
+    spent = time.perf_counter() - began
+    assert measured.seconds <= spent - 0.2 * training.iterations_per_epoch
+    with pytest.raises(InterruptedError):
+        next(epochs)
+    assert training.epochs_done == 1

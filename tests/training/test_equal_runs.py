@@ -77,7 +77,7 @@ def test_a_resumed_run_equals_one_never_stopped(
         resumed = begin(run, small_data)
         epochs = checkpoint.resume(resumed, folder, identity="one")
         epochs.append(next(engine.fit(resumed)).epoch)
-        checkpoint.save(resumed, epochs, folder, identity="one")
+        checkpoint.save(checkpoint.state_of(resumed), epochs, folder, identity="one")
 
     assert measurements(epochs) == measurements(history)
     assert_same_state(resumed, unbroken)
@@ -99,7 +99,7 @@ training = engine.begin(run, open_packed(pack), device=torch.device("cpu"), prec
 history = checkpoint.resume(training, folder, identity="one")
 for end in engine.fit(training):
     history.append(end.epoch)
-checkpoint.save(training, history, folder, identity="one")
+checkpoint.save(checkpoint.state_of(training), history, folder, identity="one")
 """
 
 
@@ -110,7 +110,7 @@ def test_a_run_resumed_in_another_process_equals_one_never_stopped(
     unbroken = begin(run, small_data)
     ends = engine.fit(unbroken)
     history = [next(ends).epoch]
-    checkpoint.save(unbroken, history, folder, identity="one")
+    checkpoint.save(checkpoint.state_of(unbroken), history, folder, identity="one")
     history += [end.epoch for end in ends]
 
     command = [sys.executable, "-c", GO_ON, run.model_dump_json(), str(small_data.path), folder.path]

@@ -61,7 +61,7 @@ def test_any_run_killed_anywhere_equals_one_never_stopped(
         history.append(end.epoch)
         number = end.epoch.epoch
         if number == stop - 1 or (number == stop and kill != "before it is saved"):
-            checkpoint.save(unbroken, history, folder, identity="one")
+            checkpoint.save(checkpoint.state_of(unbroken), history, folder, identity="one")
             if number == stop and kill == "in the middle of the file":
                 state = path / (LAST if number % 2 else PREVIOUS)
                 state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])

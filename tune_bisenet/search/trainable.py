@@ -13,11 +13,11 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from tune_bisenet.records import (
 )
 from tune_bisenet.storage import Storage, is_refused
 from tune_bisenet.training import benchmark, checkpoint, engine
+from tune_bisenet.training.checkpoint import State
 from tune_bisenet.training.engine import EpochEnd, Training
 from tune_bisenet.training.tensorboard import NUM_PICTURED_EPOCHS, TrialWriter, triptych
 
@@ -55,6 +56,9 @@ LACKS: Final = "lacks"
 
 WARNING: Final = "warning"
 """The key under which a report says what the user should know beside its measurements."""
+
+KEPT_ASIDE: Final = ("cuda",)
+"""The kinds of devices whose epochs are kept while the next one is trained: on a CPU the two would share its cores."""
 
 STACK_SIGNAL: Final = signal.SIGUSR2
 """Lets a worker write the stacks of its threads to its log, whatever it is busy with."""
@@ -161,22 +165,69 @@ def _train_on(
     record = partial(TrialRecord.of_spec, spec, latency=latency, environments=environments, beginning=beginning)
     write_trial(search, record(history))
     num_written = len(history) if is_resumed else 0
-    with ExitStack() as stack:
-        writer = stack.enter_context(TrialWriter(folder, run=spec.run, trial=spec.trial, completed_epochs=num_written))
+    writer = TrialWriter(folder, run=spec.run, trial=spec.trial, completed_epochs=num_written)
+
+    def keep(state: State, end: EpochEnd, epochs: Sequence[Epoch]) -> dict[str, Any]:
+        # First: what TensorBoard has of an epoch that is not saved is passed over once the trial resumes.
+        _log_epoch(writer, end, epochs, data, num_epochs=spec.run.num_epochs)
+        _save_epoch(state, end, epochs, data, spec, context)
+        write_trial(search, record(epochs))
+        return make_report(record(epochs))
+
+    keeps_aside = device.type in KEPT_ASIDE
+    with writer, _Aside(report) as aside:
         for epoch in history[num_written:]:
             writer.add_epoch(epoch, best=best_of(history[: epoch.epoch]))
         writer.flush()
         if history:  # the driver may have died before it heard of this epoch
             report(make_report(record(history)))
-        for end in engine.fit(training):
-            history.append(end.epoch)
-            _save_epoch(training, end, history, data, spec, context)
-            write_trial(search, record(history))
-            _log_epoch(writer, end, history, data, num_epochs=spec.run.num_epochs)
-            report(make_report(record(history)))
+        for end in engine.fit(training, between=aside.poll):
+            aside.finish()
+            history = [*history, end.epoch]
+            state = checkpoint.state_of(training)
+            aside.start(partial(keep, state.copied() if keeps_aside else state, end, history))
             if end.epoch.diverged:
-                return
-        writer.end("finished")
+                break
+            if not keeps_aside:
+                aside.finish()
+        aside.finish()
+        if not history[-1].diverged:
+            writer.end("finished")
+
+
+class _Aside:
+    """Keeps an epoch in a thread while the next one is trained, and reports it once it is kept; one at a time.
+
+    `poll` and `finish` report, in the trial's own thread, and raise what keeping raised.
+    """
+
+    def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
+        self._report = report
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="keep")
+        self._keeping: Future[dict[str, Any]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Wait for what is being written: after an error the next attempt reads it."""
+        self._pool.shutdown()
+
+    def start(self, keep: Callable[[], dict[str, Any]]) -> None:
+        """Begin to keep an epoch. The one before must be finished."""
+        assert self._keeping is None
+        self._keeping = self._pool.submit(keep)
+
+    def poll(self) -> None:
+        """Report the epoch that has been kept, if one has."""
+        if self._keeping and self._keeping.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the epoch is kept, and report it."""
+        if self._keeping:
+            result, self._keeping = self._keeping.result(), None
+            self._report(result)
 
 
 def _frames_room(run: Run, context: TrialContext, device: torch.device) -> int:
@@ -249,7 +300,7 @@ def _current_environment(device: torch.device) -> Environment:
 
 
 def _save_epoch(
-    training: Training, end: EpochEnd, history: list[Epoch], data: Packed, spec: TrialSpec, context: TrialContext
+    state: State, end: EpochEnd, history: Sequence[Epoch], data: Packed, spec: TrialSpec, context: TrialContext
 ) -> None:
     """Write the epoch's state. Weights that are no longer numbers never replace good ones."""
     if end.epoch.diverged:
@@ -257,7 +308,7 @@ def _save_epoch(
     search = Storage.at(context.storage)
     folder, identity = search / spec.trial, context.identity(spec.run)
     if best_of(history) is end.epoch:
-        checkpoint.save_best(training, end.epoch, folder, identity=identity)
+        checkpoint.save_best(state, end.epoch, folder, identity=identity)
         split, indices = data.val, list(end.samples)
         best = BestPredictions(
             confusions=end.confusion.numpy().astype(np.int32),
@@ -271,8 +322,8 @@ def _save_epoch(
     if end.epoch.epoch in context.shared_epochs(spec.run):
         kept_identity = context.beginning_identity(spec.run)
         kept = _kept_beginning(search, kept_identity, end.epoch.epoch)
-        checkpoint.save_beginning(training, history, folder, kept, trial=spec.trial, identity=kept_identity)
-    checkpoint.save(training, history, folder, identity=identity)
+        checkpoint.save_beginning(state, history, folder, kept, trial=spec.trial, identity=kept_identity)
+    checkpoint.save(state, history, folder, identity=identity)
 
 
 def read_stack(pid: int) -> str:

@@ -13,14 +13,17 @@ import hashlib
 import io
 import logging
 import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
+from tune_bisenet.config import Run
 from tune_bisenet.options import NO_BACKBONE, InputError
 from tune_bisenet.records import BEST_PREDICTIONS, BEST_WEIGHTS, LAST, PREVIOUS, Epoch
 from tune_bisenet.storage import Storage
@@ -44,18 +47,44 @@ class DamagedError(CheckpointError):
     """The file's bytes are not those that were written, or hold more than `save` writes."""
 
 
-def save(training: Training, history: list[Epoch], folder: Storage, *, identity: str) -> None:
+@dataclass(frozen=True)
+class State:
+    """Holds what a training changes. It changes with the training, unless it is a copy."""
+
+    run: Run
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+    def copied(self) -> Self:
+        """Return a copy on the CPU."""
+        return type(self)(self.run, _copied(self.model), _copied(self.optimizer))
+
+
+def state_of(training: Training) -> State:
+    """Return the weights and the optimizer's numbers as they are now."""
+    return State(training.run, training.model.state_dict(), training.optimizer.state_dict())
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def save(state: State, history: Sequence[Epoch], folder: Storage, *, identity: str) -> None:
     """Write the state over that of two epochs ago. `identity` names run, data and precision."""
-    folder.write(LAST if len(history) % 2 else PREVIOUS, to_bytes(_whole_state(training, history, identity)))
+    folder.write(LAST if len(history) % 2 else PREVIOUS, to_bytes(_whole_content(state, history, identity)))
 
 
-def save_best(training: Training, epoch: Epoch, folder: Storage, *, identity: str) -> None:
+def save_best(state: State, epoch: Epoch, folder: Storage, *, identity: str) -> None:
     """Write `best.pt`: the weights of this epoch, and what they scored."""
-    folder.write(BEST_WEIGHTS, to_bytes(_state(training, identity) | {"epoch": _EPOCHS.dump_python([epoch])[0]}))
+    folder.write(BEST_WEIGHTS, to_bytes(_content(state, identity) | {"epoch": _EPOCHS.dump_python([epoch])[0]}))
 
 
 def save_beginning(
-    training: Training, history: list[Epoch], folder: Storage, kept: Storage, *, trial: str, identity: str
+    state: State, history: Sequence[Epoch], folder: Storage, kept: Storage, *, trial: str, identity: str
 ) -> None:
     """Write the state of `trial` to `kept`, with what its own `folder` has of its best epoch."""
     kept.make()
@@ -64,7 +93,7 @@ def save_beginning(
         assert content is not None, f"{trial} has no {name} after epoch {len(history)}"
         kept.write(name, content)
     # Last, as it says that the rest is there.
-    kept.write(LAST, to_bytes(_whole_state(training, history, identity) | {"trial": trial}))
+    kept.write(LAST, to_bytes(_whole_content(state, history, identity) | {"trial": trial}))
 
 
 def load_beginning(
@@ -91,21 +120,18 @@ def load_beginning(
     return state["trial"], history
 
 
-def _whole_state(training: Training, history: list[Epoch], identity: str) -> dict[str, Any]:
+def _whole_content(state: State, history: Sequence[Epoch], identity: str) -> dict[str, Any]:
     """Return all that a training needs to continue."""
-    return _state(training, identity) | {
-        "optimizer": training.optimizer.state_dict(),
-        "history": _EPOCHS.dump_python(history),
-    }
+    return _content(state, identity) | {"optimizer": state.optimizer, "history": _EPOCHS.dump_python(list(history))}
 
 
-def _state(training: Training, identity: str) -> dict[str, Any]:
+def _content(state: State, identity: str) -> dict[str, Any]:
     """Return what every file holds: the weights, and which run they belong to."""
     return {
         "format": FORMAT,
         "identity": identity,
-        "run": training.run.model_dump(mode="json"),
-        "model": training.model.state_dict(),
+        "run": state.run.model_dump(mode="json"),
+        "model": state.model,
     }
 
 

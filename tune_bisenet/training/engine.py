@@ -9,7 +9,7 @@ Shapes: B images, C classes, H x W pixels trained on, h x w pixels of a validati
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, assert_never
 
@@ -102,15 +102,18 @@ def begin(
     )
 
 
-def fit(training: Training) -> Iterator[EpochEnd]:
-    """Train the remaining epochs and yield after each. `training` may be saved whenever this has yielded."""
+def fit(training: Training, *, between: Callable[[], None] = lambda: None) -> Iterator[EpochEnd]:
+    """Train the remaining epochs and yield after each. `training` may be saved whenever this has yielded.
+
+    `between` is called before each iteration. Its time is none of the epoch's; what it raises ends the training.
+    """
     while training.epochs_done < training.run.num_epochs:
-        measured = _train_epoch(training, training.epochs_done + 1)
+        measured = _train_epoch(training, training.epochs_done + 1, between)
         training.epochs_done += 1
         yield _validate(training, measured)
 
 
-def _train_epoch(training: Training, epoch: int) -> dict[str, float]:
+def _train_epoch(training: Training, epoch: int, between: Callable[[], None]) -> dict[str, float]:
     """Pass once over the training split; return what `Epoch` holds of it, by field.
 
     It waits for the device only at the end, and where the loss does.
@@ -126,6 +129,9 @@ def _train_epoch(training: Training, epoch: int) -> dict[str, float]:
     lr = 0.0
     batches = training.train.batches(order[: num_iterations * run.batch_size], run.batch_size)
     for iteration, frames in enumerate(batches):
+        left = time.perf_counter()
+        between()
+        started += time.perf_counter() - left
         batch = slice(iteration * run.batch_size, (iteration + 1) * run.batch_size)
         images, labels = augment_batch(*frames, draw[batch])
         group_size = _group_size(iteration, num_iterations, run.accumulation)

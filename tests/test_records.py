@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from helpers.rows import plain_epoch, plain_row
 from tune_bisenet.records import (
     TRIAL,
     DamagedFileError,
+    Environment,
     Session,
     TrialRecord,
     TrialSpec,
+    add_environment,
     best_of,
     code_changes,
     measure,
@@ -132,3 +135,16 @@ def test_code_that_changed_under_the_same_commit_or_none_is_noticed() -> None:
         assert "source 0123456789abcdef → ffffffffffffffff" in code_changes([before, after])
     assert code_changes([session(source=""), session()]) == "", "an earlier version recorded none"
     assert len(source_digest()) == 16
+
+
+def test_environments_tell_which_epochs_were_trained_where() -> None:
+    one = Environment(threads=1, device="A10G", torch="2.15.0", numpy="2.4.6", python="3.11.9")
+    other = replace(one, device="L4")
+    found = add_environment((), one, epochs_done=0)
+    assert add_environment(found, one, epochs_done=5) == found == (replace(one, first_epoch=1),)
+    found = add_environment(found, other, epochs_done=5)
+    found = add_environment(found, one, epochs_done=7)
+    assert [(each.device, each.first_epoch) for each in found] == [("A10G", 1), ("L4", 6), ("A10G", 8)]
+    assert add_environment(found, other, epochs_done=6) == found[:2], "epochs after the sixth are lost"
+    assert add_environment(found, other, epochs_done=0) == (replace(other, first_epoch=1),)
+    assert add_environment((one,), other, epochs_done=3) == (one, replace(other, first_epoch=4)), "it was not noted"

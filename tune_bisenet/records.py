@@ -264,6 +264,21 @@ class Environment:
     """None where no GPU is used."""
     numpy: str
     python: str
+    first_epoch: PositiveInt | None = None
+    """The first epoch that it trained; None where an earlier version of the program did not note it."""
+
+
+def add_environment(
+    earlier: Iterable[Environment], current: Environment, *, epochs_done: int
+) -> tuple[Environment, ...]:
+    """Return the environments of a trial that is resumed in `current` after `epochs_done`; those of lost epochs go.
+
+    One in which the trial was before is named again if another came between: first epochs tell which epochs were where.
+    """
+    kept = tuple(environment for environment in earlier if (environment.first_epoch or 1) <= epochs_done)
+    if kept and replace(kept[-1], first_epoch=None) == replace(current, first_epoch=None):
+        return kept
+    return (*kept, replace(current, first_epoch=epochs_done + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +299,7 @@ class TrialRecord:
     latency: Latency | None = None
     """None where latency is no goal of the search."""
     environments: tuple[Environment, ...] = ()
-    """Each that trained a part of it, in order of appearance; empty before it has begun."""
+    """Each that trained a part of it, in order of its first epoch; empty before it has begun."""
     beginning: Beginning | None = None
     """None if it has trained all its epochs itself."""
     source: str = ""

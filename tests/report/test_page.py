@@ -151,6 +151,25 @@ def test_pairs_that_do_not_share_their_noise_are_named_with_what_trials_were_tra
     assert [line.split("|")[2].strip() for line in lines] == expected
 
 
+def test_of_a_trial_that_was_moved_the_page_says_which_epochs_were_trained_where(tmp_path: Path) -> None:
+    folder = write_search(tmp_path)
+    card = Environment(
+        threads=1, device="A10G", torch="2.15.0", cuda="13.2", numpy="2.4.6", python="3.11.9", first_epoch=1
+    )
+    for name in RUNS:
+        record = read_trial(folder / name)
+        assert record
+        moved = (card, replace(card, device="L4", first_epoch=2))
+        environments = moved if name == "r01-s0" else (card,)
+        records.write_trial(folder, replace(record, environments=environments))
+    page_of(folder)
+    lines = [line.split("|")[2] for line in markdown_of(folder).splitlines() if line.startswith("| trained with")]
+    assert [line.partition(": ")[2].strip() for line in lines] == [
+        "r01-s0 (epoch 1), r02-s0, r01-s1, r02-s1",
+        "r01-s0 (epochs 2 to 3)",
+    ]
+
+
 def test_a_proxy_is_labelled_everywhere(tmp_path: Path) -> None:
     folder = write_search(tmp_path, proxy=PROXY)
     page = page_of(folder)

@@ -395,12 +395,13 @@ def test_a_trial_records_what_it_was_trained_in_and_adds_what_it_was_resumed_in(
     on_two_threads = context.model_copy(update={"threads_per_trial": 2})
     train_and_kill(1, run, on_two_threads)
     (first,) = record_of(folder).environments
-    assert (first.threads, first.cuda, first.torch) == (2, None, torch.__version__)
+    assert (first.threads, first.cuda, first.torch, first.first_epoch) == (2, None, torch.__version__, 1)
     assert first.device.startswith("CPU")
     train_and_kill(2, run, on_two_threads)
     assert record_of(folder).environments == (first,)
+    train_and_kill(1, run, context)  # as it reports epoch 2 again, before it has trained another
     train(run, context)
-    assert record_of(folder).environments == (first, replace(first, threads=1))
+    assert record_of(folder).environments == (first, replace(first, threads=1, first_epoch=3))
 
 
 @pytest.mark.slow

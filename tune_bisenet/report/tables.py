@@ -367,11 +367,19 @@ def provenance_table(search: SearchRecord) -> Table:
 
 
 def _environment_lines(search: SearchRecord) -> list[str]:
-    """Return what trials were trained with: one line if all are alike, else one for each with its trials."""
+    """Return what trials were trained with: one line if all are alike, else one for each with its trials.
+
+    Of a trial that was moved, each line has the epochs that were trained there.
+    """
     trials: dict[str, list[str]] = {}
     for name, trial in search.trials.items():
-        for environment in trial.environments:
-            trials.setdefault(", ".join(environment_parts(environment)), []).append(name)
+        firsts = [environment.first_epoch for environment in trial.environments]
+        lasts = [first and first - 1 for first in firsts[1:]] + [len(trial.epochs)]
+        for environment, first, last in zip(trial.environments, firsts, lasts, strict=True):
+            was_moved = len(firsts) > 1 and first and last
+            epochs = f"epoch {first}" if first == last else f"epochs {first} to {last}"
+            named = f"{name} ({epochs})" if was_moved else name
+            trials.setdefault(", ".join(environment_parts(environment)), []).append(named)
     if len(trials) == 1:
         return list(trials)
     shortened = {

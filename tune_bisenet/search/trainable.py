@@ -37,6 +37,7 @@ from tune_bisenet.records import (
     Epoch,
     TrialRecord,
     TrialSpec,
+    add_environment,
     best_of,
     from_plain,
     predictions_to_bytes,
@@ -157,7 +158,9 @@ def _train_on(
     is_resumed = bool(history)
     known = earlier if is_resumed else _take_over(training, spec, context)
     history = history or list(known.epochs if known else ())
-    environments = tuple(dict.fromkeys([*(known.environments if known else ()), _current_environment(device)]))
+    environments = known.environments if known else ()
+    if len(history) < spec.run.num_epochs or not environments:
+        environments = add_environment(environments, _current_environment(device), epochs_done=len(history))
     beginning = known.beginning if known else None
     latency = earlier.latency if earlier else None
     if latency is None and context.measures_latency:

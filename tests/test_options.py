@@ -83,6 +83,11 @@ def test_the_built_in_streets_are_a_proxy_without_pretrained_weights() -> None:
     assert (cityscapes.proxy, cityscapes.backbone, cityscapes.scheduler) == (False, "imagenet", "fifo")
 
 
+def test_kernels_that_repeat_their_results_are_used_where_they_are_asked_for() -> None:
+    assert resolve_options(Options(deterministic=True), default_data="streets").deterministic
+    assert not resolve_options(Options(), default_data="streets").deterministic
+
+
 def test_added_trials_have_the_rows_or_seeds_of_the_first_where_none_are_given() -> None:
     config: SearchConfig = resolve_options(Options(runs=("a",), seeds=(1, 2)), default_data="streets")
     more = config.with_group(runs=None, seeds=(3,)).with_group(runs=("b",), seeds=None)

@@ -298,6 +298,8 @@ class TrialContext(Frozen):
     """CPU threads that torch uses: sums of another number of threads differ in their last bits."""
     gpu_share: Annotated[float, Field(ge=0, le=1)]
     """How much of one GPU's memory a trial may take; 0 trains on the CPU."""
+    deterministic: bool = False
+    """Whether a GPU uses only kernels that repeat their results."""
     measures_latency: bool = False
     """Whether each trial also measures how long one prediction takes."""
     shared_beginnings: dict[str, tuple[int, ...]] = {}

@@ -207,6 +207,12 @@ class Options(Frozen):
         "train every row from its first epoch, also those that are the same training until the loss of one switches, "
         "as r01 and r05 (default: their common epochs are trained once)",
     )
+    deterministic: bool | None = _flag(
+        WHAT,
+        None,
+        "let a GPU use only kernels that repeat their results, which are slower; that equal runs are then equal to the "
+        "last bit has not been seen on a card yet (on a CPU they are, and this changes nothing)",
+    )
 
     looks: Looks | None = _flag(
         JUDGED,
@@ -411,6 +417,8 @@ class SearchConfig(Frozen):
     proxy: bool
     scheduler: Scheduler
     precision: Precision
+    deterministic: bool = False
+    """Whether a GPU uses only kernels that repeat their results."""
     no_share: bool = False
     """Whether rows that begin as the same training each train those epochs."""
     looks: Looks = ()

@@ -385,6 +385,18 @@ def deny() -> None:
     raise OSError("AWS Error ACCESS_DENIED during PutObject operation")
 
 
+def test_kernels_that_repeat_their_results_change_nothing_on_a_cpu(
+    run: Run, context: TrialContext, expected: list[Report]
+) -> None:
+    try:
+        reports = train(run, context.model_copy(update={"deterministic": True}))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        trainable.choose_kernels(deterministic=False)
+    assert timeless(reports) == timeless(expected)
+
+
 # --- what it was trained in -------------------------------------------------------------------------------------------
 
 

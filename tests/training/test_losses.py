@@ -6,11 +6,13 @@ Shapes: B images, C classes, H x W pixels, P labelled pixels of all images toget
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES, VOID
 from tune_bisenet.config import OHEM, CrossEntropy, WeightedCrossEntropy
@@ -510,3 +512,58 @@ def test_losses_are_computed_in_float32_and_the_gradient_has_the_type_of_the_log
     loss, gradient = with_gradient(lambda given: cross_entropy(given, targets), logits.bfloat16())
     assert gradient.dtype == torch.bfloat16
     assert loss == cross_entropy(logits.bfloat16().float(), targets)
+
+
+# --- results that a GPU repeats ---------------------------------------------------------------------------------
+
+
+UNREPEATABLE = {
+    "upsample_bilinear2d_backward",
+    "upsample_linear1d_backward",
+    "nll_loss_forward",
+    "nll_loss_backward",
+    "nll_loss2d_forward",
+    "nll_loss2d_backward",
+    "histc",
+    "put_",
+    "scatter_reduce",
+}
+"""Kernels of which torch.use_deterministic_algorithms says that none repeats its results on a GPU."""
+
+
+class Kernels(TorchDispatchMode):
+    """Records the names of the kernels that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [CrossEntropy, WeightedCrossEntropy, OHEM])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_on_a_gpu_that_must_repeat_its_results_no_loss_uses_a_kernel_that_cannot(
+    kind: Any, epoch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses_module, "_must_repeat", lambda _device: True)
+    logits = random_logits()
+    main, *aux = (part.clone().requires_grad_() for part in (logits.main, *logits.aux))
+    loss = kind(aux_weight=1.0, lovasz_after=1)
+    with Kernels() as kernels:
+        parts = head_losses(Logits(main, tuple(aux)), LABELS, loss, class_weights=CLASS_WEIGHTS, epoch=epoch)
+        parts.total.backward()
+    assert "gather" in kernels.names
+    assert kernels.names & UNREPEATABLE == set()
+
+
+def test_upsampling_by_matrices_equals_that_of_interpolate() -> None:
+    scores = random_scores(2, NUM_CLASSES, 8, 16)
+    weights = random_scores(2, NUM_CLASSES, 64, 128, seed=1)
+    by_matrices, interpolated = losses_module._upsample_by_matrices, upsample
+    assert torch.allclose(by_matrices(scores, (64, 128)), interpolated(scores, (64, 128)), atol=1e-5)
+    _, found = with_gradient(lambda scores: (by_matrices(scores, (64, 128)) * weights).sum(), scores)
+    _, exact = with_gradient(lambda scores: (interpolated(scores, (64, 128)) * weights).sum(), scores)
+    assert relative_distance(found, exact) < 1e-6

@@ -341,7 +341,7 @@ def provenance_table(search: SearchRecord) -> Table:
         "sampler": f"{study.sampler}, for {' and '.join(study.objectives)}" if study else "",
         "began with": ", ".join(study.warm_start) if study else "",
         "limits": ", ".join(filter(None, bounds)),
-        "precision": manifest.config.precision,
+        "precision": manifest.config.precision + (", repeatable kernels" if manifest.config.deterministic else ""),
         "storage": search.folder.uri,
     }
     rows = [(title, text) for title, text in lines.items() if text]

@@ -149,6 +149,7 @@ class PreparedSearch:
             storage=self.folder.uri,
             threads_per_trial=threads_per_trial,
             gpu_share=gpu_share,
+            deterministic=self.config.deterministic,
             measures_latency="latency" in self.config.objectives,
             shared_beginnings={} if self.config.no_share else shared_beginnings(self.runs),
         )

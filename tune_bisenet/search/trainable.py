@@ -113,7 +113,7 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
     folder.make()
     folder.remove_partial_files()
     torch.set_num_threads(context.threads_per_trial)
-    torch.backends.cudnn.benchmark = True  # crops and batches keep their size
+    choose_kernels(deterministic=context.deterministic)
     warnings: list[str] = []
 
     def report_with_warnings(result: dict[str, Any]) -> None:
@@ -134,6 +134,19 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
                 raise
             warnings[:] = [f"{damage}. They were packed again, and its epoch {num_epochs + 1} was started over."]
             epochs_before = num_epochs
+
+
+def choose_kernels(*, deterministic: bool) -> None:
+    """Let a GPU use the fastest kernels, found by trial as crops and batches keep their size, or repeatable ones alone.
+
+    To be called before anything is computed on a GPU. A kernel that is not repeatable then raises RuntimeError.
+    """
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it once
+    torch.use_deterministic_algorithms(deterministic, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # ours is written first
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def _train_on(

@@ -95,7 +95,8 @@ def _pixel_losses(logits: Tensor, classes: Tensor) -> Tensor:
     wide = logits.float() @ bilinear(width, logits.shape[3], logits.device).T  # B x C x h x W
     losses = torch.empty(classes.shape, device=logits.device)
     for band in _bands(wide, height):
-        losses[:, band.rows] = F.cross_entropy(band.scores, classes[:, band.rows], reduction="none")
+        target = classes[:, None, band.rows]  # `F.cross_entropy` has no kernel on GPUs that is known to be repeatable
+        losses[:, band.rows] = band.scores.log_softmax(dim=1).gather(1, target).squeeze(1)
     return losses.abs_()  # of a rounded zero the sign, too
 
 
@@ -159,11 +160,29 @@ def head_losses(logits: Logits, labels: Tensor, loss: Loss, *, class_weights: Te
     """
     targets = labels.long()
     if loss.lovasz_after is not None and epoch > loss.lovasz_after:
-        main = lovasz_softmax(upsample(logits.main, (labels.shape[1], labels.shape[2])), targets)
+        size = (labels.shape[1], labels.shape[2])
+        enlarge = _upsample_by_matrices if _must_repeat(logits.main.device) else upsample
+        main = lovasz_softmax(enlarge(logits.main, size), targets)
     else:
         main = _by_pixel(logits.main, targets, loss, class_weights)
     aux1, aux2 = (_by_pixel(aux, targets, loss, class_weights) for aux in logits.aux)
     return HeadLosses(main + loss.aux_weight * (aux1 + aux2), main, aux1, aux2)
+
+
+def _must_repeat(device: torch.device) -> bool:
+    """Return whether kernels that may differ from call to call are forbidden; those of a CPU never do."""
+    return device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
+def _upsample_by_matrices(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return what `upsample` does, but for rounding, for GPUs that must repeat their results.
+
+    There the gradient of `interpolate` is added up in any order.
+    """
+    rows, columns = (
+        bilinear(outputs, inputs, logits.device) for outputs, inputs in zip(size, logits.shape[2:], strict=True)
+    )
+    return torch.matmul(rows, logits.float() @ columns.T)
 
 
 def class_weights_from(counts: Tensor, exponent: float) -> Tensor:

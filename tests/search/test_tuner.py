@@ -347,11 +347,29 @@ def test_the_last_trial_is_alone_however_many_could_run(tmp_path: Path) -> None:
     assert callback.outcome.max_concurrent is None
 
 
-def test_what_does_not_fit_into_a_gpu_of_its_own_is_no_neighbours_fault(tmp_path: Path) -> None:
-    for gpus, failed in ((1.0, True), (0.5, False)):
-        state, callback = callback_of(["r01", "r02"], tmp_path, resources=resources(gpus_per_trial=gpus))
-        trial_result(callback, "r01", {FAILURE: "CUDA out of memory.", LACKS: "GPU memory"})
-        assert (state["r01"].status == "failed", callback.is_to_restart) == (failed, not failed)
+def test_trials_that_a_gpu_has_no_room_for_get_the_next_larger_share_of_it(tmp_path: Path) -> None:
+    state, callback = callback_of(["r01", "r02"], tmp_path, resources=resources(gpus_per_trial=0.25))
+    for share in (1 / 3, 0.5, 1.0):
+        callback.is_to_restart = False
+        for name in ("r01", "r02"):  # several at once: they count as one
+            trial_result(callback, name, NO_GPU_MEMORY)
+        assert callback.is_to_restart
+        assert callback.gpus_per_trial == callback.outcome.gpus_per_trial == pytest.approx(share)
+        assert callback.outcome.max_concurrent is None, "each has the memory of its share, whatever runs beside it"
+    callback.is_to_restart = False
+    trial_result(callback, "r01", NO_GPU_MEMORY)
+    assert (state["r01"].status, callback.is_to_restart) == ("failed", False)
+    assert state["r01"].error.startswith("out of memory: CUDA out of memory. No other trial")
+
+
+@pytest.mark.parametrize("gpus", [0.6, 0.9])
+def test_after_more_than_half_a_gpu_comes_a_whole_one(tmp_path: Path, gpus: float) -> None:
+    _state, callback = callback_of(["r01"], tmp_path, resources=resources(gpus_per_trial=gpus))
+    trial_result(callback, "r01", NO_GPU_MEMORY)
+    assert callback.gpus_per_trial == 1
+
+
+NO_GPU_MEMORY = {FAILURE: "CUDA out of memory.", LACKS: "GPU memory"}
 
 
 def trial_result(callback: TuneCallback, name: str, result: dict[str, Any]) -> None:

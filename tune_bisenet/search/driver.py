@@ -133,13 +133,12 @@ def _run_session(
             manifest = manifest.model_copy(update={"config": search.config, "trials": trials})
             write_manifest(folder, manifest)
             new_trials = GridSearcher(search.specs, state, share=not search.config.no_share)
-            at_once = outcome.max_concurrent
-            outcome = train(new_trials, stopper=stopper, limits=limits, max_concurrent=at_once)
+            outcome = train(new_trials, stopper=stopper, limits=limits, earlier=outcome)
         if limits.confirm and outcome.signal_number is None:
             # No limit holds for fresh seeds, and nothing stops them early.
             fresh = GridSearcher(searcher.fresh_trials(limits.confirm), state, share=not search.config.no_share)
             never = _make_stopper(search, "fifo")
-            confirmed = train(fresh, stopper=never, limits=Limits(), max_concurrent=outcome.max_concurrent)
+            confirmed = train(fresh, stopper=never, limits=Limits(), earlier=outcome)
             outcome = replace(confirmed, limit=outcome.limit)
     write_manifest(folder, _end_session(manifest, outcome))
     if all(trial.status in ENDED_WELL for trial in state.states):
@@ -287,6 +286,8 @@ def _end_session(manifest: Manifest, outcome: SessionOutcome) -> Manifest:
     end: dict[str, Any] = {"ended": _now(), "signal": outcome.signal_number, "limit": outcome.limit or None}
     if outcome.max_concurrent is not None:
         end["trials_at_once"] = outcome.max_concurrent
+    if outcome.gpus_per_trial is not None:
+        end["gpus_per_trial"] = outcome.gpus_per_trial
     return manifest.model_copy(update={"sessions": (*before, last.model_copy(update=end))})
 
 

@@ -69,6 +69,8 @@ class SessionOutcome:
     limit: str = ""
     max_concurrent: int | None = None
     """How many trials ran at once at most after memory had run out; None if it has not."""
+    gpus_per_trial: float | None = None
+    """The share of a GPU that each trial had after its memory had run out; None if it has not."""
 
     @property
     def is_cut_off(self) -> bool:

@@ -156,6 +156,8 @@ def _train_on(
     search = Storage.at(context.storage)
     folder = search / spec.trial
     device = torch.device("cuda" if context.gpu_share else "cpu")
+    if device.type == "cuda":  # so that no trial takes the memory of those beside it
+        torch.cuda.set_per_process_memory_fraction(context.gpu_share)
     backbone = checkpoint.load_backbone(context.backbone)
     training = engine.begin(
         spec.run,

@@ -76,14 +76,17 @@ def run_trials(
     table: HParamsTable,
     progress: SearchProgress,
     stall_timeout: float | None = None,
-    max_concurrent: int | None = None,
+    earlier: SessionOutcome | None = None,
 ) -> SessionOutcome:
     """Train what `searcher` hands out, until it has nothing more, a limit is reached or a signal comes.
 
     What ends the whole Tune experiment costs each trial its unfinished epoch. After an error, another experiment
-    follows over what is left as long as there is progress; where memory ran out, with fewer trials at once.
+    follows over what is left as long as there is progress; where memory ran out, with fewer trials at once, or with a
+    larger share of a GPU for each. `earlier` says how far this session has come with that.
     """
-    outcome = SessionOutcome(max_concurrent=max_concurrent)
+    outcome = SessionOutcome()
+    if earlier:
+        outcome = SessionOutcome(max_concurrent=earlier.max_concurrent, gpus_per_trial=earlier.gpus_per_trial)
     callback = TuneCallback(state, stopper, progress, searcher, limits, resources, outcome, stall_timeout)
     with _restartable(outcome):
         with _signals(outcome):
@@ -137,11 +140,13 @@ def _fit(
 ) -> None:
     """Run one Tune experiment."""
     resources, outcome = callback.resources, callback.outcome
+    if outcome.gpus_per_trial:
+        context = context.model_copy(update={"gpu_share": outcome.gpus_per_trial})
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_KEYS)
     storage = Storage.at(context.storage) / TUNE
     trainable = tune.with_resources(
         tune.with_parameters(train_trial, context=context.model_dump(mode="json")),
-        {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
+        {"cpu": resources.cpus_per_trial, "gpu": callback.gpus_per_trial},
     )
     tuner = tune.Tuner(
         trainable,
@@ -359,8 +364,8 @@ class TuneCallback(Callback):
         if lacks == "access":
             raise StorageRefusedError(problem)
         error = (f"{failures.OUT_OF_MEMORY}: " if lacks else "") + " ".join(problem.split())
-        has_gpu_alone = lacks == "GPU memory" and self.resources.gpus_per_trial >= 1
-        if has_gpu_alone or not self._lowered_for_memory(error):
+        is_handled = self._has_raised_share(error) if lacks == "GPU memory" else self._lowered_for_memory(error)
+        if not is_handled:
             self._fail(name, error)
 
     def _fail(self, name: str, error: str) -> None:
@@ -377,6 +382,31 @@ class TuneCallback(Callback):
             return worker.stalled
         kernel_killed = _kernel_kills() > self._kernel_kills[0] and _is_here(worker)
         return failures.explain_loss(error, kernel_killed=kernel_killed)
+
+    @property
+    def gpus_per_trial(self) -> float:
+        """Return how much of a GPU each trial has now: more than it began with, if that was not enough."""
+        return self.outcome.gpus_per_trial or self.resources.gpus_per_trial
+
+    def _has_raised_share(self, error: str) -> bool:
+        """Give each trial the next larger share of a GPU from now on; return False if it has a whole one.
+
+        Fewer trials at once would not do: the memory of each is bounded by its share.
+        """
+        if not self.is_to_restart:
+            share = self.gpus_per_trial
+            if share >= 1:
+                return False
+            self.is_to_restart = True
+            self.outcome.gpus_per_trial = 1 / max(1, int(1 / share) - 1)
+            _log.warning(
+                "Each trial gets %.2g of a GPU until this session ends, not %.2g: %s. Those that ran resume from their "
+                "last epoch, and no try of theirs is spent. For more at once, take smaller batches or images.",
+                self.gpus_per_trial,
+                share,
+                error.removesuffix("."),
+            )
+        return True
 
     def _lowered_for_memory(self, error: str) -> bool:
         """Let fewer trials run at once from now on if memory ran out; return False if it did not, or for one alone."""
@@ -437,7 +467,7 @@ class TuneCallback(Callback):
         """Return whether a signal has come or a limit is reached."""
         if not self.outcome.is_cut_off:
             states = self.state.states if self.limits.gpu_hours else []  # not added up where nothing depends on it
-            hours = sum(state.seconds for state in states) * self.resources.gpus_per_trial / 3600
+            hours = sum(state.seconds for state in states) * self.gpus_per_trial / 3600
             self.outcome.limit = self.limits.limit_reached(seconds=self.state.seconds, gpu_hours=hours)
         return self.outcome.is_cut_off
 

@@ -67,10 +67,12 @@ def relative_distance(found: Tensor, exact: Tensor) -> float:
 # --- all losses -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("in_bands", [True, False])
 @pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
 def test_void_pixels_change_neither_loss_nor_gradient_and_alone_they_make_both_zero(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: Callable[[Tensor, Tensor], Tensor], in_bands: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(losses_module, "in_bands", lambda _device: in_bands)
     scores, targets = random_scores(2, NUM_CLASSES, 8, 8), random_targets(2, 8, 8, void_share=0.4)
     void = (targets == VOID).unsqueeze(1)
     others = scores.where(~void, 100.0 * random_scores(2, NUM_CLASSES, 8, 8, seed=7))
@@ -382,7 +384,7 @@ def random_case(small: tuple[int, int], large: tuple[int, int]) -> tuple[Tensor,
 
 def use_several_bands(large: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a band have five rows; the last one is short."""
-    monkeypatch.setitem(losses_module.BAND_ELEMENTS, "cpu", 3 * NUM_CLASSES * large[1] * 5)
+    monkeypatch.setattr(losses_module, "BAND_ELEMENTS", 3 * NUM_CLASSES * large[1] * 5)
 
 
 def assert_close(
@@ -478,7 +480,9 @@ def test_logits_that_are_no_numbers_are_not_passed_over() -> None:
     assert hard_cross_entropy(logits, targets, threshold=0.7, min_kept=1 / 16).isnan()
 
 
-def test_the_kth_largest_is_that_of_a_sort() -> None:
+@pytest.mark.parametrize("in_bands", [True, False])
+def test_the_kth_largest_is_that_of_a_sort(in_bands: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses_module, "in_bands", lambda _device: in_bands)
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)).abs() ** 9
     values[:100], values[100:120], values[120:130] = -1.0, 0.0, values[130]
     ordered = values.sort(descending=True).values
@@ -499,10 +503,30 @@ def test_the_likeliest_class_is_that_of_upsampling_first(small: tuple[int, int],
     assert (predictions == full_size.argmax(dim=1)).float().mean() > 0.9999  # but for ties within rounding
 
 
+@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize(("small", "large"), SIZES)
+def test_upsampling_at_once_as_on_a_gpu_gives_the_same(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    small: tuple[int, int],
+    large: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits, targets = random_case(small, large)
+    scores = upsample(logits, large) if loss_of is lovasz_softmax else logits
+    loss, gradient = with_gradient(lambda given: loss_of(given, targets), scores)
+    likeliest = argmax(logits, large)
+    monkeypatch.setattr(losses_module, "in_bands", lambda _device: False)
+    other_loss, other_gradient = with_gradient(lambda given: loss_of(given, targets), scores)
+    assert other_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert relative_distance(other_gradient, gradient.double()) < 1e-5
+    assert (argmax(logits, large) == likeliest).float().mean() > 0.9999  # but for ties within rounding
+    assert argmax(logits, large).dtype == torch.uint8
+
+
 def test_the_number_of_bands_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = random_case((12, 24), (96, 192))
     whole, likeliest = cross_entropy(logits, targets), argmax(logits, (96, 192))
-    monkeypatch.setitem(losses_module.BAND_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(losses_module, "BAND_ELEMENTS", 1)
     assert cross_entropy(logits, targets).item() == pytest.approx(whole.item(), rel=1e-6)
     assert torch.equal(argmax(logits, (96, 192)), likeliest)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tune_bisenet.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
 from tune_bisenet.data.streets import Streets
+from tune_bisenet.training import metrics
 from tune_bisenet.training.metrics import confusion, iou_per_class, mean_iou, pixel_accuracy
 
 CAR = CLASS_NAMES.index("car")
@@ -42,6 +43,13 @@ def test_the_confusion_matrix_counts_each_labelled_pixel_of_each_image_once() ->
     found = confusion(predictions, labels)
     assert found.dtype == torch.int64
     assert found.tolist() == literal.tolist()
+
+
+def test_counting_by_scattering_as_on_a_gpu_gives_the_same() -> None:
+    codes = torch.randint(90, (1000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    counts = metrics._histogram_by_scattering(codes, 100)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts, metrics.histogram(codes, 100))
 
 
 def test_predictions_at_void_pixels_change_nothing() -> None:

@@ -9,6 +9,7 @@ Shapes: N images of a split, B of a batch, H x W pixels of an image, h x w of a 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, Self, TypeVar
 
 import numpy as np
@@ -192,10 +193,9 @@ def normalise(images: Tensor) -> Tensor:
 
 def _jitter(images: Tensor, draw: AugmentDraw) -> Tensor:
     """Apply brightness, contrast, saturation and normalisation, in this order, as one 3 x 4 colour matrix an image."""
-    luma = torch.tensor(LUMA, device=images.device)
+    luma, identity = _colours(images.device)
     pixels = images.float() / 255.0
     mean_luma = pixels.mean((2, 3)) @ luma
-    identity = torch.eye(3, device=images.device)
     saturation = draw.saturation.view(-1, 1, 1)
     mixing = (draw.brightness * draw.contrast).view(-1, 1, 1) * (saturation * identity + (1.0 - saturation) * luma)
     offset = (draw.brightness * (1.0 - draw.contrast) * mean_luma).view(-1, 1, 1, 1)
@@ -204,8 +204,21 @@ def _jitter(images: Tensor, draw: AugmentDraw) -> Tensor:
 
 
 def _standardise(pixels: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = _statistics(pixels.device)
     return (pixels - mean) / std
+
+
+@cache
+def _colours(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return LUMA and the 3 x 3 identity. They are copied to a GPU once, since it would be waited for each time."""
+    return torch.tensor(LUMA, device=device), torch.eye(3, device=device)
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of ImageNet's colours, each 3 x 1 x 1."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std
 
 
 def _generator(seed: int, epoch: int, *, stream: int) -> torch.Generator:

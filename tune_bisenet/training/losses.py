@@ -1,7 +1,9 @@
 """The losses of one micro-batch: cross-entropy, of all pixels or of the hard ones, and Lovász-Softmax.
 
-Void never counts. A batch without a labelled pixel has loss 0 and gradient 0. Only the counting of Lovász-Softmax waits
-for the device: torch.bincount asks a GPU for the largest value.
+Void never counts. A batch without a labelled pixel has loss 0 and gradient 0. Nothing waits for the device.
+
+On a CPU, logits are upsampled a band of rows at a time, which stays in its cache; on a GPU all at once, in few
+operations. `in_bands` chooses.
 
 Shapes: B images, C classes, H x W pixels of the labels, h x w of the logits.
 """
@@ -17,10 +19,16 @@ from torch import Tensor
 
 from tune_bisenet.classes import VOID
 from tune_bisenet.config import OHEM, CrossEntropy, Loss, WeightedCrossEntropy
+from tune_bisenet.training import metrics
 from tune_bisenet.training.model import Logits, upsample
 
-BAND_ELEMENTS: Final = {"cpu": 2**20, "cuda": 2**25}
-"""Numbers in a band, B C b W: what stays in a CPU's cache; on a GPU enough to keep it busy."""
+BAND_ELEMENTS: Final = 2**20
+"""Numbers in a band, B C b W: what stays in a CPU's cache."""
+
+
+def in_bands(device: torch.device) -> bool:
+    """Return whether logits are upsampled in bands there: several times faster on a CPU (benchmarks/results.md)."""
+    return device.type == "cpu"
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -31,7 +39,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None 
     labelled = targets != VOID
     classes = targets.where(labelled, 0)
     weights = labelled.float() if class_weights is None else class_weights[classes] * labelled
-    total: Tensor = _BandedSum.apply(logits, classes, weights)
+    total = _weighted_sum(logits, classes, weights)
     return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -46,14 +54,16 @@ def hard_cross_entropy(logits: Tensor, targets: Tensor, *, threshold: float, min
     pixel_losses = _pixel_losses(logits, classes).where(labelled, -1.0)
     min_number = (min_kept * labelled.sum().double()).ceil()
     hard = (pixel_losses > -math.log(threshold)) | (pixel_losses >= _kth_largest(pixel_losses, min_number))
-    total: Tensor = _BandedSum.apply(logits, classes, hard.float())
+    total = _weighted_sum(logits, classes, hard.float())
     return total / hard.sum().clamp_min(1)
 
 
 def argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the likeliest class of each pixel: B x C x h x w to uint8 B x H x W, `size` being (H, W)."""
+    if not in_bands(logits.device):
+        return upsample(logits.float(), size).argmax(dim=1).to(torch.uint8)
     height, width = size
-    wide = logits.float() @ bilinear(width, logits.shape[3], logits.device).T  # B x C x h x W
+    wide = logits.float() @ bilinear(width, logits.shape[3]).T  # B x C x h x W
     predictions = torch.zeros((len(logits), height, width), dtype=torch.uint8, device=logits.device)
     for band in _bands(wide, height):
         best, *others = band.scores.unbind(dim=1)
@@ -63,13 +73,26 @@ def argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return predictions
 
 
+def _weighted_sum(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
+    """Return `sum(weights * cross_entropy(upsampled logits, classes))`, a scalar; all but the logits are B x H x W."""
+    if in_bands(logits.device):
+        total: Tensor = _BandedSum.apply(logits, classes, weights)
+        return total
+    return (_pixel_losses_at_once(logits, classes) * weights).sum()
+
+
+def _pixel_losses_at_once(logits: Tensor, classes: Tensor) -> Tensor:
+    full_size = upsample(logits.float(), (classes.shape[1], classes.shape[2]))
+    return F.cross_entropy(full_size, classes, reduction="none")
+
+
 class _BandedSum(torch.autograd.Function):
-    """`sum(weights * cross_entropy(upsampled logits, classes))`; weights B x H x W are 0 where nothing is labelled."""
+    """The same in bands, its gradient with it. Weights are 0 where nothing is labelled."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
         height, width = classes.shape[1:]
-        columns = bilinear(width, logits.shape[3], logits.device)
+        columns = bilinear(width, logits.shape[3])
         wide = logits.float() @ columns.T  # B x C x h x W
         gradient = torch.zeros_like(wide)
         total = wide.new_zeros(())
@@ -91,8 +114,10 @@ class _BandedSum(torch.autograd.Function):
 @torch.no_grad()
 def _pixel_losses(logits: Tensor, classes: Tensor) -> Tensor:
     """Return the cross-entropy of each pixel, B x H x W; never negative."""
+    if not in_bands(logits.device):
+        return _pixel_losses_at_once(logits, classes).abs_()
     height, width = classes.shape[1:]
-    wide = logits.float() @ bilinear(width, logits.shape[3], logits.device).T  # B x C x h x W
+    wide = logits.float() @ bilinear(width, logits.shape[3]).T  # B x C x h x W
     losses = torch.empty(classes.shape, device=logits.device)
     for band in _bands(wide, height):
         target = classes[:, None, band.rows]  # `F.cross_entropy` has no kernel on GPUs that is known to be repeatable
@@ -103,9 +128,13 @@ def _pixel_losses(logits: Tensor, classes: Tensor) -> Tensor:
 def _kth_largest(values: Tensor, rank: Tensor) -> Tensor:
     """Return the `rank`-th largest of float32 `values`; NaN if `rank` is 0. At least `rank` must not be negative.
 
-    It is found bit by bit, as numbers from 0 on have the order of their bits. On a CPU its 31 counts take a fifth of
-    the time of a sort, and unlike `kthvalue` it leaves a `rank` that is a tensor on its device.
+    On a CPU it is found bit by bit, as numbers from 0 on have the order of their bits: 31 counts take a fifth of the
+    time of a sort. Unlike `kthvalue`, both leave a `rank` that is a tensor on its device.
     """
+    if not in_bands(values.device):
+        ordered = values.flatten().sort(descending=True).values
+        index = rank.long() - 1
+        return ordered.take(index.clamp_min(0)).where(index >= 0, math.nan)
     bits = values.view(torch.int32)
     largest = torch.zeros((), dtype=torch.int32, device=values.device)
     for bit in reversed(range(31)):
@@ -127,20 +156,20 @@ def _bands(wide: Tensor, height: int) -> Iterator[_Band]:
     """Upsample B x C x h x W to `height` rows, a band at a time."""
     num_sources = wide.shape[2]
     scale = num_sources / height
-    num_rows = max(1, BAND_ELEMENTS[wide.device.type] // (wide.shape[0] * wide.shape[1] * wide.shape[3]))
+    num_rows = max(1, BAND_ELEMENTS // (wide.shape[0] * wide.shape[1] * wide.shape[3]))
     for top in range(0, height, num_rows):
         rows = slice(top, min(top + num_rows, height))
         first = max(int((rows.start + 0.5) * scale - 0.5), 0)
         last = min(int((rows.stop - 0.5) * scale - 0.5) + 2, num_sources)
         sources = slice(first, last)
-        weights = bilinear(height, num_sources, wide.device)[rows, sources]
+        weights = bilinear(height, num_sources)[rows, sources]
         yield _Band(rows, torch.matmul(weights, wide[:, :, sources]), sources, weights)
 
 
 @cache
-def bilinear(outputs: int, inputs: int, device: torch.device) -> Tensor:
-    """Return the weights of linear interpolation between pixel centres, outputs x inputs, float32."""
-    impulses = torch.eye(inputs, device=device).unsqueeze(0)
+def bilinear(outputs: int, inputs: int) -> Tensor:
+    """Return the weights of linear interpolation between pixel centres, outputs x inputs, float32, on the CPU."""
+    impulses = torch.eye(inputs).unsqueeze(0)
     return F.interpolate(impulses, size=outputs, mode="linear", align_corners=False)[0].T.contiguous()
 
 
@@ -221,8 +250,8 @@ def lovasz_softmax(scores: Tensor, targets: Tensor) -> Tensor:
     errors = probabilities.scatter(0, own, 1.0 - probabilities.gather(0, own))
     codes = _bins(errors.detach(), labelled)
     length = num_classes * _ERROR_BINS
-    counts = torch.bincount(codes.flatten(), minlength=length + 1)[:length].view(num_classes, -1)
-    foreground = torch.bincount(codes.gather(0, own).flatten(), minlength=length + 1)[:length].view(num_classes, -1)
+    counts = metrics.histogram(codes.flatten(), length + 1)[:length].view(num_classes, -1)
+    foreground = metrics.histogram(codes.gather(0, own).flatten(), length + 1)[:length].view(num_classes, -1)
     for_foreground, for_background = _jaccard_growth(foreground, counts - foreground)
     growth = F.pad(for_background.flatten(), (0, 1))[codes]  # C x P; 0 for void pixels
     growth.scatter_(0, own, F.pad(for_foreground.flatten(), (0, 1))[codes.gather(0, own)])

@@ -20,8 +20,23 @@ def confusion(predictions: Tensor, labels: Tensor) -> Tensor:
     rows = labels.clamp_max(NUM_CLASSES).int()
     image = torch.arange(num_images, device=labels.device, dtype=torch.int32).view(-1, 1, 1)
     codes = (image * (NUM_CLASSES + 1) + rows) * NUM_CLASSES + predictions.int()
-    counts = torch.bincount(codes.flatten(), minlength=num_images * (NUM_CLASSES + 1) * NUM_CLASSES)
+    counts = histogram(codes.flatten(), num_images * (NUM_CLASSES + 1) * NUM_CLASSES)
     return counts.view(num_images, NUM_CLASSES + 1, NUM_CLASSES)[:, :NUM_CLASSES]
+
+
+def histogram(codes: Tensor, length: int) -> Tensor:
+    """Count each code from 0 to `length - 1`: one dimension of any integers to int64 counts. Never waits for a GPU.
+
+    `bincount` asks a GPU for the smallest and largest code; on a CPU it is faster.
+    """
+    if codes.device.type == "cpu":
+        return torch.bincount(codes, minlength=length)
+    return _histogram_by_scattering(codes, length)
+
+
+def _histogram_by_scattering(codes: Tensor, length: int) -> Tensor:
+    counts = torch.zeros(length, dtype=torch.int64, device=codes.device)
+    return counts.scatter_add_(0, codes.long(), counts.new_ones(()).expand(len(codes)))
 
 
 def iou_per_class(matrix: Tensor) -> list[float | None]:

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def assert_weights_are(network: nn.Module, expected: list[Tensor]) -> None:
 def test_sgd_updates_with_the_momentum_and_weight_decay_of_the_run(tiny_run: Run) -> None:
     run = tiny_run.model_copy(update={"optimizer": SGD(lr=0.1, momentum=0.8, weight_decay=0.03)})
     network = small_network()
-    optimizer = optim.build_optimizer(run, network)
+    optimizer = optim.build_optimizer(run, network, fused=False)
     expected = weights_of(network)
     velocities = [torch.zeros_like(weight) for weight in expected]
     for step in range(3):
@@ -68,7 +69,7 @@ def test_sgd_updates_with_the_momentum_and_weight_decay_of_the_run(tiny_run: Run
 def test_adamw_updates_with_the_decoupled_weight_decay_of_the_run(tiny_run: Run) -> None:
     run = tiny_run.model_copy(update={"optimizer": AdamW(lr=0.01, weight_decay=0.3)})
     network = small_network()
-    optimizer = optim.build_optimizer(run, network)
+    optimizer = optim.build_optimizer(run, network, fused=False)
     expected = weights_of(network)
     means, squares = ([torch.zeros_like(weight) for weight in expected] for _ in range(2))
     for step in range(1, 4):
@@ -83,10 +84,46 @@ def test_adamw_updates_with_the_decoupled_weight_decay_of_the_run(tiny_run: Run)
 
 
 @pytest.mark.parametrize("decay_norms_and_biases", [True, False])
+@pytest.mark.parametrize(
+    "config", [SGD(lr=0.1, momentum=0.9, weight_decay=0.5), AdamW(lr=0.1, weight_decay=0.5)], ids=["sgd", "adamw"]
+)
+def test_a_fused_optimizer_as_on_a_gpu_trains_alike_and_continues_from_and_to_any_other(
+    tiny_run: Run, config: SGD | AdamW, decay_norms_and_biases: bool
+) -> None:
+    """Weights after four steps, the optimizer saved and loaded after two, each time fused or not."""
+    run = tiny_run.model_copy(update={"optimizer": config, "decay_norms_and_biases": decay_norms_and_biases})
+    ends: dict[tuple[bool, bool], list[Tensor]] = {}
+    states: dict[bool, dict[str, Any]] = {}
+    for first in (False, True):
+        for second in (False, True):
+            network = small_network()
+            optimizer = optim.build_optimizer(run, network, fused=first)
+            for step in range(4):
+                if step == 2:
+                    states[first] = optimizer.state_dict()
+                    optimizer = optim.build_optimizer(run, network, fused=second)
+                    optimizer.load_state_dict(states[first])
+                set_gradients(network, seed=step)
+                optim.set_rate(optimizer, 0.1 / (step + 1))
+                optimizer.step()
+            ends[first, second] = weights_of(network)
+    for end in ends.values():
+        for found, expected in zip(end, ends[False, False], strict=True):
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    plain, fused = (states[key] for key in (False, True))
+    for group, expected in zip(fused["param_groups"], plain["param_groups"], strict=True):
+        assert group == expected | {"lr": pytest.approx(expected["lr"], rel=1e-6)}
+        assert type(group["lr"]) is float
+    for index, values in plain["state"].items():
+        for key, value in values.items():
+            assert torch.allclose(fused["state"][index][key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay_norms_and_biases", [True, False])
 def test_every_parameter_of_bisenet_is_trained_once(tiny_run: Run, decay_norms_and_biases: bool) -> None:
     network = BiSeNet()
     optimizer = optim.build_optimizer(
-        tiny_run.model_copy(update={"decay_norms_and_biases": decay_norms_and_biases}), network
+        tiny_run.model_copy(update={"decay_norms_and_biases": decay_norms_and_biases}), network, fused=False
     )
     trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(trained) == sorted(id(parameter) for parameter in network.parameters())
@@ -99,11 +136,11 @@ def test_norms_and_biases_can_be_spared_weight_decay(tiny_run: Run, optimizer: S
     run = tiny_run.model_copy(update={"optimizer": optimizer, "decay_norms_and_biases": False})
     network = small_network()
     before = weights_of(network)
-    stepper = optim.build_optimizer(run, network)
+    stepper = optim.build_optimizer(run, network, fused=False)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     stepper.step()  # without a gradient only decay moves a weight: by lr * decay
-    (group,) = optim.build_optimizer(tiny_run, network).param_groups
+    (group,) = optim.build_optimizer(tiny_run, network, fused=False).param_groups
     assert group["weight_decay"] == 1e-4, "as declared all decay alike"
     names = [name for name, _ in network.named_parameters()]
     for name, old, new in zip(names, before, weights_of(network), strict=True):

@@ -1,7 +1,7 @@
 """The optimizer of a run, its rate as a function of the iteration, and gradient clipping."""
 
 from collections.abc import Iterable
-from typing import assert_never
+from typing import Any, Final, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,66 @@ def lr_at(schedule: WarmupPoly, base_lr: float, iteration: int, total_iterations
     return base_lr * float(max(remaining, 0.0) ** schedule.power)
 
 
-def build_optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the run's optimizer over all parameters of `model`, at the run's base rate."""
+def build_optimizer(run: Run, model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
+    """Return the run's optimizer over all parameters of `model`, at the run's base rate.
+
+    If it is `fused`, a step is one kernel for many weights, and the rate and AdamW's number of steps are tensors on the
+    device, so that nothing waits for it. Its state is saved as that of any other, and any other's can be loaded.
+    """
     groups = parameter_groups(model, decay_norms_and_biases=run.decay_norms_and_biases)
     config = run.optimizer
+    lr = torch.tensor(config.lr, device=next(model.parameters()).device) if fused else config.lr
+    optimizer: torch.optim.Optimizer
     match config:
         case SGD():
-            return torch.optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+            optimizer = torch.optim.SGD(
+                groups, lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused or None
+            )
         case AdamW():
-            return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+            optimizer = torch.optim.AdamW(
+                groups, lr, weight_decay=config.weight_decay, fused=fused or None, capturable=fused
+            )
         case _:
             assert_never(config)
+    if fused:
+        optimizer.register_state_dict_post_hook(_plain_state)
+        optimizer.register_load_state_dict_pre_hook(_fused_state)
+    return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of all parameter groups, since a run has one. Does not wait for the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+_PLAIN: Final = {"fused": None, "capturable": False}
+"""What a state says of an optimizer that is not fused."""
+
+
+def _plain_state(_optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a fused optimizer as one that is not fused has it: rates are floats, steps on the CPU."""
+    groups = [
+        group | {key: value for key, value in _PLAIN.items() if key in group} | {"lr": float(group["lr"])}
+        for group in state["param_groups"]
+    ]
+    buffers = {
+        index: {key: value.cpu() if key == "step" else value for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {"state": buffers, "param_groups": groups}
+
+
+def _fused_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state for this fused optimizer; torch then moves its tensors to the device."""
+    groups = [
+        saved | {key: own[key] for key in _PLAIN if key in own} | {"lr": torch.full_like(own["lr"], saved["lr"])}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return state | {"param_groups": groups}
 
 
 def parameter_groups(model: nn.Module, *, decay_norms_and_biases: bool) -> list[dict[str, object]]:

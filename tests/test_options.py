@@ -44,6 +44,8 @@ def test_an_invalid_duration_is_named_with_valid_ones(text: str) -> None:
         {"confirm": 0},
         {"device": "gpu"},
         {"gpus_per_trial": 1.5},
+        {"gpus_per_trial": 2},
+        {"precision": "fp8"},
         {"objectives": "latency"},
         {"name": "../x"},
         {"seeds": "1,1"},

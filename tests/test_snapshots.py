@@ -93,7 +93,7 @@ def test_help(module: str, results: Path, capsys: pytest.CaptureFixture[str]) ->
         "grid-with-measured-noise": "--space runs10 --runs r01,r05,aa --control --decide --gpus 2 "
         "--images-per-second 40 --noise-from results/grid",
         "grid-on-cpus": "--space runs10 --runs r01,r05,r09 --scheduler fifo --images-per-second 2 "
-        "--gpus-per-trial 0 --max-concurrent 1 --cpus-per-trial 1",
+        "--gpus-per-trial 0 --max-concurrent 1 --cpus-per-trial 1 --precision fp32",
         "sampled-on-gpus": "--space around10 --time-budget 8h --confirm 2 --warm-start results/grid --gpus 4 "
         "--images-per-second 40",
     }.items(),

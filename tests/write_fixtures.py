@@ -23,7 +23,7 @@ MAX_BYTES: Final = 1_500_000
 EVENT_FILES_OF: Final = {"grid": "r01-s0", "sampled": "r02"}
 """The one trial of each search whose TensorBoard files are kept."""
 
-COMMON: Final = "--epochs 5 --image-size 32x64 --max-concurrent 2 --cpus-per-trial 1"
+COMMON: Final = "--epochs 5 --image-size 32x64 --max-concurrent 2 --cpus-per-trial 1 --precision fp32"
 SEARCHES: Final = {
     "grid": "--space runs10 --runs r01,r05,r07,r09,r10 --seeds 0,1",
     "sampled": "--space around10 --runs r01,r02 --warm-start results/grid --trials 6 --confirm 1",

@@ -139,9 +139,13 @@ def _check_objectives(values: tuple[Objective, ...]) -> tuple[Objective, ...]:
 
 
 def _check_gpus(value: float) -> float:
-    if value > 1 and not value.is_integer():
-        raise ValueError(f"{value:g} is more than one GPU but not a whole number: Ray can give out 0.5, 1 or 2.")
+    if value > 1:
+        raise ValueError(f"{value:g} is more than one GPU, and a trial trains on one: use 1, or 0.5 for two on a GPU.")
     return value
+
+
+def _none_for_auto(precision: str) -> str | None:
+    return None if precision == "auto" else precision
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_check_unique)]
@@ -153,6 +157,8 @@ Looks = Annotated[
 ]
 Seconds = Annotated[PositiveFloat, BeforeValidator(_parse_duration)]
 Gpus = Annotated[NonNegativeFloat, AfterValidator(_check_gpus)]
+PrecisionChoice = Annotated[Literal["auto", "fp32", "bf16"], AfterValidator(_none_for_auto)]
+"""`auto` is as good as no flag: a search that is resumed keeps what it began with."""
 Objectives = Annotated[tuple[Objective, ...], BeforeValidator(_split), AfterValidator(_check_objectives)]
 Scheduler = Literal["asha", "median", "fifo"]
 
@@ -200,7 +206,12 @@ class Options(Frozen):
         "asha stops hopeless runs early, median only those that were never near the others; fifo trains all to "
         "the end, for judging expectations (default: asha)",
     )
-    precision: Precision | None = _flag(WHAT, "fp32|bf16", "precision of the training step (default: fp32)")
+    precision: PrecisionChoice | None = _flag(
+        WHAT,
+        "auto|fp32|bf16",
+        "precision of the training step; auto is bf16 where trials have instructions for it: GPUs from compute "
+        "capability 8 on, and CPUs with AVX512-BF16 or AMX (default: auto, settled as a search begins)",
+    )
     no_share: bool | None = _flag(
         WHAT,
         None,
@@ -262,7 +273,7 @@ class Options(Frozen):
     gpu_hours: PositiveFloat | None = _flag(LIMITS, "X", "GPU-hours of all epochs trained")
 
     gpus_per_trial: Gpus | None = _flag(
-        WHERE, "X", "may be a fraction, so that trials share a GPU (default: 1 if there are any)"
+        WHERE, "X", "at most 1; by a fraction trials share a GPU (default: 1 if there are any)"
     )
     cpus_per_trial: Number | None = _flag(
         WHERE,
@@ -460,7 +471,10 @@ class SearchConfig(Frozen):
 
 
 def resolve_options(options: Options, *, default_data: str) -> SearchConfig:
-    """Fill in what was not given. The built-in streets are trained from scratch, and always as a proxy."""
+    """Fill in what was not given. The built-in streets are trained from scratch, and always as a proxy.
+
+    The precision is then fp32: what `auto` stands for depends on machines, of which nothing is known here.
+    """
     given = given_choices(options)
     streets = given.get("data", default_data) == STREETS
     looks = options.looks or (DEFAULT_LOOKS if options.decide else ())

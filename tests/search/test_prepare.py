@@ -18,8 +18,8 @@ from PIL import Image
 from rich.console import Console
 
 from tune_bisenet import run
-from tune_bisenet.config import Resources
-from tune_bisenet.options import InputError, parse_options
+from tune_bisenet.config import Precision, Resources
+from tune_bisenet.options import InputError, Options, parse_options
 from tune_bisenet.records import (
     SavedState,
     TrialRecord,
@@ -37,6 +37,7 @@ from tune_bisenet.search import driver
 from tune_bisenet.search.console import print_plan
 from tune_bisenet.search.forecast import estimate_search
 from tune_bisenet.search.prepare import CACHE_VARIABLE, DATASET_VARIABLE, PreparedSearch, prepare_search
+from tune_bisenet.search.resources import find_bf16
 from tune_bisenet.search.state import SessionOutcome
 from tune_bisenet.storage import Storage
 
@@ -326,9 +327,8 @@ def test_a_storage_that_is_a_file_is_refused(capsys: pytest.CaptureFixture[str],
     assert "--storage file cannot be written to" in refused(capsys, "--storage", "file")
 
 
-@pytest.mark.skipif("avx512_bf16" in Path("/proc/cpuinfo").read_text(), reason="this CPU has bf16 instructions")
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
-def test_bf16_on_a_cpu_without_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(find_bf16(Options()), reason="this machine has bf16 instructions")
+def test_bf16_on_a_machine_without_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no bf16 instructions" in refused(capsys, "--precision", "bf16")
 
 
@@ -390,6 +390,24 @@ def test_a_resumed_search_keeps_its_configuration_and_adds_a_session(search: Pre
     assert (second.command[-1], second.signal) == ("--resume", 15)
     assert second.ended is not None
     assert second.started <= second.ended
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_auto_is_settled_as_a_search_begins_and_kept_when_it_is_resumed_or_added_to(
+    search: PreparedSearch, precision: Precision
+) -> None:
+    assert search.config.precision == ("bf16" if find_bf16(Options()) else "fp32")
+    config = search.config.model_copy(update={"precision": precision})
+    manifest = driver._make_manifest(replace(search, config=config), RESOURCES, COMMAND)
+    write_manifest(search.folder, manifest)
+    storage, name = resumed(search)[1::2]
+    kept: dict[str, object] = {"storage": storage, "name": name}
+    if precision == "bf16" and not find_bf16(Options()):
+        with pytest.raises(InputError, match="no bf16 instructions"):
+            prepared(**kept, resume=True, precision="auto")
+        return
+    assert prepared(**kept, resume=True, precision="auto").config.precision == precision
+    assert prepared(**kept, add=True, seeds="5").config.precision == precision
 
 
 def test_a_control_row_stays_in_its_search(place: Path, frames: Path) -> None:

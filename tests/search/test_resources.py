@@ -10,7 +10,7 @@ from helpers.processes import LoggedProcess, environment
 from tune_bisenet.config import Resources
 from tune_bisenet.options import InputError, Options
 from tune_bisenet.search import resources
-from tune_bisenet.search.resources import Cluster, Node, allocate, ray_session
+from tune_bisenet.search.resources import Cluster, Node, allocate, find_bf16, ray_session
 
 
 def cluster(*nodes: tuple[float, float], autoscales: bool = False) -> Cluster:
@@ -139,8 +139,15 @@ def test_on_an_empty_autoscaling_cluster_a_trial_requests_a_gpu_and_a_core() -> 
 
 
 def test_on_an_autoscaling_cluster_flags_hold_even_if_no_node_has_as_much_yet() -> None:
-    found = allocate(cluster((4, 1), autoscales=True), options(gpus_per_trial=4, cpus_per_trial=16), num_trials=10)
-    assert (found.cpus_per_trial, found.gpus_per_trial) == (16, 4)
+    found = allocate(cluster((4, 1), autoscales=True), options(gpus_per_trial=0.5, cpus_per_trial=16), num_trials=10)
+    assert (found.cpus_per_trial, found.gpus_per_trial) == (16, 0.5)
+
+
+def test_a_plan_for_gpus_takes_them_to_have_bf16_and_a_trial_without_one_asks_the_cpu() -> None:
+    on_cpu = find_bf16(options(device="cpu"))
+    assert on_cpu == bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    assert find_bf16(options(gpus=4))
+    assert find_bf16(options(gpus=4, gpus_per_trial=0)) == on_cpu
 
 
 def test_an_empty_cluster_that_does_not_autoscale_is_refused() -> None:

@@ -20,9 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tune_bisenet.config import Run, TrialContext, shared_beginnings
 from tune_bisenet.data import packing
 from tune_bisenet.data.packed import open_packed
-from tune_bisenet.options import InputError
+from tune_bisenet.options import InputError, Options
 from tune_bisenet.records import TRIAL, Beginning, Latency, TrialRecord, TrialSpec, read_trial, to_plain, write_trial
 from tune_bisenet.search import trainable
+from tune_bisenet.search.resources import find_bf16
 from tune_bisenet.search.trainable import FAILURE, LACKS, _describe_failure, run_trial, train_trial
 from tune_bisenet.storage import RetryPolicy, Storage, StorageError, StorageRefusedError
 from tune_bisenet.training import checkpoint
@@ -461,6 +462,12 @@ def test_other_frames_than_the_drivers_are_refused(run: Run, context: TrialConte
     other = context.model_copy(update={"data_digests": {"32x64": "0" * 16}})
     with pytest.raises(ValueError, match=r"other frames.*0000"):
         train(run, other)
+
+
+@pytest.mark.skipif(find_bf16(Options()), reason="this machine has bf16 instructions")
+def test_a_node_without_bf16_refuses_a_search_that_trains_in_it(run: Run, context: TrialContext) -> None:
+    with pytest.raises(ValueError, match=r"no bf16 instructions.*--precision fp32"):
+        train(run, context.model_copy(update={"precision": "bf16"}))
 
 
 def test_a_diverged_trial_reports_it_and_keeps_its_last_good_weights(

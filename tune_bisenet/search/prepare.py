@@ -183,6 +183,11 @@ def survey_search(options: Options, mistyped: Mapping[str, str], *, default_name
     """Make the cheap checks alone; nothing is written. Raises InputError with everything found."""
     search = _surveyed(options, mistyped, name=options.name or default_name)
     with _input_errors():
+        if search.earlier is None and options.precision is None:
+            from tune_bisenet.search.resources import find_bf16  # late, as Ray takes a second
+
+            precision = "bf16" if find_bf16(options) else "fp32"
+            search = replace(search, config=search.config.model_copy(update={"precision": precision}))
         recorded = read_specs(search.folder) if search.earlier else {}
         if search.earlier:
             search = replace(search, changes=_check_resumable(search, search.earlier, recorded))
@@ -688,9 +693,14 @@ def _check_backbone(name: str, *, may_fetch: bool) -> str:
 
 
 def _check_precision(precision: Precision, options: Options) -> None:
-    """Raise ValueError for bf16 on a CPU without instructions for it: it is ten times slower there, not faster."""
-    elsewhere = options.address is not None or options.gpus is not None
-    on_gpu = options.gpus_per_trial != 0 and (elsewhere or Path("/dev/nvidiactl").exists())
-    cpu = Path("/proc/cpuinfo")
-    if precision == "bf16" and not on_gpu and not (cpu.exists() and "avx512_bf16" in cpu.read_text()):
-        raise ValueError("--precision bf16: this machine has no GPU, and its CPU no bf16 instructions. Use fp32 here.")
+    """Raise ValueError for bf16 on a machine without instructions for it. Nodes of a cluster refuse it themselves."""
+    if precision == "fp32" or options.address is not None:
+        return
+    from tune_bisenet.search.resources import find_bf16
+
+    if not find_bf16(options):
+        raise ValueError(
+            "--precision bf16: what trials would train on here has no bf16 instructions, as GPUs have from compute "
+            "capability 8 on, and CPUs with AVX512-BF16 or AMX. Use fp32 for a search here, and resume one in bf16 on "
+            "such a machine."
+        )

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import ray
 from ray._private import ray_constants
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_bisenet.config import Resources
 from tune_bisenet.options import InputError, Options
@@ -27,6 +28,9 @@ WATCH_SECONDS: Final = 1.0
 
 START_SECONDS: Final = 300.0
 """After which Ray is thought to hang as it starts; on a busy machine it takes half a minute."""
+
+ANSWER_SECONDS: Final = 60.0
+"""After which a node that was asked what it has is taken to be busy."""
 
 PENDING_TRIALS: Final = 64
 """Number of trials that may request resources from Ray before it has any."""
@@ -221,6 +225,36 @@ def _gpus_per_trial(cluster: Cluster, options: Options) -> float:
         has_gpus = any(node.gpus for node in cluster.nodes)
         return 1.0 if has_gpus or (cluster.autoscales and not cluster.nodes) else 0.0
     return 1.0 if options.device == "cuda" else 0.0
+
+
+def find_bf16(options: Options) -> bool:
+    """Return whether all that trials may train on has instructions for bf16, as far as that is known before a search.
+
+    The nodes at --address are asked. If none answers within a minute, because there is none yet or all are busy, and
+    for the GPUs of --gpus, it is assumed of GPUs and not of CPUs.
+    """
+    import torch  # late, as it takes a second
+
+    from tune_bisenet.training.engine import supports_bf16
+
+    if options.address is None:
+        may_use_gpu = options.gpus_per_trial != 0 and options.device != "cpu"
+        if may_use_gpu and options.gpus is not None:
+            return True
+        return supports_bf16(torch.device("cuda" if may_use_gpu and torch.cuda.is_available() else "cpu"))
+    with ray_session(options.address) as cluster:
+        gpus = _gpus_per_trial(cluster(), options)
+        on_gpu = gpus > 0 and options.device != "cpu"
+        ask = ray.remote(supports_bf16).options(num_cpus=1, num_gpus=gpus)
+        asked = [
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                torch.device("cuda" if on_gpu else "cpu")
+            )
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
+            if node["Alive"] and node["Resources"].get("CPU") and node["Resources"].get("GPU", 0.0) >= gpus
+        ]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_SECONDS) if asked else ([], [])
+        return all(ray.get(answered)) if answered else on_gpu
 
 
 def configure_environment() -> None:

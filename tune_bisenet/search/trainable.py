@@ -156,6 +156,12 @@ def _train_on(
     search = Storage.at(context.storage)
     folder = search / spec.trial
     device = torch.device("cuda" if context.gpu_share else "cpu")
+    environment = _current_environment(device)
+    if context.precision == "bf16" and not engine.supports_bf16(device):
+        raise ValueError(
+            f"{environment.device} has no bf16 instructions, and this search trains in bf16. Leave such nodes out, or "
+            "start another search with --precision fp32."
+        )
     if device.type == "cuda":  # so that no trial takes the memory of those beside it
         torch.cuda.set_per_process_memory_fraction(context.gpu_share)
     backbone = checkpoint.load_backbone(context.backbone)
@@ -175,7 +181,7 @@ def _train_on(
     history = history or list(known.epochs if known else ())
     environments = known.environments if known else ()
     if len(history) < spec.run.num_epochs or not environments:
-        environments = add_environment(environments, _current_environment(device), epochs_done=len(history))
+        environments = add_environment(environments, environment, epochs_done=len(history))
     beginning = known.beginning if known else None
     latency = earlier.latency if earlier else None
     if latency is None and context.measures_latency:

@@ -54,7 +54,7 @@ def measure_latency(run: Run, *, device: torch.device, precision: Precision) -> 
     """
     with torch.random.fork_rng(devices=[]):  # training is not disturbed; weights are drawn on the CPU
         model = BiSeNet(head_width=run.head_width, auxiliary_heads=False)
-    engine.place(model, device)
+    engine.place(model, device, precision)
     noise = torch.Generator().manual_seed(0)
     image = torch.randint(256, (1, 3, *run.image_size), generator=noise, dtype=torch.uint8).to(device)
 

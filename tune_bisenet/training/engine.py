@@ -79,7 +79,7 @@ def begin(
     model = BiSeNet(head_width=run.head_width)
     if backbone is not None:
         model.context.resnet.load_state_dict(backbone)
-    place(model, device)
+    place(model, device, precision)
     class_weights = None
     match run.loss:
         case WeightedCrossEntropy(exponent=exponent):
@@ -164,7 +164,7 @@ def _group_size(iteration: int, num_iterations: int, accumulation: int) -> int:
 def _backward(training: Training, images: Tensor, labels: Tensor, *, epoch: int, scale: float) -> Tensor:
     """Add `scale` times the gradient of one micro-batch; return total, main, aux1 and aux2 loss, unscaled."""
     with _autocast(training.device, training.precision):
-        logits = training.model(images.to(memory_format=_memory_format(images.device)))
+        logits = training.model(images.to(memory_format=_memory_format(images.device, training.precision)))
     parts = losses.head_losses(logits, labels, training.run.loss, class_weights=training.class_weights, epoch=epoch)
     (parts.total * scale).backward()  # type: ignore[no-untyped-call]
     return torch.stack(parts).detach()
@@ -228,12 +228,24 @@ def _main_logits(model: BiSeNet, images: Tensor, *, precision: Precision) -> Ten
     """Return the main head's logits, at its own resolution: uint8 B x 3 x H x W to B x C x H/8 x W/8."""
     model.eval()
     with _autocast(images.device, precision):
-        logits = model(normalise(images).to(memory_format=_memory_format(images.device)))
+        logits = model(normalise(images).to(memory_format=_memory_format(images.device, precision)))
     main: Tensor = logits.main
     return main
 
 
-def place(model: BiSeNet, device: torch.device) -> None:
+def supports_bf16(device: torch.device) -> bool:
+    """Return whether `device` has instructions for bf16: without them it is emulated, and slower than fp32.
+
+    Of several GPUs all must have them, since a trial may get any.
+    """
+    if device.type == "cuda":
+        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+        return min(capabilities) >= (8, 0)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def place(model: BiSeNet, device: torch.device, precision: Precision) -> None:
     """Move `model` onto `device`, its weights laid out as convolutions are fastest there.
 
     The norms' counts of batches, which nothing reads, remain on the CPU: a GPU would be given 36 kernels for them.
@@ -242,7 +254,7 @@ def place(model: BiSeNet, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.num_batches_tracked is not None:
             module.num_batches_tracked = module.num_batches_tracked.cpu()
-    model.to(memory_format=_memory_format(device))
+    model.to(memory_format=_memory_format(device, precision))
 
 
 def _autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[object]:
@@ -251,6 +263,6 @@ def _autocast(device: torch.device, precision: Precision) -> contextlib.Abstract
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _memory_format(device: torch.device) -> torch.memory_format:
-    """Return channels last on GPUs, where it is faster; on CPUs the backward loses what the forward gains."""
-    return torch.channels_last if device.type == "cuda" else torch.preserve_format
+def _memory_format(device: torch.device, precision: Precision) -> torch.memory_format:
+    """Return channels last where it is faster; on CPUs in fp32 the backward loses what the forward gains."""
+    return torch.channels_last if device.type == "cuda" or precision == "bf16" else torch.preserve_format

@@ -33,7 +33,7 @@ def test_loss_gradient_and_prediction_of_the_kernels_are_those_of_float64() -> N
     assert {case["factor"] for case in cases} == {2, 4, 8, 16}
     for case in cases:
         assert case["supported"]
-        assert case["loss"] < 1e-6, case
+        assert max(case["loss"], case["mean"]) < 1e-6, case
         assert case["gradient"] < (1e-6 if case["dtype"] == "torch.float32" else 4e-3), case
         assert case["pixels"] < 1e-5, case
         assert (case["negative"], case["wrong"], case["void"]) == (0, 0, 0.0), case

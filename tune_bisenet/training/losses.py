@@ -2,8 +2,8 @@
 
 Void never counts. A batch without a labelled pixel has loss 0 and gradient 0. Nothing waits for the device.
 
-On a CPU, logits are upsampled a band of rows at a time, which stays in its cache; on a GPU all at once, in few
-operations. `in_bands` chooses.
+On a CPU, logits are upsampled a band of rows at a time, which stays in its cache; on a GPU in `kernels` of our own, or
+where they cannot be used all at once, in few operations. `in_bands` and `_kernels_for` choose.
 
 Shapes: B images, C classes, H x W pixels of the labels, h x w of the logits.
 """
@@ -11,6 +11,7 @@ Shapes: B images, C classes, H x W pixels of the labels, h x w of the logits.
 import math
 from collections.abc import Iterator
 from functools import cache
+from types import ModuleType
 from typing import Any, Final, NamedTuple, assert_never
 
 import torch
@@ -29,6 +30,15 @@ BAND_ELEMENTS: Final = 2**20
 def in_bands(device: torch.device) -> bool:
     """Return whether logits are upsampled in bands there: several times faster on a CPU (benchmarks/results.md)."""
     return device.type == "cpu"
+
+
+def _kernels_for(logits: Tensor, size: tuple[int, int]) -> ModuleType | None:
+    """Return `kernels` if they can upsample `logits` to `size`; None without Triton, which wheels for macOS lack."""
+    try:
+        from tune_bisenet.training import kernels
+    except ImportError:
+        return None
+    return kernels if kernels.supports(logits, size) else None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -61,6 +71,9 @@ def hard_cross_entropy(logits: Tensor, targets: Tensor, *, threshold: float, min
 def argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the likeliest class of each pixel: B x C x h x w to uint8 B x H x W, `size` being (H, W)."""
     if not in_bands(logits.device):
+        if kernels := _kernels_for(logits, size):
+            likeliest: Tensor = kernels.likeliest_classes(logits, size)
+            return likeliest
         return upsample(logits.float(), size).argmax(dim=1).to(torch.uint8)
     height, width = size
     wide = logits.float() @ bilinear(width, logits.shape[3]).T  # B x C x h x W
@@ -77,8 +90,11 @@ def _weighted_sum(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
     """Return `sum(weights * cross_entropy(upsampled logits, classes))`, a scalar; all but the logits are B x H x W."""
     if in_bands(logits.device):
         total: Tensor = _BandedSum.apply(logits, classes, weights)
-        return total
-    return (_pixel_losses_at_once(logits, classes) * weights).sum()
+    elif kernels := _kernels_for(logits, (classes.shape[1], classes.shape[2])):
+        total = kernels.cross_entropy_sum(logits, classes, weights)
+    else:
+        total = (_pixel_losses_at_once(logits, classes) * weights).sum()
+    return total
 
 
 def _pixel_losses_at_once(logits: Tensor, classes: Tensor) -> Tensor:
@@ -115,6 +131,9 @@ class _BandedSum(torch.autograd.Function):
 def _pixel_losses(logits: Tensor, classes: Tensor) -> Tensor:
     """Return the cross-entropy of each pixel, B x H x W; never negative."""
     if not in_bands(logits.device):
+        if kernels := _kernels_for(logits, (classes.shape[1], classes.shape[2])):
+            by_pixel: Tensor = kernels.losses_by_pixel(logits, classes)
+            return by_pixel
         return _pixel_losses_at_once(logits, classes).abs_()
     height, width = classes.shape[1:]
     wide = logits.float() @ bilinear(width, logits.shape[3]).T  # B x C x h x W

@@ -24,19 +24,17 @@ from tune_bisenet.report.statistics import (
 
 def test_students_interval_by_hand() -> None:
     # 1, 2, 3: mean 2, error 1 / sqrt(3) = 0.57735; t(0.975, 2 df) = 4.30265, so 2 -+ 2.48414.
-    assert student_interval([1.0, 2.0, 3.0], error=0.05, family=1, least_sd=0) == pytest.approx(
-        (-0.48414, 4.48414), abs=1e-5
-    )
+    values = np.array([1.0, 2.0, 3.0])
+    assert student_interval(values, error=0.05, family=1, least_sd=0) == pytest.approx((-0.48414, 4.48414), abs=1e-5)
     # Of two claims each has half the error: t(0.9875, 2 df) = 6.20535.
-    assert student_interval([1.0, 2.0, 3.0], error=0.05, family=2, least_sd=0) == pytest.approx(
-        (-1.58266, 5.58266), abs=1e-4
-    )
-    assert student_interval([1.0], error=0.05, family=1, least_sd=0) is None
+    assert student_interval(values, error=0.05, family=2, least_sd=0) == pytest.approx((-1.58266, 5.58266), abs=1e-4)
+    assert np.isnan(student_interval(values[:1], error=0.05, family=1, least_sd=0)).all()
 
 
 def test_equal_whole_numbers_keep_the_spread_of_rounding() -> None:
     # 5, 5, 5 with a least sd of 0.6: error 0.6 / sqrt(3) = 0.34641, times 4.30265 = 1.49048.
-    assert student_interval([5, 5, 5], error=0.05, family=1, least_sd=0.6) == pytest.approx((3.50952, 6.49048))
+    equal = np.array([5.0, 5.0, 5.0])
+    assert student_interval(equal, error=0.05, family=1, least_sd=0.6) == pytest.approx((3.50952, 6.49048))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -287,19 +287,14 @@ def _columns(columns: Sequence[Floats], num_searches: int) -> Floats:
     return np.stack(columns, axis=1) if columns else np.empty((num_searches, 0))
 
 
-def student_interval(
-    values: Sequence[float], *, error: float, family: int, least_sd: float
-) -> tuple[float, float] | None:
-    """Return Student's interval of the mean of values, at `error` over `family` claims; None below two values.
+def student_interval(values: Floats, *, error: float, family: int, least_sd: float) -> tuple[Floats, Floats]:
+    """Return the ends of Student's interval of the mean along the last axis, at `error` over `family` claims.
 
-    `least_sd` is the spread that the values' own resolution gives them: whole numbers, say, that happen to be equal are
-    not known to be equal.
+    They are NaN below two values. `least_sd` is the spread that the values' own resolution gives them: whole numbers,
+    say, that happen to be equal are not known to be equal.
     """
-    number = len(values)
-    if number < 2:
-        return None
-    mean, sd = float(np.mean(values)), max(float(np.std(values, ddof=1)), least_sd)
-    half = float(special.stdtrit(number - 1, 1 - error / (2 * family))) * sd / math.sqrt(number)
+    number, mean, variance = _moments(values)
+    half = _student(number - 1, error / family) * np.maximum(np.sqrt(variance), least_sd) / np.sqrt(number)
     return mean - half, mean + half
 
 
@@ -326,19 +321,15 @@ def _least_correlation(present: Flags, pairs: Sequence[tuple[int, int]]) -> Floa
 
 def _quantiles(family: int, freedom: Floats, error: Floats, correlation: Floats) -> Floats:
     """Return Dunnett's quantile for each search; NaN where there are no degrees of freedom."""
-    columns = np.stack(np.broadcast_arrays(freedom, error, correlation), axis=1)
-    result = np.full(len(columns), np.nan)
-    is_known = ~np.isnan(freedom)
-    cases, index = np.unique(columns[is_known], axis=0, return_inverse=True)
-    result[is_known] = np.array([dunnett(family, *case) for case in cases.tolist()])[index.reshape(-1)]
-    return result
+    cases = np.stack(np.broadcast_arrays(freedom, error, correlation), axis=1).tolist()
+    return np.array([math.nan if math.isnan(case[0]) else dunnett(family, *case) for case in cases])
 
 
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(24)
 _PROBABILITIES: Final = (np.arange(150) + 0.5) / 150
 
 
-@lru_cache(maxsize=4096)
+@cache
 def dunnett(family: int, freedom: float, error: float, correlation: float) -> float:
     """Return the two-sided quantile of the largest of `family` equally correlated t statistics of one variance.
 

@@ -276,11 +276,12 @@ def _with_intervals(
         if claim.obstacle:
             return None
         if claim.kind == "sooner":
-            effects = [pair.effect for pair in claim.pairs]
+            effects = np.array([pair.effect for pair in claim.pairs])
             error = strictness(len(effects)).sooner_error * spent
             ends = student_interval(effects, error=error, family=num_sooner, least_sd=EPOCHS_SD)
-            return ends and (max(ends[0], -most_saved), min(ends[1], most_saved))
-        low, high = intervals.get((claim.run, claim.kind), (math.nan, math.nan))
+            low, high = np.clip(ends, -most_saved, most_saved).tolist()
+        else:
+            low, high = intervals.get((claim.run, claim.kind), (math.nan, math.nan))
         return (low, high) if high - low > 2 * NO_SPREAD else None  # NaN is not
 
     judged = [

@@ -291,7 +291,7 @@ def decide(searches: int, planned: Sequence[int], *_others: object) -> None:
     print("   sd, shared, truth: trials trained; gains and levels shown by it and by the fixed; any false statement")
     for cell in product((0.15, 0.3, 0.5, 1.0), (0.0,), ("middle", "equal")):
         drawn = draw_cell(searches, planned[-1], cell, "alike")
-        by_look, trials = judge_at_looks(drawn.measured, CLAIMS, NAMES, planned, decides=True)
+        by_look, trials = judge_at_looks(drawn.measured, CLAIMS, NAMES, planned, families=families, decides=True)
         fixed = judge_values(drawn.measured, CLAIMS, NAMES, families=families)
         shown = [np.isin(verdicts, SHOWN).mean() for verdicts in (by_look[-1], fixed)]
         true = drawn.truths[: len(CLAIMS)]

@@ -257,6 +257,17 @@ def test_powers_are_how_often_the_verdicts_show_what_is_true(num_seeds: int) -> 
         assert sum(shown) / number == pytest.approx(power.share, abs=4 * error), name
 
 
+def test_power_is_that_of_the_planned_looks_that_are_reached() -> None:
+    rows, looks = gaining(2, 3), (3, 5, 8)
+    two, five, seven, eight = (
+        powers(rows, {of.name: range(number) for of in rows}, proxy=False, looks=looks)[0].share or 0.0
+        for number in (2, 5, 7, 8)
+    )
+    assert two == 0
+    assert seven == pytest.approx(five, abs=0.03), "the sixth and seventh seed wait for the eighth"
+    assert eight > seven + 0.1
+
+
 def test_one_seed_shows_nothing_and_more_show_more() -> None:
     shares = [powers_of(EXPECTING, number)["r06"].share for number in (1, 2, 4, 8, 16)]
     assert shares[0] == 0

@@ -16,12 +16,24 @@ from numpy.typing import NDArray
 
 from tune_bisenet.config import Run
 from tune_bisenet.report.claims import Claim, Kind, Verdict, claims_of, is_final, judge_intervals
-from tune_bisenet.report.statistics import POWER, Flags, Floats, compare_rows, error_share, estimate_levels, fit_noise
+from tune_bisenet.report.statistics import (
+    POWER,
+    Flags,
+    Floats,
+    compare_rows,
+    error_share,
+    estimate_levels,
+    fit_noise,
+    reached_looks,
+)
 from tune_bisenet.report.verdicts import ASSUMED_SD, MOST_SEEDS, NoiseSummary, trained_rows
 from tune_bisenet.spaces import MEASURED_SHARE
 
-SIMULATED_SEARCHES: Final = 2000
-"""So that a share is known to 1.1 percentage points (one sd); fewer where a search has thousands of trials."""
+SIMULATED_SEARCHES: Final = 6000
+"""So that a share is known to 0.65 percentage points (one sd)."""
+
+SIMULATED_TRIALS: Final = 400_000
+"""At most, so larger searches are simulated less often: 12 seeds of ten rows to 0.9 points, 100 seeds to 2.5."""
 
 SIMULATED_DECISIONS: Final = 200
 """So that the mean number of trials is known to about two per cent."""
@@ -59,12 +71,12 @@ def powers(
     proxy: bool,
     noise: NoiseSummary = ASSUMED_NOISE,
     spent: float = 1.0,
-    num_looks: int = 1,
+    looks: Sequence[int] = (),
 ) -> list[Power]:
     """Return the power of every claim that this search can judge, in declared order. `seeds` are those of each row.
 
     Trials differ by `noise`, and nothing is stopped early. How soon a row reaches a level is expected without a number.
-    `spent` is the share of the error that these claims may use up at all of their looks.
+    `spent` is the share of the error that these claims may use up at all of their planned `looks`.
     """
     measured = [claims_of(row, (), measured_share=MEASURED_SHARE, proxy=proxy) for row in rows]
     claims = [claim for of_row in measured for claim in of_row if claim.is_judged]
@@ -74,7 +86,7 @@ def powers(
     names = sorted({name for claim in simulated for name in trained_rows(claim)})
     numbers = sorted({seed for name in names for seed in seeds.get(name, ())})
     present = np.array([[seed in seeds.get(name, ()) for seed in numbers] for name in names], dtype=bool)
-    shares = partial(_shares, simulated, names, families=families, noise=noise, spent=spent, num_looks=num_looks)
+    shares = partial(_shares, simulated, names, families=families, noise=noise, spent=spent, looks=looks)
     now = shares(present)
 
     @cache
@@ -106,17 +118,16 @@ def _shares(
     families: Mapping[Kind, int],
     noise: NoiseSummary,
     spent: float,
-    num_looks: int,
+    looks: Sequence[int],
 ) -> list[float]:
     """Return the share of simulated searches that show each claim. Rows `names` have the trials `present`, R x N."""
-    if not present.size:
+    if not present.size or not reached_looks(present.shape[1], looks):
         return [0.0] * len(claims)
-    num_searches = max(SIMULATED_SEARCHES // (1 + present.size // 1000), 200)
+    num_searches = min(max(SIMULATED_TRIALS // present.size, 200), SIMULATED_SEARCHES)
     drawn = _draw_noise(noise, (num_searches, *present.shape))
     values = np.where(present, drawn + _truths(claims, names)[:, None], np.nan)
-    spent *= error_share(present.shape[1], num_looks=num_looks)
-    verdicts = judge_values(values, claims, names, families=families, spent=spent)
-    return [float(np.isin(verdicts[:, index], SHOWN).mean()) for index in range(len(claims))]
+    by_look, _ = judge_at_looks(values, claims, names, looks, families=families, decides=False, spent=spent)
+    return [float(share) for share in np.isin(by_look[-1], SHOWN).mean(0)]
 
 
 def _draw_noise(noise: NoiseSummary, shape: tuple[int, int, int]) -> Floats:
@@ -156,20 +167,22 @@ def judge_at_looks(
     names: Sequence[str],
     looks: Sequence[int],
     *,
+    families: Mapping[Kind, int],
     decides: bool,
     spent: float = 1.0,
 ) -> tuple[Verdicts, Trials]:
     """Judge S simulated searches at planned looks; return verdicts, looks x S x claims, and the trials of each search.
 
     `values`, S x R x N, are what each row would measure at each seed. With `decides`, only open claims get the seeds of
-    the next look, as by `--decide`; else all rows do. All looks together may use up the share `spent` of the error.
+    the next look, as by `--decide`; else all rows do. `families` holds the number of claims by kind. All planned looks
+    together may use up the share `spent` of the error.
     """
-    families = Counter(claim.kind for claim in claims)
+    reached = reached_looks(values.shape[2], looks)
     needed = np.array([[name in trained_rows(claim) for name in names] for claim in claims])
-    num_seeds = np.full(values.shape[:2], looks[0])
+    num_seeds = np.full(values.shape[:2], reached[0])
     verdicts = np.full((len(values), len(claims)), "open", dtype=object)
     by_look = []
-    for look, next_look in zip(looks, [*looks[1:], 0], strict=True):
+    for look, next_look in zip(reached, [*reached[1:], 0], strict=True):
         has_trial = np.arange(look) < num_seeds[:, :, None]
         seen = np.where(has_trial, values[:, :, :look], np.nan)
         share = spent * error_share(look, num_looks=len(looks))
@@ -212,10 +225,18 @@ def expected_trials(
     names = sorted({name for claim in claims for name in trained_rows(claim)})
     num_others = len({row.name for row in rows} - set(names))  # they get the seeds of the first look
     drawn = _draw_noise(noise, (SIMULATED_DECISIONS, len(names), looks[-1]))
+    judged = partial(
+        judge_at_looks,
+        claims=claims,
+        names=names,
+        looks=looks,
+        families=Counter(claim.kind for claim in claims),
+        decides=True,
+        spent=spent,
+    )
     levels = np.full(len(names), next((_middle(claim) for claim in claims if claim.kind == "miou"), 0.0))
     kept, equal = (
-        float(judge_at_looks(drawn + truths[:, None], claims, names, looks, decides=True, spent=spent)[1].mean())
-        + num_others * looks[0]
+        float(judged(drawn + truths[:, None])[1].mean()) + num_others * looks[0]
         for truths in (_truths(claims, names), levels)
     )
     return ExpectedTrials(if_kept=kept, if_equal=equal, most=(len(names) + num_others) * looks[-1])

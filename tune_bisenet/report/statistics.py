@@ -119,6 +119,12 @@ def error_share(num_seeds: int, *, num_looks: int) -> float:
     return (EARLY_SHARE if num_seeds < EARLY_SEEDS else 1.0) / num_looks
 
 
+def reached_looks(num_seeds: int, looks: Sequence[int]) -> list[int]:
+    """Return at how many seeds a table that has so many is judged: at all, or at the planned looks that it reached."""
+    is_beyond = not looks or num_seeds > looks[-1]
+    return [look for look in looks if look <= num_seeds] + [num_seeds] * is_beyond
+
+
 @dataclass(frozen=True, kw_only=True)
 class Noise:
     """Holds what all rows together say of the noise, for each of S searches; NaN where nothing repeats."""

@@ -63,6 +63,7 @@ from tune_bisenet.report.statistics import (
     error_share,
     estimate_levels,
     fit_noise,
+    reached_looks,
     seeds_for_power,
     strictness,
     student_interval,
@@ -122,9 +123,7 @@ class Judgement:
     @property
     def looked_at(self) -> int:
         """Return the number of seeds that were judged; more may wait for the next planned look."""
-        reached = [look for look in self.looks if look <= len(self.seeds)]
-        is_beyond = not self.looks or len(self.seeds) > self.looks[-1]
-        return len(self.seeds) if is_beyond else max(reached, default=0)
+        return max(reached_looks(len(self.seeds), self.looks), default=0)
 
     @property
     def more_seeds(self) -> MoreSeeds | None:
@@ -211,7 +210,7 @@ def judge(
 
     claims: list[Claim] = []
     noises: dict[tuple[str, ...], NoiseSummary | None] = dict.fromkeys(measures)
-    for look in sorted({*(number for number in looks if number < judgement.looked_at), judgement.looked_at}):
+    for look in reached_looks(len(seeds), looks) or [0]:
         seen = [trial for trial in trials if trial.run.seed in seeds[:look]]
         measured = [
             claim

@@ -292,8 +292,7 @@ class Estimate:
         for run in self.workload.runs:
             seeds.setdefault(run.name, set()).add(run.seed)
         config = self.search.config
-        num_looks = max(len(config.looks), 1)
-        return powers(self.rows, seeds, proxy=config.proxy, noise=self._noise, spent=self._spent, num_looks=num_looks)
+        return powers(self.rows, seeds, proxy=config.proxy, noise=self._noise, spent=self._spent, looks=config.looks)
 
     @property
     def rows(self) -> list[Run]:

@@ -157,9 +157,11 @@ class LoggedProcess:
 
 
 class Driver(LoggedProcess):
-    """`python -m tune_bisenet.run`, with all that Ray starts for it."""
+    """`python -m tune_bisenet.run`, with all that Ray starts for it: in fp32, as that is the same on all machines."""
 
     def __init__(self, place: Path, *flags: str, cwd: Path = PROJECT, variables: dict[str, str] | None = None) -> None:
+        if not {"--precision", "--resume", "--add", "--rerun"} & set(flags):
+            flags = (*flags, "--precision", "fp32")
         super().__init__(
             [sys.executable, "-m", "tune_bisenet.run", *flags],
             log=place / f"{time.time_ns()}.log",

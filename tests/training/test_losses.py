@@ -572,7 +572,8 @@ class Kernels(TorchDispatchMode):
 def test_on_a_gpu_that_must_repeat_its_results_no_loss_uses_a_kernel_that_cannot(
     kind: Any, epoch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses_module, "_must_repeat", lambda _device: True)
+    for name, value in {"_must_repeat": True, "in_bands": False, "_kernels_for": None}.items():
+        monkeypatch.setattr(losses_module, name, lambda *_arguments, value=value: value)
     logits = random_logits()
     main, *aux = (part.clone().requires_grad_() for part in (logits.main, *logits.aux))
     loss = kind(aux_weight=1.0, lovasz_after=1)
@@ -583,10 +584,11 @@ def test_on_a_gpu_that_must_repeat_its_results_no_loss_uses_a_kernel_that_cannot
     assert kernels.names & UNREPEATABLE == set()
 
 
-def test_upsampling_by_matrices_equals_that_of_interpolate() -> None:
+def test_upsampling_by_matrices_equals_that_of_interpolate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses_module, "_must_repeat", lambda _device: True)
     scores = random_scores(2, NUM_CLASSES, 8, 16)
     weights = random_scores(2, NUM_CLASSES, 64, 128, seed=1)
-    by_matrices, interpolated = losses_module._upsample_by_matrices, upsample
+    by_matrices, interpolated = losses_module._full_size, upsample
     assert torch.allclose(by_matrices(scores, (64, 128)), interpolated(scores, (64, 128)), atol=1e-5)
     _, found = with_gradient(lambda scores: (by_matrices(scores, (64, 128)) * weights).sum(), scores)
     _, exact = with_gradient(lambda scores: (interpolated(scores, (64, 128)) * weights).sum(), scores)

@@ -23,6 +23,7 @@ from tune_bisenet.config import OHEM, CrossEntropy, Loss, WeightedCrossEntropy
 from tune_bisenet.training import metrics
 from tune_bisenet.training.model import Logits, upsample
 
+CPU: Final = torch.device("cpu")
 BAND_ELEMENTS: Final = 2**20
 """Numbers in a band, B C b W: what stays in a CPU's cache."""
 
@@ -98,7 +99,9 @@ def _weighted_sum(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
 
 
 def _pixel_losses_at_once(logits: Tensor, classes: Tensor) -> Tensor:
-    full_size = upsample(logits.float(), (classes.shape[1], classes.shape[2]))
+    full_size = _full_size(logits, (classes.shape[1], classes.shape[2]))
+    if _must_repeat(logits.device):  # `F.cross_entropy` has no kernel on GPUs that is known to repeat its results
+        return -full_size.log_softmax(dim=1).gather(1, classes[:, None]).squeeze(1)
     return F.cross_entropy(full_size, classes, reduction="none")
 
 
@@ -139,8 +142,7 @@ def _pixel_losses(logits: Tensor, classes: Tensor) -> Tensor:
     wide = logits.float() @ bilinear(width, logits.shape[3]).T  # B x C x h x W
     losses = torch.empty(classes.shape, device=logits.device)
     for band in _bands(wide, height):
-        target = classes[:, None, band.rows]  # `F.cross_entropy` has no kernel on GPUs that is known to be repeatable
-        losses[:, band.rows] = band.scores.log_softmax(dim=1).gather(1, target).squeeze(1)
+        losses[:, band.rows] = F.cross_entropy(band.scores, classes[:, band.rows], reduction="none")
     return losses.abs_()  # of a rounded zero the sign, too
 
 
@@ -186,9 +188,9 @@ def _bands(wide: Tensor, height: int) -> Iterator[_Band]:
 
 
 @cache
-def bilinear(outputs: int, inputs: int) -> Tensor:
-    """Return the weights of linear interpolation between pixel centres, outputs x inputs, float32, on the CPU."""
-    impulses = torch.eye(inputs).unsqueeze(0)
+def bilinear(outputs: int, inputs: int, device: torch.device = CPU) -> Tensor:
+    """Return the weights of linear interpolation between pixel centres, outputs x inputs, float32."""
+    impulses = torch.eye(inputs, device=device).unsqueeze(0)
     return F.interpolate(impulses, size=outputs, mode="linear", align_corners=False)[0].T.contiguous()
 
 
@@ -208,9 +210,7 @@ def head_losses(logits: Logits, labels: Tensor, loss: Loss, *, class_weights: Te
     """
     targets = labels.long()
     if loss.lovasz_after is not None and epoch > loss.lovasz_after:
-        size = (labels.shape[1], labels.shape[2])
-        enlarge = _upsample_by_matrices if _must_repeat(logits.main.device) else upsample
-        main = lovasz_softmax(enlarge(logits.main, size), targets)
+        main = lovasz_softmax(_full_size(logits.main, (labels.shape[1], labels.shape[2])), targets)
     else:
         main = _by_pixel(logits.main, targets, loss, class_weights)
     aux1, aux2 = (_by_pixel(aux, targets, loss, class_weights) for aux in logits.aux)
@@ -222,11 +222,13 @@ def _must_repeat(device: torch.device) -> bool:
     return device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
 
 
-def _upsample_by_matrices(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return what `upsample` does, but for rounding, for GPUs that must repeat their results.
+def _full_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the upsampled logits, float32; where results must repeat, by matrices, which differ by rounding alone.
 
-    There the gradient of `interpolate` is added up in any order.
+    The gradient of `interpolate` is added up in any order on a GPU.
     """
+    if not _must_repeat(logits.device):
+        return upsample(logits.float(), size)
     rows, columns = (
         bilinear(outputs, inputs, logits.device) for outputs, inputs in zip(size, logits.shape[2:], strict=True)
     )

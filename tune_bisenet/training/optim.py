@@ -31,20 +31,22 @@ def build_optimizer(run: Run, model: nn.Module, *, fused: bool) -> torch.optim.O
     """
     groups = parameter_groups(model, decay_norms_and_biases=run.decay_norms_and_biases)
     config = run.optimizer
-    lr = torch.tensor(config.lr, device=next(model.parameters()).device) if fused else config.lr
     optimizer: torch.optim.Optimizer
     match config:
         case SGD():
             optimizer = torch.optim.SGD(
-                groups, lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused or None
+                groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused or None
             )
         case AdamW():
             optimizer = torch.optim.AdamW(
-                groups, lr, weight_decay=config.weight_decay, fused=fused or None, capturable=fused
+                groups, config.lr, weight_decay=config.weight_decay, fused=fused or None, capturable=fused
             )
         case _:
             assert_never(config)
     if fused:
+        lr = torch.tensor(config.lr, device=next(model.parameters()).device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.register_state_dict_post_hook(_plain_state)
         optimizer.register_load_state_dict_pre_hook(_fused_state)
     return optimizer

@@ -17,7 +17,7 @@ import json
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -188,16 +188,20 @@ def begin(run: Run, precision: Precision, label_size: tuple[int, int]) -> Traini
 
 
 class MarkedFrames(Frames):
-    """Keeps what was done before each batch that it returns."""
+    """Frames that are resident on the card. Keeps what was done before each batch that it returns."""
 
     def __init__(self, split: PackedSplit, watch: Watch) -> None:
-        super().__init__(split, CARD)
+        arrays = (split.images, split.labels)
+        images, labels = (torch.empty((len(split), *part[0].shape), dtype=torch.uint8, device=CARD) for part in arrays)
+        super().__init__(split, CARD, resident=(images, labels))
         self._watch = watch
         self.marks: list[Work] = []
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        self.marks.append(replace(self._watch.work, waits=Counter(self._watch.work.waits)))
-        return super().batch(indices)
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = super().batches(order, batch_size)
+        for _ in range(0, len(order), batch_size):
+            self.marks.append(replace(self._watch.work, waits=Counter(self._watch.work.waits)))
+            yield next(batches)
 
 
 def measure(run: Run, precision: Precision, label_size: tuple[int, int]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA ?= streets
 
 .DEFAULT_GOAL := help
-.PHONY: help setup runs10 around10 smoke test test-slow faults fuzz test-browser test-cluster test-namespaces test-postgres fixtures snapshots lint format lock tensorboard clean
+.PHONY: help setup runs10 around10 smoke test test-slow gpu-check faults fuzz test-browser test-cluster test-namespaces test-postgres fixtures snapshots lint format lock tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -47,6 +47,9 @@ faults: setup  ## each fault of docs/reliability.md, injected at 20 random momen
 fuzz: setup  ## 100,000 random rows, flags and damaged files, where make test has 2,000: half an hour on two cores
 	TUNE_BISENET_FUZZ_INPUTS=100000 $(BIN)/python -m pytest --numprocesses 2 --timeout 0 -m "" \
 		tests/fuzz tests/training/test_training_properties.py
+
+gpu-check: setup  ## everything that depends on the GPU of this machine, in eight minutes, as JSON lines
+	$(BIN)/python benchmarks/gpu.py
 
 test-browser: setup  ## the report in a real Chromium; installs Debian's if it is not there
 	command -v chromium chromedriver >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium chromium-driver)

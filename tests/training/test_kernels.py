@@ -23,8 +23,9 @@ from tune_bisenet.training import kernels
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(900)  # 20 CPU seconds, which a busy machine gives late
 def test_loss_gradient_and_prediction_of_the_kernels_are_those_of_float64() -> None:
-    """Measured 2026-11-29: loss within 7e-8, gradient 1e-7 of its norm; 2e-3 in bfloat16, which rounds it so."""
+    """Measured 2026-11-29: loss within 2e-7, gradient 1.1e-7 of its norm; 2e-3 in bfloat16, which rounds it."""
     command = [sys.executable, str(ROOT / "tests" / "training" / "kernel_errors.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

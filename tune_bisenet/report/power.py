@@ -32,7 +32,7 @@ from tune_bisenet.spaces import MEASURED_SHARE
 SIMULATED_SEARCHES: Final = 6000
 """So that a share is known to 0.65 percentage points (one sd)."""
 
-SIMULATED_TRIALS: Final = 400_000
+SIMULATED_MEASURES: Final = 400_000
 """At most, so larger searches are simulated less often: 12 seeds of ten rows to 0.9 points, 100 seeds to 2.5."""
 
 SIMULATED_DECISIONS: Final = 200
@@ -123,7 +123,7 @@ def _shares(
     """Return the share of simulated searches that show each claim. Rows `names` have the trials `present`, R x N."""
     if not present.size or not reached_looks(present.shape[1], looks):
         return [0.0] * len(claims)
-    num_searches = min(max(SIMULATED_TRIALS // present.size, 200), SIMULATED_SEARCHES)
+    num_searches = min(max(SIMULATED_MEASURES // present.size, 200), SIMULATED_SEARCHES)
     drawn = _draw_noise(noise, (num_searches, *present.shape))
     values = np.where(present, drawn + _truths(claims, names)[:, None], np.nan)
     by_look, _ = judge_at_looks(values, claims, names, looks, families=families, decides=False, spent=spent)

@@ -22,7 +22,14 @@ from PIL import Image
 from tune_bisenet.data import packed as packed_module
 from tune_bisenet.data import packing
 from tune_bisenet.data.packed import ByteArray, DamagedPackError, Packed, open_packed, suggested_image_size
-from tune_bisenet.data.packing import check_labels, fetch_packed, open_source, prepare_packed, publish_packed
+from tune_bisenet.data.packing import (
+    check_labels,
+    check_room,
+    fetch_packed,
+    open_source,
+    prepare_packed,
+    publish_packed,
+)
 from tune_bisenet.data.source import SPLITS, Frame, Split
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.options import InputError
@@ -257,8 +264,8 @@ def test_all_damaged_frames_are_named_at_once_and_nothing_remains(tmp_path: Path
 
 def test_a_disk_too_small_is_refused_before_the_first_frame(tmp_path: Path) -> None:
     huge = Noise(frame_size=(10_000_000, 10_000_000), damaged=[("train", 0)])  # three val labels of 100 TB
-    with pytest.raises(InputError, match=r"300,000\.0 GB"):
-        pack(tmp_path, huge)
+    with pytest.raises(OSError, match="packed frames need 300 TB"):
+        check_room(huge, image_size=(32, 64), cache_dir=tmp_path / "cache")
 
 
 # --- when it is damaged -----------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_a_cluster_that_does_not_exist_yet_can_be_planned_for(place: Path, capsy
     hours = 5 * (4 * (80 + 10 + 0.6) + 0.24) / 3600
     assert page["cost"] == f"{hours:.3g} GPU-hours = {2 * hours:,.2f} to pay"
     halves = page_of(capsys, *on_frames(place), "--gpus", "2", "--gpus-per-trial", "0.5", "--images-per-second", "1")
-    assert halves["device"] == "4 trials at once, 0.5 GPU, 2 CPU cores each, fp32"
+    assert halves["device"] == "4 trials at once, 0.5 GPU, 2 CPU cores each, bf16"
 
 
 def test_a_plan_says_what_was_published_where_a_row_expects_a_level(

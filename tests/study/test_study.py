@@ -425,7 +425,6 @@ def test_cmaes_whose_state_was_lost_starts_again_around_the_best_trials_and_says
     (place / "study.db").unlink()
     study = open_study(url, setup, records=[record_of(spec) for spec in trained])
     assert "CMA-ES has lost its state with the study" in caplog.text
-    assert "the best of the 30 trials" in caplog.text
     caplog.clear()
     more = train_next(study, 20)
     best = max(trained, key=lambda spec: ended(spec).best_miou or 0).params

@@ -373,10 +373,11 @@ def _environment_lines(search: SearchRecord) -> list[str]:
     """
     trials: dict[str, list[str]] = {}
     for name, trial in search.trials.items():
-        firsts = [environment.first_epoch for environment in trial.environments]
-        lasts = [first and first - 1 for first in firsts[1:]] + [len(trial.epochs)]
-        for environment, first, last in zip(trial.environments, firsts, lasts, strict=True):
-            was_moved = len(firsts) > 1 and first and last
+        following = [environment.first_epoch for environment in trial.environments[1:]]
+        lasts = [first and first - 1 for first in following] + [len(trial.epochs)]
+        for environment, last in zip(trial.environments, lasts, strict=False):
+            first = environment.first_epoch
+            was_moved = following and first and last
             epochs = f"epoch {first}" if first == last else f"epochs {first} to {last}"
             named = f"{name} ({epochs})" if was_moved else name
             trials.setdefault(", ".join(environment_parts(environment)), []).append(named)

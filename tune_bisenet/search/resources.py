@@ -29,7 +29,7 @@ WATCH_SECONDS: Final = 1.0
 START_SECONDS: Final = 300.0
 """After which Ray is thought to hang as it starts; on a busy machine it takes half a minute."""
 
-ANSWER_SECONDS: Final = 60.0
+NODE_SECONDS: Final = 60.0
 """After which a node that was asked what it has is taken to be busy."""
 
 PENDING_TRIALS: Final = 64
@@ -253,7 +253,7 @@ def find_bf16(options: Options) -> bool:
             for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"] and node["Resources"].get("CPU") and node["Resources"].get("GPU", 0.0) >= gpus
         ]
-        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_SECONDS) if asked else ([], [])
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=NODE_SECONDS) if asked else ([], [])
         return all(ray.get(answered)) if answered else on_gpu
 
 

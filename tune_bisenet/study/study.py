@@ -36,8 +36,8 @@ from tune_bisenet.options import STUDY_VARIABLE, InputError
 from tune_bisenet.records import BEST_WEIGHTS, STUDY, Status, TrialRecord, TrialSpec, TrialState
 from tune_bisenet.spaces import SpaceError, running_code_of
 from tune_bisenet.storage import Storage
-from tune_bisenet.study.sampling import REBUILT, SampledRun, SearchSpace, build_sampler
-from tune_bisenet.text import counted, one_line
+from tune_bisenet.study.sampling import REBUILT, WARM_START_TRIALS, SampledRun, SearchSpace, build_sampler
+from tune_bisenet.text import one_line
 
 _OBJECTIVES: Final[dict[Objective, tuple[StudyDirection, str]]] = {
     "miou": (StudyDirection.MAXIMIZE, "best mIoU in %"),
@@ -547,13 +547,13 @@ class Study:
     def _tell_lost_state(self, known: Mapping[str, FrozenTrial]) -> None:
         """Log it if drawn trials were added that were not `known`, and no trial has the state of CMA-ES."""
         trials = self._own_trials()
-        num_rebuilt = sum(REBUILT in trial.user_attrs and name_in_search(trial) not in known for trial in trials)
+        is_rebuilt = any(REBUILT in trial.user_attrs and name_in_search(trial) not in known for trial in trials)
         has_state = any(key.startswith("cma:") for trial in trials for key in trial.system_attrs)
-        if num_rebuilt and self._setup.sampler == "cmaes" and not has_state:
+        if is_rebuilt and self._setup.sampler == "cmaes" and not has_state:
             log.warning(
-                "CMA-ES has lost its state with the study. It starts again around the best of the %s that were drawn "
-                "before, as far as these have finished.",
-                counted(num_rebuilt, "trial"),
+                "CMA-ES has lost its state with the study. It starts again around the best of the trials drawn before, "
+                "or in the middle of the space if fewer than %d of them have finished.",
+                WARM_START_TRIALS,
             )
 
     def _add(self, record: TrialRecord, **attributes: Any) -> int:

@@ -114,7 +114,7 @@ def load_beginning(
     except CheckpointError as error:
         _log.warning("%s is not used, and the trial trains all its epochs: %s", kept.path, error)
         return "", []
-    history = _load(training, state, kept)
+    history = _load(training, [state], kept)
     folder.write(BEST_WEIGHTS, to_bytes(best | {"identity": identity, "run": training.run.model_dump(mode="json")}))
     folder.write(BEST_PREDICTIONS, contents[2] or b"")
     return state["trial"], history
@@ -168,12 +168,13 @@ def resume(training: Training, folder: Storage, *, identity: str) -> list[Epoch]
                 "move that folder away."
             )
         states.append(state)
-    return _load(training, max(states, key=lambda state: len(state["history"])), folder) if states else []
+    return _load(training, states, folder) if states else []
 
 
-def _load(training: Training, state: dict[str, Any], folder: Storage) -> list[Epoch]:
-    """Let `training` continue from a state that was read from `folder`, and return its epochs."""
+def _load(training: Training, states: Sequence[dict[str, Any]], folder: Storage) -> list[Epoch]:
+    """Let `training` continue from the newest of states that were read from `folder`, and return its epochs."""
     try:
+        state = max(states, key=lambda state: len(state["history"]))
         training.model.load_state_dict(state["model"])
         training.optimizer.load_state_dict(state["optimizer"])
         history = _EPOCHS.validate_python(state["history"])

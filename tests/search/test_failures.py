@@ -110,3 +110,12 @@ def test_of_a_process_only_the_thread_that_trains_is_shown() -> None:
     stacks = "Thread 1:\n  in wait\n\nThread 2:\n  in forward\n  in run_trial\n"
     assert failures.stack_of_trial(stacks) == "Thread 2:\n  in forward\n  in run_trial\n"
     assert failures.stack_of_trial("Thread 1:\n  in wait\n") == "Thread 1:\n  in wait\n"
+
+
+def test_a_trial_whose_epoch_waits_for_storage_in_another_thread_has_the_time_of_retries() -> None:
+    training = "Thread 2:\n  in result\n  in finish\n  in run_trial\n"
+    writing = f'Thread 3:\n  File "{storage.__file__}", line 1 in write\n  File "trainable.py", line 2 in keep\n'
+    running = plain_state("r01", status="running", epochs=1, seconds=1.0)
+    stack = failures.stack_of_trial(f"{training}\n\nThread 1:\n  in wait\n\n\n{writing}")
+    waits, trains = (failures.longest_stall(running, None, text) for text in (stack, training))
+    assert waits == trains + storage.retry_seconds()

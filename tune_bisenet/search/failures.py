@@ -22,7 +22,8 @@ STALL_FACTOR: Final = 10.0
 MIN_STALL_SECONDS: Final = 300.0
 FIRST_EPOCH_STALL_SECONDS: Final = 4 * 3600.0
 
-TRIAL_FRAME: Final = "in run_trial\n"
+TRIAL_FRAMES: Final = ("in run_trial\n", "in keep\n")
+"""In the stack of the thread that trains, and of one that writes an epoch meanwhile."""
 PACKING_FRAME: Final = "tune_bisenet/data/packing.py"
 STORAGE_FRAME: Final = "tune_bisenet/storage.py"
 
@@ -116,6 +117,6 @@ def longest_stall(state: TrialState, timeout: float | None, stack: str | None) -
 
 
 def stack_of_trial(stacks: str) -> str:
-    """Return the stack of the thread that trains, out of those of a process; all, if none does."""
+    """Return the stacks of the threads that train and write, out of those of a process; all, if none does."""
     threads = stacks.split("\n\n")
-    return "\n\n".join(thread for thread in threads if TRIAL_FRAME in thread) or stacks
+    return "\n\n".join(thread for thread in threads if any(frame in thread for frame in TRIAL_FRAMES)) or stacks

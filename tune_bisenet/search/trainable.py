@@ -209,11 +209,12 @@ def _train_on(
             aside.finish()
             history = [*history, end.epoch]
             state = checkpoint.state_of(training)
-            aside.start(partial(keep, state.copied() if keeps_aside else state, end, history))
+            if keeps_aside:
+                aside.start(partial(keep, state.copied(), end, history))
+            else:
+                report(keep(state, end, history))
             if end.epoch.diverged:
                 break
-            if not keeps_aside:
-                aside.finish()
         aside.finish()
         if not history[-1].diverged:
             writer.end("finished")

@@ -50,7 +50,7 @@ def test_a_signal_at_any_moment_ends_a_driver_as_documented(
 ) -> None:
     chance = random.SystemRandom()
     worst_seconds = 0.0
-    for number in [signal.SIGTERM, signal.SIGINT] * MOMENTS:
+    for number in [signal.SIGTERM, signal.SIGINT] * (MOMENTS // 2):
         stage, delay = chance.choice(list(STAGES)), chance.uniform(0, 1)
         group, times = chance.choice([False, True]), chance.choice([1, 2])
         # For whoever has to repeat it:
@@ -80,4 +80,4 @@ def test_a_signal_at_any_moment_ends_a_driver_as_documented(
     with resume(folder) if (folder / "search.json").exists() else start(place, folder.name) as driver:
         assert driver.end() == 0
     assert_as_if_nothing_had_happened(folder, undisturbed)
-    record_figures("a signal at any moment", n=2 * MOMENTS, worst_seconds_to_the_end=round(worst_seconds, 1))
+    record_figures("a signal at any moment", n=MOMENTS, worst_seconds_to_the_end=round(worst_seconds, 1))

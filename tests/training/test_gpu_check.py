@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # 25 CPU seconds, which a busy machine gives late
 def test_the_benchmark_of_a_gpu_runs_to_its_end_without_one_and_names_what_it_skips() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -102,10 +102,10 @@ def _run_session(
     saved = read_saved_state(folder)
     stopper = _restore_stopper(search, saved)
     state = _restore_state(search, saved, stopper)
-    estimate = estimate_search(search, resources, state.states)
-    estimate.check_storage()
     if changes := code_changes(manifest.sessions[-2:]):
         search = replace(search, changes=(*search.changes, changes))
+    estimate = estimate_search(search, resources, state.states)
+    estimate.check_storage()
     write_manifest(folder, manifest)
     on_begin(resume_command(search))
     state.write()

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -141,7 +142,8 @@ def test_no_more_than_a_twentieth_of_searches_say_anything_false(where: str, num
 def test_no_more_than_a_twentieth_of_searches_say_anything_false_at_any_look(where: str, decides: bool) -> None:
     looks = (3, 5, 8)
     searches = draw_cell(400, looks[-1], (0.5, 0.0, where), "alike")
-    by_look, num_trials = judge_at_looks(searches.measured, CLAIMS, NAMES, looks, decides=decides)
+    families = Counter(claim.kind for claim in CLAIMS)
+    by_look, num_trials = judge_at_looks(searches.measured, CLAIMS, NAMES, looks, families=families, decides=decides)
     true = searches.truths[: len(CLAIMS)]
     is_false = np.any([false_statements(CLAIMS, verdicts, true).any(1) for verdicts in by_look], axis=0)
     assert stats.binomtest(int(is_false.sum()), 400).proportion_ci(0.99).low < 0.05

@@ -245,7 +245,7 @@ def find_bf16(options: Options) -> bool:
     with ray_session(options.address) as cluster:
         gpus = _gpus_per_trial(cluster(), options)
         on_gpu = gpus > 0 and options.device != "cpu"
-        ask = ray.remote(supports_bf16).options(num_cpus=1, num_gpus=gpus)
+        ask = ray.remote(num_cpus=1, num_gpus=gpus)(supports_bf16)
         asked = [
             ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
                 torch.device("cuda" if on_gpu else "cpu")

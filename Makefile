@@ -83,7 +83,7 @@ format: setup  ## let ruff format and fix
 	$(BIN)/ruff check --fix
 
 lock: .uv/bin/uv  ## bring requirements.lock up to date with pyproject.toml
-	.uv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --extra postgres --extra cluster --group dev pyproject.toml --output-file requirements.lock
+	.uv/bin/uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --extra postgres --extra cluster --extra export --extra video --group dev pyproject.toml --output-file requirements.lock
 
 tensorboard: setup  ## TensorBoard over all searches in results/
 	$(BIN)/tensorboard --logdir results

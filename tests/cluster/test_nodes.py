@@ -149,14 +149,6 @@ def best_of(board: list[dict[str, str]], trial: str = "a") -> str:
     return next(row["best_miou"] for row in board if row["trial"] == trial)
 
 
-def test_a_trial_on_a_machine_that_does_not_see_the_search_says_so(tmp_path: Path) -> None:
-    from tune_bisenet.search import trainable
-
-    with pytest.raises(ValueError, match="--storage must be a URI"):
-        trainable.train_trial({}, context={"storage": str(tmp_path / "on another machine")})
-    assert not list(tmp_path.iterdir())
-
-
 PRINT_RETRY_SECONDS = """
 import os, sys, ray
 from tune_bisenet.search.resources import ray_session

@@ -190,7 +190,7 @@ class StoredSearch:
     @property
     def flags(self) -> list[str]:
         """Return the flags that begin it."""
-        what = ["--space", str(self.place / "space.py"), "--backbone", "none", "--scheduler", "fifo"]
+        what = ["--space", str(self.place / "space.py"), "--backbone", "none", "--scheduler", "fifo", "--precision", "fp32"]
         where = ["--data", self.store.uri("data/cityscapes"), "--storage", self.store.uri("searches")]
         return [*what, *where, "--name", self.name]
 

@@ -190,9 +190,16 @@ class StoredSearch:
     @property
     def flags(self) -> list[str]:
         """Return the flags that begin it."""
-        what = ["--space", str(self.place / "space.py"), "--backbone", "none", "--scheduler", "fifo", "--precision", "fp32"]
-        where = ["--data", self.store.uri("data/cityscapes"), "--storage", self.store.uri("searches")]
-        return [*what, *where, "--name", self.name]
+        what = [
+            "--space",
+            str(self.place / "space.py"),
+            "--backbone",
+            "none",
+            "--data",
+            self.store.uri("data/cityscapes"),
+        ]
+        how = ["--scheduler", "fifo", "--precision", "fp32"]
+        return [*what, *how, "--storage", self.store.uri("searches"), "--name", self.name]
 
     def read(self, name: str) -> bytes:
         return self.store.read(f"searches/{self.name}/{name}") or b""

@@ -16,7 +16,7 @@ from helpers.object_store import ObjectStore, object_store
 from helpers.searches import write_frames
 from PIL import Image
 
-from tune_bisenet.classes import CLASSES, palette
+from tune_bisenet.classes import CITYSCAPES, CLASSES
 from tune_bisenet.data.packing import check_labels, check_reachable, open_source, prepare_packed
 from tune_bisenet.data.source import SPLITS, Split, frame_group
 from tune_bisenet.options import InputError
@@ -134,7 +134,7 @@ def test_a_palette_whose_colours_name_its_ids_is_read(root: Path) -> None:
     picture = Image.new("P", (6, 4), 26)
     colours = np.zeros((256, 3), np.uint8)
     for street_class in CLASSES:
-        colours[street_class.label_id] = street_class.colour
+        colours[street_class.id] = street_class.colour
     picture.putpalette(colours.tobytes())
     picture.save(path)
     assert (open_source(str(root)).load("train", 0).label == 13).all()
@@ -145,7 +145,7 @@ def test_a_palette_whose_colours_name_its_ids_is_read(root: Path) -> None:
     [
         ([(7, 7, 7), (26, 26, 26)], "index 0 is grey 7"),  # grey made smaller: the greys are the ids
         ([(0, 0, 0), (128, 64, 128), (0, 0, 142)], "index 1 has the colour of road"),  # a painted label made smaller
-        (palette()[:19].tolist(), "index 0 has the colour of road"),  # trainIds under the name of labelIds
+        (CITYSCAPES.palette()[:19].tolist(), "index 0 has the colour of road"),  # trainIds under the name of labelIds
     ],
 )
 def test_a_palette_whose_indices_are_not_the_ids_is_refused(root: Path, colours: list[list[int]], words: str) -> None:

@@ -108,7 +108,7 @@ def plausible_prediction(label: Tensor, seed: int) -> Tensor:
 def write_label_ids(path: Path, train_ids: Tensor) -> None:
     label_ids = np.zeros(256, np.uint8)  # void becomes labelId 0, "unlabeled"
     for train_id, street_class in enumerate(CLASSES):
-        label_ids[train_id] = street_class.label_id
+        label_ids[train_id] = street_class.id
     Image.fromarray(label_ids[train_ids.numpy()]).save(path)
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow.fs import FileType
 
-from tune_bisenet.classes import CLASS_NAMES, CLASSES, MAX_LABEL_ID, NUM_CLASSES, VOID, VOID_LABELS, train_id_table
+from tune_bisenet.classes import CITYSCAPES, CLASS_NAMES, CLASSES, NUM_CLASSES, VOID, VOID_LABELS
 from tune_bisenet.config import format_size
 from tune_bisenet.data.png import HEADER_BYTES, PngHeader, decode_png, read_png_header
 from tune_bisenet.data.source import SPLITS, Frame, Split
@@ -61,7 +61,9 @@ class LabelFormat(NamedTuple):
     train_ids: bytes  # by id, 256 entries
 
 
-LABEL_IDS: Final = LabelFormat("_gtFine_labelIds.png", MAX_LABEL_ID, train_id_table().tobytes())
+LABEL_IDS: Final = LabelFormat(
+    "_gtFine_labelIds.png", max(CITYSCAPES.known_ids - {VOID}), CITYSCAPES.train_id_table().tobytes()
+)
 LABEL_TRAIN_IDS: Final = LabelFormat("_gtFine_labelTrainIds.png", NUM_CLASSES - 1, bytes(range(256)))
 
 
@@ -87,7 +89,7 @@ class Cityscapes:
         names = self.frame_names[split][:NUM_DESCRIBED_LABELS]
         paths = [_label_path(split, name, self.label_format) for name in names]
         ids = sorted({i for path in paths for i in set(_read_ids(self.root, path, self.label_format).tobytes())})
-        as_label_ids = VOID_LABELS | {label.label_id: label.name for label in CLASSES}
+        as_label_ids = VOID_LABELS | {label.id: label.name for label in CLASSES}
         meanings = [
             f"as {kind} {', '.join(by_id.get(i, 'void') for i in ids)}"
             for kind, by_id in (("labelIds", as_label_ids), ("trainIds", dict(enumerate(CLASS_NAMES))))

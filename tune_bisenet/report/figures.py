@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tune_bisenet.classes import CLASS_NAMES, CLASSES, VOID, palette
+from tune_bisenet.classes import CITYSCAPES, CLASS_NAMES, VOID
 from tune_bisenet.records import BestPredictions
 from tune_bisenet.report.claims import Claim, Kind
 from tune_bisenet.report.leaderboard import best_first
@@ -46,7 +46,13 @@ PICTURE_WIDTH: Final = 512
 """Pixels at most: four frames of six pictures then stay well under 2 MB."""
 PHOTO_QUALITY: Final = 80
 
-LEGEND: Final = (*((one.name, "#{:02x}{:02x}{:02x}".format(*one.colour)) for one in CLASSES), ("not scored", "#000000"))
+LEGEND: Final = (
+    *(
+        (name, "#{:02x}{:02x}{:02x}".format(*colour))
+        for name, colour in zip(CLASS_NAMES, CITYSCAPES.colours, strict=True)
+    ),
+    ("not scored", "#000000"),
+)
 """Names and colours, by trainId."""
 
 Trace = dict[str, Any]
@@ -411,7 +417,7 @@ def _panels(name: str, shown: Mapping[str, BestPredictions]) -> list[Panel]:
 def _class_map(title: str, train_ids: NDArray[np.uint8], size: Sequence[int]) -> Panel:
     """Draw a PNG with a palette: classes have few colours and sharp edges."""
     picture = Image.fromarray(_resized(train_ids, size))
-    picture.putpalette(palette().tobytes())
+    picture.putpalette(CITYSCAPES.palette().tobytes())
     return _panel(title, picture, "png", optimize=True)
 
 

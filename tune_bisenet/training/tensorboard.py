@@ -19,7 +19,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from tune_bisenet.classes import CLASS_NAMES, VOID, palette
+from tune_bisenet.classes import CITYSCAPES, CLASS_NAMES, VOID
 from tune_bisenet.config import Run
 from tune_bisenet.records import Epoch
 from tune_bisenet.storage import Storage, StorageError
@@ -272,4 +272,5 @@ def triptych(image: NDArray[np.uint8], label: NDArray[np.uint8], prediction: NDA
     )
     scored = np.where(truth == VOID, np.uint8(VOID), guess)
     gap = np.full((size[1], GAP, 3), 255, dtype=np.uint8)
-    return np.concatenate([picture, gap, palette()[truth], gap, palette()[scored]], axis=1)
+    colours = CITYSCAPES.palette()
+    return np.concatenate([picture, gap, colours[truth], gap, colours[scored]], axis=1)

@@ -39,6 +39,7 @@ from pydantic import (
     ValidationError,
 )
 
+from tune_bisenet.classes import CITYSCAPES, ClassSet
 from tune_bisenet.config import Frozen, Param, Run
 from tune_bisenet.options import SearchConfig
 from tune_bisenet.storage import Storage
@@ -426,11 +427,13 @@ class SpaceInfo(Frozen):
 
 
 class DataInfo(Frozen):
-    """The data trained on: a digest of the frames by image size, and the number of frames."""
+    """The data trained on: a digest of the frames by image size, the number of frames, and the classes."""
 
     digests: dict[str, str]
     train_images: int
     val_images: int
+    classes: ClassSet = Field(default=CITYSCAPES, exclude_if=lambda classes: bool(classes == CITYSCAPES))
+    """Not written if they are those of Cityscapes."""
 
 
 class StudyInfo(Frozen):

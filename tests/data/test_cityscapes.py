@@ -1,5 +1,6 @@
 """The Cityscapes layout with real PNG files, on disk and in object storage: what is read, and what is refused."""
 
+import json
 import os
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from helpers.object_store import ObjectStore, object_store
 from helpers.searches import write_frames
 from PIL import Image
 
-from tune_bisenet.classes import CITYSCAPES, CLASSES
+from tune_bisenet.classes import CITYSCAPES, CLASSES, ClassSet
 from tune_bisenet.data.packing import check_labels, check_reachable, open_source, prepare_packed
 from tune_bisenet.data.source import SPLITS, Split, frame_group
 from tune_bisenet.options import InputError
@@ -514,3 +515,69 @@ def test_train_ids_under_the_name_of_label_ids_are_refused_where_that_is_certain
         assert "write void as 0" in str(refused.value)
     else:
         assert len(check_labels(source, packed)) == 2
+
+
+# --- classes of one's own ---------------------------------------------------------------------------------------------
+
+OWN = {"classes": [{"name": "field", "id": 3}, {"name": "wood", "id": 200, "colour": [0, 90, 0]}], "void": [7]}
+
+
+def write_own(root: Path, ids: tuple[int, ...]) -> None:
+    """Write `OWN` as classes.json, and labels that hold these ids."""
+    (root / "classes.json").write_text(json.dumps(OWN))
+    for split, names in FRAMES.items():
+        for name in names:
+            save(label_path(root, split, name), np.resize(np.array(ids), SIZE))
+
+
+def test_ids_are_mapped_by_the_classes_beside_the_data(root: Path) -> None:
+    assert open_source(str(root)).classes == CITYSCAPES
+    write_own(root, (3, 200, 7, 255))
+    source = open_source(str(root))
+    assert source.classes == ClassSet.model_validate(OWN)
+    assert set(source.load("train", 0).label.ravel().tolist()) == {0, 1, 255}
+
+
+def test_classes_are_read_from_object_storage(root: Path, store: ObjectStore) -> None:
+    write_own(root, (3, 200))
+    store.upload(root, "own")
+    assert open_source(store.uri("own")).classes.names == ("field", "wood")
+
+
+def test_other_classes_are_another_source(root: Path) -> None:
+    write_own(root, (3, 200))
+    before = open_source(str(root)).fingerprint
+    (root / "classes.json").write_text(json.dumps(OWN).replace("field", "meadow"))
+    assert open_source(str(root)).fingerprint != before
+
+
+def test_ids_that_no_class_has_are_refused_with_their_numbers(root: Path) -> None:
+    write_own(root, (3, 200, 8))
+    (problem,) = [line for line in problems_of(root, decode=True) if "a_1" in line]
+    for words in ("the ids 8 (8 pixels)", "may hold 3, 7, 200, and 255 for void", "classes.json"):
+        assert words in problem
+
+
+def test_ids_beyond_those_of_cityscapes_are_answered_with_the_classes_to_write(root: Path) -> None:
+    save(label_path(root, "train", "aachen/a_1"), np.resize(np.array([0, 40]), SIZE))
+    problem, *_ = problems_of(root, decode=True)
+    template = problem[problem.index("{") :]
+    assert [label_class.id for label_class in ClassSet.model_validate_json(template).classes] == [0, 40]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ("Invalid JSON",)),
+        ('{"classes": [{"name": "a", "id": 1}, {"name": "a", "id": 1}]}', ("the name a", "the id 1")),
+        ('{"classes": [{"name": "a", "id": 1}], "colors": []}', ("colors",)),
+        ('{"classes": [{"name": "a", "id": "1"}, {"id": 2}]}', ("classes.0.id", "classes.1.name")),
+    ],
+)
+def test_all_that_is_wrong_with_the_classes_is_told_together(root: Path, content: str, words: tuple[str, ...]) -> None:
+    (root / "classes.json").write_text(content)
+    label_path(root, "train", "aachen/a_1").unlink()
+    problems = problems_of(root)
+    assert any("has no label" in problem for problem in problems), "and with what is wrong with the files"
+    told = [problem for problem in problems if str(root / "classes.json") in problem]
+    assert not [word for word in words if not any(word in problem for problem in told)]

@@ -19,6 +19,7 @@ from helpers.object_store import ObjectStore, object_store
 from helpers.searches import write_frames
 from PIL import Image
 
+from tune_bisenet.classes import CITYSCAPES, ClassSet, LabelClass
 from tune_bisenet.data import packed as packed_module
 from tune_bisenet.data import packing
 from tune_bisenet.data.packed import ByteArray, DamagedPackError, Packed, open_packed, suggested_image_size
@@ -52,6 +53,7 @@ class Noise:
     frame_size: tuple[int, int] = SIZE
     damaged: Sequence[tuple[Split, int]] = ()
     frame: Frame | None = None
+    classes: ClassSet = CITYSCAPES
     notes: Sequence[str] = ()
     is_misread: bool = False
 
@@ -67,7 +69,7 @@ class Noise:
         if self.frame is not None:
             return self.frame
         rng = np.random.default_rng([SPLITS.index(split), index])
-        label = rng.choice(np.array([*range(19), 255], np.uint8), self.frame_size)
+        label = rng.choice(np.array([*range(len(self.classes)), 255], np.uint8), self.frame_size)
         return Frame(rng.integers(0, 256, (*self.frame_size, 3), np.uint8), label)
 
 
@@ -549,3 +551,25 @@ def test_the_suggested_size_fits_512x1024_in_multiples_of_32() -> None:
     assert suggested == [(512, 1024), (352, 480), (512, 672), (32, 1024)]
     with pytest.raises(ValueError, match=r"frames are 16x64 .*32 pixels or more"):
         suggested_image_size((16, 64))
+
+
+FIVE = ClassSet(classes=tuple(LabelClass(name=f"thing {number}", id=10 * number) for number in range(5)))
+
+
+def test_packs_keep_the_classes_of_their_source(tmp_path: Path) -> None:
+    packed = pack(tmp_path, Noise(fingerprint="five", classes=FIVE), SIZE)
+    assert open_packed(packed.path).classes == FIVE
+    assert packed.class_counts.shape == packed.val_class_counts.shape == (5,)
+    assert "thing 4" in packed.describe_classes("train")
+
+
+def test_equal_labels_of_other_classes_have_another_digest(tmp_path: Path) -> None:
+    label = np.zeros(SIZE, np.uint8)
+    frame = Frame(np.zeros((*SIZE, 3), np.uint8), label)
+    four = ClassSet(classes=FIVE.classes[:4])
+    renamed = ClassSet(classes=(FIVE.classes[0].model_copy(update={"name": "other"}), *FIVE.classes[1:]))
+    digests = {
+        pack(tmp_path, Noise(fingerprint=str(number), classes=classes, frame=frame), SIZE).digest
+        for number, classes in enumerate((CITYSCAPES, FIVE, four, renamed))
+    }
+    assert len(digests) == 4

@@ -264,6 +264,19 @@ def test_a_split_without_a_scored_pixel_is_refused_with_its_ids(
     assert message.count("no pixel") == 1
 
 
+@pytest.mark.usefixtures("frames")
+def test_a_second_measure_of_classes_that_the_data_do_not_have_is_refused_with_theirs(
+    capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    write_space(place / "space.py", {"a": 0.01}, num_epochs=2)
+    with (place / "space.py").open("a") as file:
+        file.write("SPACE = Grid('a test', SPACE.runs, second_measure=('road', 'tram'))\n")
+    message = refused(capsys, *on_frames(place))
+    assert "tram is not a class of" in message
+    assert "There are road, sidewalk," in message
+    assert "road is not" not in message
+
+
 def test_sparse_labels_are_told_in_the_plan(frames: Path) -> None:
     for path in frames.glob("gtFine/val/town/*.png"):
         label = np.full((32, 64), 255, np.uint8)

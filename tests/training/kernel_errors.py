@@ -13,23 +13,26 @@ import torch.nn.functional as F
 from tune_bisenet.classes import NUM_CLASSES, VOID
 from tune_bisenet.training import kernels, losses
 
-CASES = [  # factor, h, w, images, type of the logits; odd sizes, one logit a side, more cells than a program takes
-    (2, 5, 9, 2, torch.float32),
-    (2, 3, 7, 1, torch.bfloat16),
-    (4, 1, 8, 1, torch.float32),
-    (8, 1, 2, 1, torch.float32),
-    (16, 1, 1, 1, torch.float32),
+CASES = [  # factor, h, w, images, type of the logits, classes; odd sizes, one logit a side, more cells than a program
+    (2, 5, 9, 2, torch.float32, NUM_CLASSES),
+    (2, 3, 7, 1, torch.bfloat16, NUM_CLASSES),
+    (4, 1, 8, 1, torch.float32, NUM_CLASSES),
+    (8, 1, 2, 1, torch.float32, NUM_CLASSES),
+    (16, 1, 1, 1, torch.float32, NUM_CLASSES),
+    *((2, 2, 3, 1, torch.float32, num_classes) for num_classes in (2, 5, 20)),
 ]
-CLASS_WEIGHTS = torch.linspace(0.1, 50.0, NUM_CLASSES)
 
 
-def errors(factor: int, height: int, width: int, num_images: int, dtype: torch.dtype) -> dict[str, Any]:
+def errors(
+    factor: int, height: int, width: int, num_images: int, dtype: torch.dtype, num_classes: int
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(factor)
     size = (factor * height, factor * width)
-    logits = 3 * torch.randn(num_images, NUM_CLASSES, height, width, generator=generator)
+    class_weights = torch.linspace(0.1, 50.0, num_classes)
+    logits = 3 * torch.randn(num_images, num_classes, height, width, generator=generator)
     logits = logits.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    classes = torch.randint(NUM_CLASSES, (num_images, *size), generator=generator)
-    weights = CLASS_WEIGHTS[classes]
+    classes = torch.randint(num_classes, (num_images, *size), generator=generator)
+    weights = class_weights[classes]
     weights[torch.rand(weights.shape, generator=generator) < 0.2] = 0.0  # void
     exact_logits = logits.detach().double().requires_grad_()
     full_size = F.interpolate(exact_logits, size=size, mode="bilinear", align_corners=False)
@@ -41,7 +44,7 @@ def errors(factor: int, height: int, width: int, num_images: int, dtype: torch.d
     (gradient,) = torch.autograd.grad(total, logits)
     if factor == 2:  # of the larger factors one pass takes seconds
         again = torch.autograd.grad(3 * kernels.cross_entropy_sum(logits, classes, weights), logits)[0]
-        mean = losses.cross_entropy(logits, classes.where(weights > 0, VOID), CLASS_WEIGHTS)
+        mean = losses.cross_entropy(logits, classes.where(weights > 0, VOID), class_weights)
         void = losses.cross_entropy(logits, torch.full_like(classes, VOID))
     else:
         again, mean, void = gradient, total / 3 / weights.sum(), torch.zeros(())

@@ -14,7 +14,7 @@ from torch import nn
 from trainings import SIZE, begin, flat, rate_by_hand, recorded_inputs, small, trained, weights_of
 
 from tune_bisenet import spaces
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, NUM_CLASSES, VOID, ClassSet
 from tune_bisenet.config import OHEM, SGD, AdamW, Augment, CrossEntropy, Loss, Run, WarmupPoly, WeightedCrossEntropy
 from tune_bisenet.data.batches import augment_batch, epoch_draw
 from tune_bisenet.data.packed import Packed
@@ -42,6 +42,7 @@ class FourStreets:
     spoil: str  # "nothing", "shuffle" or "erase"
     num_train: int = 32
     frame_size: tuple[int, int] = SIZE
+    classes: ClassSet = CITYSCAPES
     notes: Sequence[str] = ()
 
     @property

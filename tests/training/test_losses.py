@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES, VOID
+from tune_bisenet.classes import CLASS_NAMES, MAX_CLASSES, NUM_CLASSES, VOID
 from tune_bisenet.config import OHEM, CrossEntropy, WeightedCrossEntropy
 from tune_bisenet.training import losses as losses_module
 from tune_bisenet.training.losses import (
@@ -271,6 +271,32 @@ def test_following_the_gradient_of_lovasz_softmax_lets_the_iou_rise() -> None:
         optimizer.step()
     assert first > 0.8
     assert lovasz_softmax(scores, targets).item() < 0.1
+
+
+# --- other numbers of classes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_bands", [True, False])
+@pytest.mark.parametrize("num_classes", [2, 5, 20, MAX_CLASSES])
+def test_losses_and_predictions_are_right_for_other_numbers_of_classes(
+    num_classes: int, in_bands: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses_module, "in_bands", lambda _device: in_bands)
+    scores = random_scores(2, num_classes, 6, 5)
+    targets = random_targets(2, 6, 5, classes=num_classes, void_share=0.3)
+    weights = torch.linspace(0.1, 5.0, num_classes)
+    plain, weighted = (
+        literal_cross_entropy(scores, targets, each.tolist()) for each in (torch.ones_like(weights), weights)
+    )
+    assert cross_entropy(scores, targets).item() == pytest.approx(plain, rel=1e-6)
+    assert cross_entropy(scores, targets, weights).item() == pytest.approx(weighted, rel=1e-5)
+    pixels, labels = labelled_pixels(scores.double(), targets)
+    hardest = F.cross_entropy(pixels, labels, reduction="none").topk(math.ceil(0.25 * len(labels))).values
+    hard = hard_cross_entropy(scores, targets, threshold=1e-9, min_kept=0.25)
+    assert hard.item() == pytest.approx(hardest.mean().item(), rel=1e-5)
+    assert_lovasz_is_that_of_the_paper(scores, targets, tolerance=2e-3)
+    large = upsample(scores, (12, 10)).argmax(dim=1)
+    assert (argmax(scores, (12, 10)) == large).float().mean() > 0.99
 
 
 # --- three heads ------------------------------------------------------------------------------------------------

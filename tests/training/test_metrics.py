@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tune_bisenet.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
+from tune_bisenet.classes import CLASS_NAMES, CLASSES, MAX_CLASSES, NUM_CLASSES, VOID
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.training import metrics
 from tune_bisenet.training.metrics import confusion, iou_per_class, mean_iou, pixel_accuracy
@@ -40,7 +40,7 @@ def test_the_confusion_matrix_counts_each_labelled_pixel_of_each_image_once() ->
         for label, prediction in pairs:
             if label != VOID:
                 literal[image, label, prediction] += 1
-    found = confusion(predictions, labels)
+    found = confusion(predictions, labels, NUM_CLASSES)
     assert found.dtype == torch.int64
     assert found.tolist() == literal.tolist()
 
@@ -56,12 +56,12 @@ def test_predictions_at_void_pixels_change_nothing() -> None:
     labels, predictions = random_ids(2, 9, 7, void_share=0.5), random_ids(2, 9, 7, seed=1)
     others = predictions.where(labels != VOID, random_ids(2, 9, 7, seed=2))
     assert not torch.equal(predictions, others)
-    assert torch.equal(confusion(predictions, labels), confusion(others, labels))
+    assert torch.equal(confusion(predictions, labels, NUM_CLASSES), confusion(others, labels, NUM_CLASSES))
 
 
 def test_an_image_of_nothing_but_void_counts_for_nothing() -> None:
     labels = torch.full((1, 4, 4), VOID, dtype=torch.uint8)
-    matrix = confusion(torch.zeros_like(labels), labels)[0]
+    matrix = confusion(torch.zeros_like(labels), labels, NUM_CLASSES)[0]
     assert not matrix.any()
     assert iou_per_class(matrix) == [None] * NUM_CLASSES
     assert math.isnan(mean_iou(iou_per_class(matrix)))
@@ -72,7 +72,7 @@ def test_counts_and_iou_stay_exact_beyond_what_float32_can_hold() -> None:
     side, many = 4099, 2**33 + 1  # 4099 ** 2 is odd and larger than 2 ** 24
     image = torch.full((1, side, side), 5, dtype=torch.uint8)
     assert side**2 > 2**24
-    assert confusion(image, image)[0, 5, 5].item() == side**2
+    assert confusion(image, image, NUM_CLASSES)[0, 5, 5].item() == side**2
     iou = iou_per_class(matrix_of({(0, 0): many, (0, 1): 1, (1, 1): 1}))
     assert iou[0] == pytest.approx(100 * many / (many + 1), abs=1e-12)
     assert iou[1] == 50.0
@@ -140,7 +140,7 @@ def test_cityscapes_scripts_find_the_same_scores(
         prediction = plausible_prediction(label, seed=index)
         write_label_ids(labels[index], label)
         write_label_ids(predictions[index], prediction)
-        matrix += confusion(prediction.unsqueeze(0), label.unsqueeze(0))[0]
+        matrix += confusion(prediction.unsqueeze(0), label.unsqueeze(0), NUM_CLASSES)[0]
 
     referee = referee_scores(predictions, labels, monkeypatch)
     iou = iou_per_class(matrix)
@@ -152,3 +152,15 @@ def test_cityscapes_scripts_find_the_same_scores(
             assert np.isnan(referee[name])
         else:
             assert value / 100 == pytest.approx(referee[name], abs=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, MAX_CLASSES])
+def test_pairs_of_other_numbers_of_classes_are_counted(num_classes: int) -> None:
+    labels = random_ids(2, 12, 9, classes=num_classes, void_share=0.2)
+    predictions = random_ids(2, 12, 9, classes=num_classes, seed=1)
+    literal = np.zeros((2, num_classes, num_classes), np.int64)
+    for image, (row, column) in enumerate(zip(labels, predictions, strict=True)):
+        for label, prediction in zip(row.flatten().tolist(), column.flatten().tolist(), strict=True):
+            if label != VOID:
+                literal[image, label, prediction] += 1
+    assert confusion(predictions, labels, num_classes).tolist() == literal.tolist()

@@ -2,12 +2,14 @@
 
     ROOT/leftImg8bit/{train,val}/CITY/STEM_leftImg8bit.png
     ROOT/gtFine/{train,val}/CITY/STEM_gtFine_labelIds.png    (or _labelTrainIds.png, where only those exist)
+    ROOT/classes.json                                        (for other classes than those of Cityscapes)
 
 ROOT is a local folder or one in object storage; a file is named by its path below ROOT. This module knows folders, file
 names and label ids, and refuses to know what the frames are resized to or used for.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
@@ -22,16 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pyarrow.fs import FileType
+from pydantic import ValidationError
 
-from tune_bisenet.classes import CITYSCAPES, CLASS_NAMES, CLASSES, NUM_CLASSES, VOID, VOID_LABELS
+from tune_bisenet.classes import CITYSCAPES, VOID, VOID_LABELS, ClassSet
 from tune_bisenet.config import format_size
 from tune_bisenet.data.png import HEADER_BYTES, PngHeader, decode_png, read_png_header
 from tune_bisenet.data.source import SPLITS, Frame, Split
 from tune_bisenet.options import InputError
 from tune_bisenet.storage import Storage, StorageError
+from tune_bisenet.text import in_words
 
 IMAGES: Final = "leftImg8bit"
 LABELS: Final = "gtFine"
+CLASSES_FILE: Final = "classes.json"
 IMAGE_SUFFIX: Final = "_leftImg8bit.png"
 ARCHIVES: Final = {IMAGES: "leftImg8bit_trainvaltest.zip", LABELS: "gtFine_trainvaltest.zip"}
 
@@ -54,17 +59,29 @@ OTHER_LABEL_SUFFIXES: Final = tuple(
 
 
 class LabelFormat(NamedTuple):
-    """One of the two kinds of label files. Valid are the ids 0 to `max_id`, and 255 for void."""
+    """One of the two kinds of label files."""
 
     suffix: str
-    max_id: int
+    known_ids: frozenset[int]  # others are refused
     train_ids: bytes  # by id, 256 entries
 
+    @property
+    def ids_in_words(self) -> str:
+        """Return which ids are valid, as `0 to 33, and 255 for void`."""
+        ids = sorted(self.known_ids)
+        ends = [(i, j) for i, j in zip(ids, [*ids[1:], 257], strict=True) if j != i + 1]
+        starts = [ids[0], *(j for _i, j in ends[:-1])]
+        ranges = [f"{i}" if i == j else f"{i} to {j}" for i, (j, _next) in zip(starts, ends, strict=True)]
+        is_void_apart = ranges[-1] == str(VOID) and self.train_ids[VOID] == VOID
+        return f"{', '.join(ranges[:-1])}, and {VOID} for void" if is_void_apart else ", ".join(ranges)
 
-LABEL_IDS: Final = LabelFormat(
-    "_gtFine_labelIds.png", max(CITYSCAPES.known_ids - {VOID}), CITYSCAPES.train_id_table().tobytes()
-)
-LABEL_TRAIN_IDS: Final = LabelFormat("_gtFine_labelTrainIds.png", NUM_CLASSES - 1, bytes(range(256)))
+
+def _label_ids(classes: ClassSet) -> LabelFormat:
+    return LabelFormat("_gtFine_labelIds.png", classes.known_ids, classes.train_id_table().tobytes())
+
+
+def _label_train_ids(classes: ClassSet) -> LabelFormat:
+    return LabelFormat("_gtFine_labelTrainIds.png", frozenset({*range(len(classes)), VOID}), bytes(range(256)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +89,7 @@ class Cityscapes:
     """A `Source` over checked files, made by `open_cityscapes`. A frame's name is `CITY/STEM`."""
 
     root: Storage
+    classes: ClassSet
     label_format: LabelFormat
     frame_size: tuple[int, int]
     fingerprint: str
@@ -88,25 +106,27 @@ class Cityscapes:
     def describe_labels(self, split: Split) -> tuple[str, bool]:
         names = self.frame_names[split][:NUM_DESCRIBED_LABELS]
         paths = [_label_path(split, name, self.label_format) for name in names]
-        ids = sorted({i for path in paths for i in set(_read_ids(self.root, path, self.label_format).tobytes())})
-        as_label_ids = VOID_LABELS | {label.id: label.name for label in CLASSES}
+        ids = sorted({i for path in paths for i in set(self._read_ids(path).tobytes())})
+        is_cityscapes = self.classes == CITYSCAPES
+        label_ids, label_train_ids = _label_ids(self.classes), _label_train_ids(self.classes)
+        as_label_ids = (VOID_LABELS if is_cityscapes else {}) | {label.id: label.name for label in self.classes.classes}
         meanings = [
             f"as {kind} {', '.join(by_id.get(i, 'void') for i in ids)}"
-            for kind, by_id in (("labelIds", as_label_ids), ("trainIds", dict(enumerate(CLASS_NAMES))))
+            for kind, by_id in (("labelIds", as_label_ids), ("trainIds", dict(enumerate(self.classes.names))))
         ]
         found = (
             f"The first {len(paths)} *{self.label_format.suffix} hold the ids {', '.join(map(str, ids))}: "
             f"{'; '.join(meanings)}."
         )
-        if self.label_format is LABEL_IDS and _are_train_ids(ids):
+        if is_cityscapes and self.label_format == label_ids and _are_train_ids(ids):
             return (
-                f"{found} They look like trainIds: name the files *{LABEL_TRAIN_IDS.suffix}. If they are labelIds, "
+                f"{found} They look like trainIds: name the files *{label_train_ids.suffix}. If they are labelIds, "
                 f"write void as 0 in them, not as {VOID}.",
                 True,
             )
         return (
-            f"{found} If they are trainIds, name the files *{LABEL_TRAIN_IDS.suffix}, if they are labelIds, "
-            f"*{LABEL_IDS.suffix}; map classes of your own to the ids of Cityscapes (road is labelId 7 and trainId 0).",
+            f"{found} If they are trainIds, name the files *{label_train_ids.suffix}, if they are labelIds, "
+            f"*{label_ids.suffix}. {_advise_classes(self.root, ids)}",
             False,
         )
 
@@ -117,10 +137,60 @@ class Cityscapes:
         with _collect(problems):
             image = np.asarray(_decode(self.root, _image_path(split, name), IMAGE_KINDS))
         with _collect(problems):
-            ids = _read_ids(self.root, _label_path(split, name, self.label_format), self.label_format)
+            ids = self._read_ids(_label_path(split, name, self.label_format))
         if problems:
             raise InputError(*problems)
         return Frame(image, np.frombuffer(self.label_format.train_ids, np.uint8)[ids])
+
+    def _read_ids(self, path: str) -> NDArray[np.uint8]:
+        """Return a label's ids (H, W) as they are in its file."""
+        picture = _decode(self.root, path, LABEL_KINDS)
+        uri = (self.root / path).uri
+        ids = np.asarray(picture)
+        counts = np.array(picture.histogram())
+        if picture.mode == "P" and (problem := self._palette_problem(picture.getpalette() or [], counts)):
+            raise InputError(f"{uri} {problem}")
+        present = np.flatnonzero(counts).tolist()
+        if unknown := [i for i in present if i not in self.label_format.known_ids]:
+            listed = ", ".join(f"{i} ({counts[i]:,} pixels)" for i in unknown)
+            advice = _advise_classes(self.root, present)
+            if self.classes != CITYSCAPES:
+                advice = f"Add them to {(self.root / CLASSES_FILE).uri}, as classes or to its list void."
+            problem = (
+                f"{uri} holds the ids {listed}: *{self.label_format.suffix} may hold {self.label_format.ids_in_words}. "
+                f"Replace it by the original if it is damaged. {advice}"
+            )
+            raise InputError(problem)
+        return ids
+
+    def _palette_problem(self, palette: list[int], counts: NDArray[np.int64]) -> str | None:
+        """Return why a palette's indices seem not to be the ids, if its greys or its colours say something else.
+
+        Programs that make files smaller turn grey into a palette, and others turn painted classes into one: then
+        indices number what occurs in the file.
+        """
+        colours = list(zip(palette[::3], palette[1::3], palette[2::3], strict=True))
+        used = np.flatnonzero(counts[: len(colours)]).tolist()
+        is_grey = [len(set(colour)) == 1 for colour in colours]
+        if all(is_grey):
+            moved = [index for index in used if colours[index][0] != index]
+            if moved:
+                return (
+                    f"has a palette of greys in which index {moved[0]} is grey {colours[moved[0]][0]}: either could be "
+                    "the id. Save it as 8-bit grey."
+                )
+            return None
+        own = {label.colour: train_id for train_id, label in enumerate(self.classes.classes) if label.colour}
+        painted = [index for index, colour in enumerate(colours) if not is_grey[index]]
+        meant = self.label_format.train_ids
+        moved = [i for i in painted if own.get(colours[i], meant[i]) != meant[i]]
+        if 2 * len(moved) < len(painted):
+            return None
+        name = self.classes.names[own[colours[moved[0]]]]
+        return (
+            f"has a palette in which index {moved[0]} has the colour of {name}, which has another id in "
+            f"*{self.label_format.suffix}: is it a painted label? Save the ids as 8-bit grey."
+        )
 
 
 def open_cityscapes(root: Storage) -> Cityscapes:
@@ -129,9 +199,12 @@ def open_cityscapes(root: Storage) -> Cityscapes:
     Raises one InputError that names every file that is missing, unpaired, unreadable, or of another size or kind.
     """
     _require_layout(root)
-    images = {split: _find_frames(root, f"{IMAGES}/{split}", IMAGE_SUFFIX) for split in SPLITS}
-    label_format, labels = _find_labels(root)
     problems: list[str] = []
+    classes = CITYSCAPES
+    with _collect(problems):
+        classes = read_classes(root)
+    images = {split: _find_frames(root, f"{IMAGES}/{split}", IMAGE_SUFFIX) for split in SPLITS}
+    label_format, labels = _find_labels(root, classes)
     pairs: list[tuple[_File, _File]] = []
     kinds: dict[_File, Mapping[str, str]] = {}
     for split in SPLITS:
@@ -145,13 +218,48 @@ def open_cityscapes(root: Storage) -> Cityscapes:
         raise InputError(*problems)
     files = sorted(file for pair in pairs for file in pair)
     lines = [f"{path}\t{num_bytes}\t{mtime_ns}" for path, num_bytes, mtime_ns, _ in files]  # cheap: no file is read
+    if classes != CITYSCAPES:
+        lines.append(classes.model_dump_json())
     return Cityscapes(
         root=root,
+        classes=classes,
         label_format=label_format,
         frame_size=sizes[pairs[0][0]],
         fingerprint=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         frame_names={split: tuple(images[split].files) for split in SPLITS},
         notes=[found.note for found in (*images.values(), *labels.values()) if found.passed_over],
+    )
+
+
+def read_classes(root: Storage) -> ClassSet:
+    """Return the classes that `classes.json` in `root` describes; those of Cityscapes if there is no such file.
+
+    Raises InputError with all that is wrong with it.
+    """
+    content = root.read(CLASSES_FILE)
+    if content is None:
+        return CITYSCAPES
+    try:
+        return ClassSet.model_validate_json(content)
+    except ValidationError as error:
+        problems = []
+        for finding in error.errors():
+            where = ".".join(map(str, finding["loc"]))
+            problems += [f"{where + ': ' if where else ''}{line}" for line in in_words(finding["msg"]).split("\n")]
+        uri = (root / CLASSES_FILE).uri
+        example = ClassSet(classes=CITYSCAPES.classes[:2], void=(0,)).model_dump_json()
+        raise InputError(*(f"{uri}: {problem}" for problem in problems), f"{uri} must read like {example}") from error
+
+
+def _advise_classes(root: Storage, ids: Collection[int]) -> str:
+    """Return how to describe classes of one's own that have these ids."""
+    own = [{"name": f"class {i}", "id": i} for i in sorted(ids) if i != VOID]
+    if not own:
+        return "They hold no class, whatever their names."
+    template = json.dumps({"classes": own, "void": []})
+    return (
+        f"If they are classes of your own, name them in {(root / CLASSES_FILE).uri}, and list ids that are not to be "
+        f"scored as void: {template}"
     )
 
 
@@ -179,11 +287,11 @@ class _Found(NamedTuple):
         return ", ".join(f"{len(paths)} {what} (such as {min(paths)})" for what, paths in self.passed_over.items())
 
 
-def _find_labels(root: Storage) -> tuple[LabelFormat, dict[Split, _Found]]:
+def _find_labels(root: Storage, classes: ClassSet) -> tuple[LabelFormat, dict[Split, _Found]]:
     """Return the labels of each split: labelIds where both kinds exist, or none."""
     found = {
         form: {split: _find_frames(root, f"{LABELS}/{split}", form.suffix) for split in SPLITS}
-        for form in (LABEL_IDS, LABEL_TRAIN_IDS)
+        for form in (_label_ids(classes), _label_train_ids(classes))
     }
     label_format = max(found, key=lambda form: any(labels.files for labels in found[form].values()))
     return label_format, found[label_format]
@@ -386,58 +494,10 @@ def _decode(root: Storage, path: str, kinds: Mapping[str, str]) -> Image.Image:
         return decode_png(content)
 
 
-def _read_ids(root: Storage, path: str, label_format: LabelFormat) -> NDArray[np.uint8]:
-    """Return a label's ids (H, W) as they are in its file."""
-    picture = _decode(root, path, LABEL_KINDS)
-    uri = (root / path).uri
-    ids = np.asarray(picture)
-    counts = np.array(picture.histogram())
-    if picture.mode == "P" and (problem := _palette_problem(picture.getpalette() or [], counts, label_format)):
-        raise InputError(f"{uri} {problem}")
-    unknown = [i for i in np.flatnonzero(counts).tolist() if i > label_format.max_id and i != VOID]
-    if unknown:
-        listed = ", ".join(f"{i} ({counts[i]:,} pixels)" for i in unknown)
-        problem = (
-            f"{uri} holds the ids {listed}: *{label_format.suffix} may hold 0 to {label_format.max_id}, and {VOID} for "
-            "void. Replace it by the original, or map your own classes to these ids."
-        )
-        raise InputError(problem)
-    return ids
-
-
 def _are_train_ids(ids: Collection[int]) -> bool:
     """Return whether ids are trainIds by all signs: void is 255, all others fit, and as labelIds some were void, too.
 
     Cityscapes' own labelIds hold no 255, and others mark void once: by 255, or by 0.
     """
     others = set(ids) - {VOID}
-    return VOID in ids and max(others, default=0) < NUM_CLASSES and not others.isdisjoint(VOID_LABELS.keys() - {0})
-
-
-def _palette_problem(palette: list[int], counts: NDArray[np.int64], label_format: LabelFormat) -> str | None:
-    """Return why a palette's indices seem not to be the ids, if its greys or its colours say something else.
-
-    Programs that make files smaller turn grey into a palette, and others turn painted classes into one: then indices
-    number what occurs in the file.
-    """
-    colours = list(zip(palette[::3], palette[1::3], palette[2::3], strict=True))
-    used = np.flatnonzero(counts[: len(colours)]).tolist()
-    is_grey = [len(set(colour)) == 1 for colour in colours]
-    if all(is_grey):
-        moved = [index for index in used if colours[index][0] != index]
-        if moved:
-            return (
-                f"has a palette of greys in which index {moved[0]} is grey {colours[moved[0]][0]}: either could be the "
-                "id. Save it as 8-bit grey."
-            )
-        return None
-    train_ids = {label.colour: train_id for train_id, label in enumerate(CLASSES)}
-    painted = [index for index, colour in enumerate(colours) if not is_grey[index]]
-    moved = [i for i in painted if train_ids.get(colours[i], label_format.train_ids[i]) != label_format.train_ids[i]]
-    if 2 * len(moved) < len(painted):
-        return None
-    meant = CLASSES[train_ids[colours[moved[0]]]].name
-    return (
-        f"has a palette in which index {moved[0]} has the colour of {meant}, which has another id in "
-        f"*{label_format.suffix}: is it a painted label? Save the ids as 8-bit grey."
-    )
+    return VOID in ids and max(others, default=0) < len(CITYSCAPES) and not others.isdisjoint(VOID_LABELS.keys() - {0})

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES
+from tune_bisenet.classes import CITYSCAPES, ClassSet
 from tune_bisenet.config import STRIDE, format_size
 from tune_bisenet.data.source import SPLITS, Split
 from tune_bisenet.options import InputError
@@ -42,7 +42,7 @@ MAX_NAMED_CLASSES: Final = 5
 
 FrameSize = tuple[int, int]  # height, width
 ByteArray = NDArray[np.uint8]
-ClassCounts = NDArray[np.int64]  # (19,): pixels by class, without void
+ClassCounts = NDArray[np.int64]  # (C,): pixels by class, without void
 
 
 class DamagedPackError(InputError):
@@ -105,11 +105,12 @@ class Packed:
     digest: str  # of names, pixels and counts: equal for equal frames, on any machine and path
     train: PackedSplit
     val: PackedSplit
+    classes: ClassSet = CITYSCAPES
     replaced: str = ""
     """What was wrong with the pack that was here before, in words; empty if nothing was."""
 
     def class_shares(self, split: Split) -> NDArray[np.float64]:
-        """Return each class's share (19,) of all pixels in a split's labels, before resizing; the rest is void."""
+        """Return each class's share (C,) of all pixels in a split's labels, before resizing; the rest is void."""
         rows, counts = (self.train, self.class_counts) if split == "train" else (self.val, self.val_class_counts)
         return counts / (len(rows) * math.prod(self.label_size))
 
@@ -117,8 +118,8 @@ class Packed:
         """Return what a split's labels hold, as `road 29 %, sky 9 %, 15 others; 2 never (rider, train); void 3 %`."""
         shares = self.class_shares(split)
         present = [index for index in np.argsort(-shares, kind="stable").tolist() if shares[index] > 0]
-        never = [name for name, share in zip(CLASS_NAMES, shares, strict=True) if share == 0]
-        named = [f"{CLASS_NAMES[index]} {_percent(shares[index])}" for index in present[:MAX_NAMED_CLASSES]]
+        never = [name for name, share in zip(self.classes.names, shares, strict=True) if share == 0]
+        named = [f"{self.classes.names[index]} {_percent(shares[index])}" for index in present[:MAX_NAMED_CLASSES]]
         more = [counted(len(present) - len(named), "other")] if len(present) > len(named) else []
         missing = f"; {len(never)} never" if never else ""
         missing += f" ({', '.join(never)})" if 0 < len(never) <= MAX_NAMED_CLASSES else ""
@@ -144,7 +145,7 @@ def suggested_image_size(frame_size: FrameSize) -> FrameSize:
 
 
 class Header(NamedTuple):
-    """The metadata of a file's schema, one entry a field, as JSON."""
+    """The metadata of a file's schema, one entry a field, as JSON; what is as in Cityscapes has none."""
 
     format_version: int
     source_name: str
@@ -153,15 +154,21 @@ class Header(NamedTuple):
     num_rows: int
     image_size: FrameSize
     label_size: FrameSize
+    classes: ClassSet = CITYSCAPES
 
     @property
     def row_bytes(self) -> int:
         return 3 * math.prod(self.image_size) + math.prod(self.label_size)
 
 
+_REQUIRED: Final = Header._fields[: -len(Header._field_defaults)]
+
+
 def arrow_schema(header: Header) -> Any:
     image, label = pa.binary(3 * math.prod(header.image_size)), pa.binary(math.prod(header.label_size))
-    metadata = {key: json.dumps(value) for key, value in header._asdict().items()}
+    values = header._asdict() | {"classes": header.classes.model_dump(mode="json")}
+    unusual = {key for key, default in Header._field_defaults.items() if getattr(header, key) != default}
+    metadata = {key: json.dumps(values[key]) for key in Header._fields if key in unusual or key in _REQUIRED}
     return pa.schema({"name": pa.string(), "image": image, "label": label}, metadata=metadata)
 
 
@@ -175,13 +182,16 @@ class _SplitFile(NamedTuple):
 def open_packed(path: Path) -> Packed:
     """Open a pack, of which every byte is read and compared. Raises DamagedPackError."""
     train, val = (_read_split(path, split) for split in SPLITS)
-    shared = [(file.header.source_name, file.header.fingerprint, file.header.image_size) for file in (train, val)]
+    shared = [file.header._replace(split="", num_rows=0, label_size=(0, 0)) for file in (train, val)]
     if shared[0] != shared[1]:
         raise _damaged(path, "its two files are of different packs")
     content = [
         [header.format_version, header.split, header.image_size, header.label_size, batch_sha256]
         for header, _rows, _class_counts, batch_sha256 in (train, val)
     ]
+    classes = train.header.classes
+    if classes.names != CITYSCAPES.names:
+        content.append([list(classes.names)])
     return Packed(
         path=path,
         source_name=train.header.source_name,
@@ -193,6 +203,7 @@ def open_packed(path: Path) -> Packed:
         digest=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         train=train.rows,
         val=val.rows,
+        classes=classes,
     )
 
 
@@ -208,8 +219,7 @@ def _read_split(folder: Path, split: Split) -> _SplitFile:
         file = pa.OSFile(str(path))
         footer = pa.ipc.open_file(file)  # a file that is cut short has lost it
         metadata = footer.schema.metadata or {}
-        values = [json.loads(metadata[key.encode()]) for key in Header._fields]
-        header = Header._make(tuple(value) if isinstance(value, list) else value for value in values)
+        header = _read_header(metadata)
         if header.format_version != FORMAT_VERSION:
             raise ValueError(f"it has format {header.format_version}, this program reads {FORMAT_VERSION}")
         if not footer.schema.equals(arrow_schema(header), check_metadata=True):
@@ -222,13 +232,25 @@ def _read_split(folder: Path, split: Split) -> _SplitFile:
         raise _damaged(path, one_line(error)) from error
 
 
+def _read_header(metadata: dict[bytes, bytes]) -> Header:
+    """Return the header in a schema's metadata. LookupError, TypeError or ValueError if it is damaged."""
+    values: dict[str, Any] = {}
+    for key in Header._fields:
+        if key in _REQUIRED or key.encode() in metadata:
+            value = json.loads(metadata[key.encode()])
+            values[key] = tuple(value) if isinstance(value, list) else value
+    if "classes" in values:
+        values["classes"] = ClassSet.model_validate(values["classes"])
+    return Header(**values)
+
+
 def _read_batches(path: Path, file: Any, header: Header, *, num_batches: int) -> _SplitFile:
     """Read one batch after the other; `np.frombuffer` raises ValueError where a buffer is too short for its rows."""
     file.seek(len(_ARROW_MAGIC))
     reader = pa.ipc.open_stream(file)  # it tells where in the file a batch lies
     names: list[str] = []
     columns = (_Column(path, file, (3, *header.image_size), []), _Column(path, file, header.label_size, []))
-    class_counts, batch_sha256 = np.zeros(NUM_CLASSES, np.int64), []
+    class_counts, batch_sha256 = np.zeros(len(header.classes), np.int64), []
     for _ in range(num_batches):
         batch, metadata = reader.read_next_batch_with_custom_metadata()
         batch.column("name").validate(full=True)  # otherwise a damaged offset would be followed

@@ -33,7 +33,6 @@ import pyarrow as pa
 from filelock import FileLock
 from PIL import Image
 
-from tune_bisenet.classes import NUM_CLASSES
 from tune_bisenet.config import format_size
 from tune_bisenet.data.cityscapes import open_cityscapes
 from tune_bisenet.data.packed import (
@@ -179,13 +178,13 @@ def check_labels(source: Source, packed: Packed) -> tuple[str, ...]:
         if share == 0:
             use = "trained on" if split == "train" else "scored"
             problems.append(
-                f"no pixel of the {split} labels in {source.name} has one of the {NUM_CLASSES} classes, so nothing can "
-                f"be {use}. {description}"
+                f"no pixel of the {split} labels in {source.name} has one of the {len(packed.classes)} classes, so "
+                f"nothing can be {use}. {description}"
             )
         else:
             (problems if is_misread else warnings).append(
                 f"only {100 * share:.2g} % of the pixels in the {split} labels of {source.name} have one of the "
-                f"{NUM_CLASSES} classes. {description}"
+                f"{len(packed.classes)} classes. {description}"
             )
     if problems:
         raise InputError(*problems)
@@ -275,6 +274,7 @@ def _headers(source: Source, image_size: FrameSize) -> list[Header]:
             num_rows=len(source.names(split)),
             image_size=image_size,
             label_size=image_size if split == "train" else source.frame_size,
+            classes=source.classes,
         )
         for split in SPLITS
     ]
@@ -314,7 +314,7 @@ def _pack_rows(
 
     def pack_row(index: int) -> _PackedRow:
         image, label = source.load(split, index)
-        class_counts = np.bincount(label.ravel(), minlength=256)[:NUM_CLASSES]
+        class_counts = np.bincount(label.ravel(), minlength=256)[: len(header.classes)]
         height, width = header.label_size
         if label.shape != header.label_size:  # by the nearest pixel: the mean of two ids is a third class
             label = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))

@@ -6,6 +6,8 @@ from typing import Final, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tune_bisenet.classes import ClassSet
+
 Split = Literal["train", "val"]
 SPLITS: Final[tuple[Split, ...]] = ("train", "val")
 
@@ -45,6 +47,10 @@ class Source(Protocol):
     @property
     def frame_size(self) -> tuple[int, int]:
         """Return height and width in pixels of every frame."""
+
+    @property
+    def classes(self) -> ClassSet:
+        """Return the classes whose trainIds its labels hold."""
 
     @property
     def notes(self) -> Sequence[str]:

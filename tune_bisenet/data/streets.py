@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID, ClassSet
 from tune_bisenet.data.painter import (
     EYE_METRES,
     FOCAL_V,
@@ -37,7 +37,7 @@ from tune_bisenet.data.source import SPLITS, Frame, Split
 GENERATOR_VERSION: Final = 1  # raise it with every change that moves a byte of any frame: every pack is made again
 
 (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN) = range(10)
-(SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE) = range(10, NUM_CLASSES)
+(SKY, PERSON, RIDER, CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE) = range(10, len(CITYSCAPES))
 
 _DEALT: Final = {WALL: 5, FENCE: 7, RIDER: 2, TRUCK: 1, BUS: 1, TRAIN: 1, MOTORCYCLE: 1}
 """In how many scenes of every dozen a rare class is shown. Dealt, not drawn, so that no split lacks one."""
@@ -84,6 +84,10 @@ class Streets:
     @property
     def fingerprint(self) -> str:
         return f"{self} v{GENERATOR_VERSION}"
+
+    @property
+    def classes(self) -> ClassSet:
+        return CITYSCAPES
 
     @property
     def notes(self) -> tuple[str, ...]:

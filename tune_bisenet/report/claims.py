@@ -14,7 +14,6 @@ from typing import Any, Final, Literal, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.config import Run, format_size
 from tune_bisenet.records import Epoch, Status
 from tune_bisenet.report.read import ReportedTrial
@@ -246,18 +245,23 @@ def final_epochs(trial: ReportedTrial, share: float, *, until: int | None = None
 
 def final_miou(trial: ReportedTrial, share: float, *, until: int | None = None, classes: Collection[str] = ()) -> float:
     """Return the mean mIoU (percent) of a trial's `final_epochs`, or that of `classes` alone; NaN if it has none."""
-    return _mean_miou(final_epochs(trial, share, until=until), classes)
+    return _mean_miou(final_epochs(trial, share, until=until), _indices(trial, classes))
 
 
-def _mean_miou(epochs: Sequence[Epoch], classes: Collection[str] = ()) -> float:
+def _indices(trial: ReportedTrial, classes: Collection[str]) -> list[int]:
+    """Return the trainIds of the classes of these names."""
+    return [train_id for train_id, name in enumerate(trial.classes.names) if name in classes]
+
+
+def _mean_miou(epochs: Sequence[Epoch], classes: Collection[int] = ()) -> float:
     return math.fsum(_miou(epoch, classes) for epoch in epochs) / len(epochs) if epochs else math.nan
 
 
-def _miou(epoch: Epoch, classes: Collection[str]) -> float:
-    """Return the mean IoU of those of `classes` that occur, NaN if none does; mIoU if no classes are named."""
+def _miou(epoch: Epoch, classes: Collection[int]) -> float:
+    """Return the mean IoU of those of `classes`, by trainId, that occur, NaN if none does; mIoU of no classes."""
     if not classes:
         return epoch.miou
-    named = [iou for name, iou in zip(CLASS_NAMES, epoch.iou, strict=True) if name in classes and iou is not None]
+    named = [iou for train_id in classes if (iou := epoch.iou[train_id]) is not None]
     return math.fsum(named) / len(named) if named else math.nan
 
 
@@ -312,7 +316,9 @@ def _best_estimate(claim: Claim, usable: Sequence[tuple[ReportedTrial, ReportedT
     effects = []
     for pair in usable:
         end = min(trial.reached for trial in pair)
-        own, bar = (_mean_miou([best] if (best := trial.best(end)) else [], claim.classes) for trial in pair)
+        own, bar = (
+            _mean_miou([best] if (best := trial.best(end)) else [], _indices(trial, claim.classes)) for trial in pair
+        )
         effects.append(own - bar if claim.kind == "gain" else own)
     mean = math.fsum(effects) / len(effects)
     return mean if math.isfinite(mean) else None

@@ -2,7 +2,7 @@
 
 Plots are the plain dicts that Plotly's JavaScript takes. A row keeps its colour through all plots; its seeds are a line
 at their mean within a band from the lowest to the highest. The colours of text, grid and colour scales are the page's,
-which knows whether it is light or dark. Pictures are data URIs of bounded size, in the Cityscapes colours.
+which knows whether it is light or dark. Pictures are data URIs of bounded size, in the colours of the classes.
 """
 
 import base64
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tune_bisenet.classes import CITYSCAPES, CLASS_NAMES, VOID
+from tune_bisenet.classes import VOID, ClassSet
 from tune_bisenet.records import BestPredictions
 from tune_bisenet.report.claims import Claim, Kind
 from tune_bisenet.report.leaderboard import best_first
@@ -45,15 +45,6 @@ NUM_PICTURED: Final = 3
 PICTURE_WIDTH: Final = 512
 """Pixels at most: four frames of six pictures then stay well under 2 MB."""
 PHOTO_QUALITY: Final = 80
-
-LEGEND: Final = (
-    *(
-        (name, "#{:02x}{:02x}{:02x}".format(*colour))
-        for name, colour in zip(CLASS_NAMES, CITYSCAPES.colours, strict=True)
-    ),
-    ("not scored", "#000000"),
-)
-"""Names and colours, by trainId."""
 
 Trace = dict[str, Any]
 Item = TypeVar("Item")
@@ -320,6 +311,7 @@ def iou_heatmap(search: SearchRecord) -> Figure | None:
         unit="points",
         scale={"cmin": -bound, "cmax": bound, "cmid": 0},
         height=140 + 34 * len(ious),
+        x=search.classes.names,
         y=list(ious),
         z=differences,
         text=[["" if value is None else f"{value:+z.1f}" for value in row] for row in differences],
@@ -353,7 +345,8 @@ def confusion_matrix(search: SearchRecord) -> Figure | None:
         unit="%",
         scale={"cmin": 0, "cmax": 100},
         height=720,
-        y=CLASS_NAMES,
+        x=search.classes.names,
+        y=search.classes.names,
         z=shares,
         text=[["" if value is None or value < 1 else f"{value:.0f}" for value in row] for row in shares],
         customdata=counts.tolist(),
@@ -372,8 +365,14 @@ def _heat_figure(
         "coloraxis": {**scale, "colorbar": {"title": {"text": unit}, "thickness": 12, "outlinewidth": 0}},
         "height": height,
     }
-    data = [{"type": "heatmap", "x": CLASS_NAMES, **style, **trace}]
+    data = [{"type": "heatmap", **style, **trace}]
     return Figure(name=name, title=title, caption=caption, data=data, layout=layout, min_width=HEATMAP_MIN_WIDTH)
+
+
+def legend(classes: ClassSet) -> list[tuple[str, str]]:
+    """Return names and colours by trainId, and those of void."""
+    colours = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in classes.colours)
+    return [*zip(classes.names, colours, strict=True), ("not scored", "#000000")]
 
 
 def gallery(search: SearchRecord) -> tuple[Gallery, list[str]]:
@@ -394,10 +393,10 @@ def gallery(search: SearchRecord) -> tuple[Gallery, list[str]]:
         except ValueError as error:
             notes.append(f"{trial}: {error}")
     names = next(iter(shown.values())).names[:NUM_FRAMES] if shown else ()
-    return {name: _panels(name, shown) for name in names}, notes
+    return {name: _panels(name, shown, search.classes) for name in names}, notes
 
 
-def _panels(name: str, shown: Mapping[str, BestPredictions]) -> list[Panel]:
+def _panels(name: str, shown: Mapping[str, BestPredictions], classes: ClassSet) -> list[Panel]:
     """Return image and label, then each trial's prediction of it, black where the label is void."""
     holders = {title: (best, best.names.index(name)) for title, best in shown.items() if name in best.names}
     first, index = next(iter(holders.values()))
@@ -406,18 +405,18 @@ def _panels(name: str, shown: Mapping[str, BestPredictions]) -> list[Panel]:
     shrink = min(1.0, PICTURE_WIDTH / width)
     size = math.ceil(width * shrink), math.ceil(height * shrink)
     photo = Image.fromarray(image.transpose(1, 2, 0)).resize(size, Image.Resampling.BOX)
-    panels = [_panel("image", photo, "webp", quality=PHOTO_QUALITY), _class_map("label", label, size)]
+    panels = [_panel("image", photo, "webp", quality=PHOTO_QUALITY), _class_map("label", label, size, classes)]
     for title, (best, place) in holders.items():
         prediction = best.predictions[place]
         scored = np.where(_resized(label, prediction.shape[::-1]) == VOID, np.uint8(VOID), prediction)
-        panels.append(_class_map(title, scored, size))
+        panels.append(_class_map(title, scored, size, classes))
     return panels
 
 
-def _class_map(title: str, train_ids: NDArray[np.uint8], size: Sequence[int]) -> Panel:
+def _class_map(title: str, train_ids: NDArray[np.uint8], size: Sequence[int], classes: ClassSet) -> Panel:
     """Draw a PNG with a palette: classes have few colours and sharp edges."""
     picture = Image.fromarray(_resized(train_ids, size))
-    picture.putpalette(CITYSCAPES.palette().tobytes())
+    picture.putpalette(classes.palette().tobytes())
     return _panel(title, picture, "png", optimize=True)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.report.claims import final_epochs, final_miou
 from tune_bisenet.report.read import ReportedTrial
 from tune_bisenet.report.statistics import NO_SPREAD, Floats
@@ -70,8 +69,9 @@ def repeat_noise(
     sds = np.sqrt((ious**2).sum(0) / freedom)
     sd, second_sd = (math.sqrt(float((values**2).sum()) / freedom) for values in measures)
     shares = 100 * (of_mean @ ious) / len(kept) / variance
+    names = repeated[0][0].classes.names
     classes = [
-        ClassNoise(name=CLASS_NAMES[index], sd=float(sd), share=float(share))
+        ClassNoise(name=names[index], sd=float(sd), share=float(share))
         for index, sd, share in zip(kept, sds, shares, strict=True)
     ]
     return RepeatNoise(
@@ -80,7 +80,7 @@ def repeat_noise(
         sd=sd,
         second_sd=second_sd if second_measure and math.isfinite(second_sd) else None,
         classes=tuple(sorted(classes, key=lambda noise: -noise.share)),
-        left_out=tuple(name for name in CLASS_NAMES if name not in {of.name for of in classes}),
+        left_out=tuple(name for name in names if name not in {of.name for of in classes}),
     )
 
 

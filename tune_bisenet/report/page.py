@@ -24,7 +24,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.records import HTML, MARKDOWN, TABLES
 from tune_bisenet.report import figures, sampled, tables
 from tune_bisenet.report.claims import format_measure
@@ -190,7 +189,7 @@ class Report:
         classes = self.search.manifest.space.second_measure
         if not classes:
             return []
-        left_out = [name for name in CLASS_NAMES if name not in classes]
+        left_out = [name for name in self.search.classes.names if name not in classes]
         are = f"all but {', '.join(left_out)}" if 0 < len(left_out) < len(classes) else ", ".join(classes)
         return [
             f"Gains are judged a second time by the {format_measure(classes)} ({are}), declared before the search. "
@@ -271,7 +270,7 @@ def _render_html(report: Report, sections: Sequence[Section], now: datetime) -> 
         sentence=sentence,
         sections=sections,
         figures=[asdict(figure) for figure in shown],
-        legend=figures.LEGEND,
+        legend=figures.legend(search.classes),
         style=_source("report.css"),
         scripts=scripts,
         script_hashes=" ".join(f"'sha256-{digest}'" for digest in digests),

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.classes import CITYSCAPES, ClassSet
 from tune_bisenet.config import Run
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
@@ -61,6 +61,8 @@ class ReportedTrial:
     """Both as in its record."""
     confusions: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
     """Counts of its best epoch, N images x C x C, labels by rows; None if not kept."""
+    classes: ClassSet = field(default=CITYSCAPES, repr=False)
+    """Those that it scores."""
     groups: tuple[str, ...] = field(default=(), repr=False)
     """The city or sequence of each of the N images."""
     notes: tuple[str, ...] = ()
@@ -95,6 +97,10 @@ class SearchRecord:
     changed: datetime
     """When any trial last wrote."""
     notes: tuple[str, ...]
+
+    @property
+    def classes(self) -> ClassSet:
+        return self.manifest.data.classes
 
     @property
     def is_sampled(self) -> bool:
@@ -157,7 +163,8 @@ def read_search(folder: Storage) -> SearchRecord:
     if manifest is None:
         raise ValueError(f"there is no search in {folder.uri}: expected {SEARCH} there. Give STORAGE/NAME.")
     notes: list[str] = []
-    saved = _read(SavedState, folder, TRIALS, notes) or SavedState()
+    classes = manifest.data.classes
+    saved = _read(SavedState, folder, TRIALS, notes, classes) or SavedState()
     states = {state.trial: state for state in saved.states}
     names = list(manifest.trials)
     if manifest.study:
@@ -165,13 +172,16 @@ def read_search(folder: Storage) -> SearchRecord:
         names = list(dict.fromkeys([*names, *written]))
     with ThreadPoolExecutor(READERS) as pool:
         trials = list(
-            pool.map(lambda name: _read_trial(folder / name, name, manifest.trials.get(name), states.get(name)), names)
+            pool.map(
+                lambda name: _read_trial(folder / name, name, manifest.trials.get(name), states.get(name), classes),
+                names,
+            )
         )
     notes += [trial for trial in trials if isinstance(trial, str)]
     readable = sorted((trial for trial in trials if isinstance(trial, ReportedTrial)), key=_position)
     known: tuple[TrialRecord, ...] = ()
     if manifest.study:
-        read = _read(KnownTrials, folder, KNOWN, notes)
+        read = _read(KnownTrials, folder, KNOWN, notes, classes)
         known = read.trials if read else ()
     infos = folder.stat(TRIALS, *(f"{name}/{TRIAL}" for name in names))
     times = [info.mtime for info in infos if info.mtime is not None]
@@ -193,26 +203,28 @@ def _position(trial: ReportedTrial) -> tuple[int, int, str]:
     return (1, 0, "") if number is None else (0, number, "")
 
 
-def _read(kind: type[_Value], folder: Storage, name: str, notes: list[str]) -> _Value | None:
+def _read(kind: type[_Value], folder: Storage, name: str, notes: list[str], classes: ClassSet) -> _Value | None:
     """Return the record in a file; None if it is missing, or damaged and noted."""
     try:
         value = read_record(kind, folder, name)
         for record in value.trials if isinstance(value, KnownTrials) else (value,):
             if isinstance(record, TrialRecord):
-                _check(record)
+                _check(record, len(classes))
         return value
     except (ValueError, OSError) as error:
         notes.append(f"{name} cannot be read: {error}")
         return None
 
 
-def _read_trial(folder: Storage, name: str, declared: Run | None, cached: TrialState | None) -> ReportedTrial | str:
+def _read_trial(
+    folder: Storage, name: str, declared: Run | None, cached: TrialState | None, classes: ClassSet
+) -> ReportedTrial | str:
     """Return the trial; a note if its record is damaged and it was not declared, so that its run is not known.
 
     `cached` is its state in trials.json, which counts only as far as its record agrees.
     """
     notes: list[str] = []
-    record = _read(TrialRecord, folder, TRIAL, notes)
+    record = _read(TrialRecord, folder, TRIAL, notes, classes)
     if record and record.spec.trial != name:
         notes.append(f"{TRIAL} is that of {record.spec.trial}")
         record = None
@@ -228,7 +240,7 @@ def _read_trial(folder: Storage, name: str, declared: Run | None, cached: TrialS
         notes.append(f"{TRIAL} holds {len(record.epochs)} of its {record.state.epochs} epochs")
     if record and cached and (contradiction := find_contradiction(record, cached)):
         notes.append(f"{TRIALS} is wrong about it and not used: {contradiction}")
-    confusions, groups = _read_confusions(folder, notes)
+    confusions, groups = _read_confusions(folder, notes, len(classes))
     return ReportedTrial(
         spec=spec,
         state=true_state(record, cached) if record else cached or TrialState.of_run(name, spec.run),
@@ -236,15 +248,16 @@ def _read_trial(folder: Storage, name: str, declared: Run | None, cached: TrialS
         environments=record.environments if record else (),
         beginning=record.beginning if record else None,
         confusions=confusions,
+        classes=classes,
         groups=groups,
         notes=tuple(notes),
     )
 
 
-def _check(record: TrialRecord) -> None:
+def _check(record: TrialRecord, num_classes: int) -> None:
     """Raise ValueError unless each epoch has an IoU for each class, and each parameter a range that Optuna knows."""
-    if any(len(epoch.iou) != NUM_CLASSES for epoch in record.epochs):
-        raise ValueError(f"an epoch has no IoU for each of {NUM_CLASSES} classes")
+    if any(len(epoch.iou) != num_classes for epoch in record.epochs):
+        raise ValueError(f"an epoch has no IoU for each of {num_classes} classes")
     spec = record.spec
     for name in spec.params.keys() - spec.distributions.keys():
         raise ValueError(f"the parameter {name} has no range")
@@ -264,13 +277,15 @@ def read_best(folder: Storage) -> BestPredictions:
     return BestPredictions(confusions, tuple(groups.tolist()), tuple(map(str, frames)), images, labels, predictions)
 
 
-def _read_confusions(folder: Storage, notes: list[str]) -> tuple[NDArray[np.int32] | None, tuple[str, ...]]:
+def _read_confusions(
+    folder: Storage, notes: list[str], num_classes: int
+) -> tuple[NDArray[np.int32] | None, tuple[str, ...]]:
     """Return the counts of each validation image, and its group."""
     if not folder.exists(BEST_PREDICTIONS):
         return None, ()
     try:
         confusions, groups = _read_arrays(folder, ("confusions", "groups"))
-        if confusions.shape[1:] != (NUM_CLASSES, NUM_CLASSES) or groups.shape != confusions.shape[:1]:
+        if confusions.shape[1:] != (num_classes, num_classes) or groups.shape != confusions.shape[:1]:
             raise ValueError(f"confusions of shape {confusions.shape}, groups of shape {groups.shape}")
     except ValueError as error:
         notes.append(f"{BEST_PREDICTIONS} cannot be read: {error}")

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from tune_bisenet.classes import CLASS_NAMES
 from tune_bisenet.records import best_of, to_plain
 from tune_bisenet.report.claims import Claim, Verdict, differences, format_measure, format_setting, settings
 from tune_bisenet.report.leaderboard import (
@@ -424,7 +423,7 @@ def file_tables(search: SearchRecord, judgement: Judgement) -> dict[str, list[Fi
         "iou": [
             identity[trial] | {"epoch": best.epoch, "class": name, "iou": value}
             for trial, best in bests
-            for name, value in zip(CLASS_NAMES, best.iou, strict=True)
+            for name, value in zip(search.classes.names, best.iou, strict=True)
         ],
         "noise": _noise_lines(search),
         "settings": [identity[trial] | settings(record.run) for trial, record in search.trials.items()],

@@ -271,7 +271,10 @@ def _make_manifest(search: PreparedSearch, resources: Resources, command: Sequen
             second_measure=search.space.second_measure,
         ),
         data=DataInfo(
-            digests=before | pack_digests(search.packs), train_images=facts.num_train, val_images=facts.num_val
+            digests=before | pack_digests(search.packs),
+            train_images=facts.num_train,
+            val_images=facts.num_val,
+            classes=search.source.classes,
         ),
         backbone_digest=search.backbone_digest,
         proxy=search.captions[0] if config.proxy else None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from tune_bisenet import rungs, spaces
-from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.config import SGD, Resources, Run, format_size, partners, trial_name
 from tune_bisenet.data.packed import FORMAT_VERSION, Header
 from tune_bisenet.options import InputError
@@ -256,9 +256,11 @@ class Estimate:
         remaining, facts, num_running = self.workload.remaining, self.search.facts, self.resources.concurrency
         if self.workload.is_unbounded:
             remaining = remaining[:num_running]
-        checkpoints = sorted((checkpoint_bytes(run)[1] for run, _epochs in remaining), reverse=True)
+        num_classes = len(self.search.source.classes)
+        checkpoints = sorted((checkpoint_bytes(run, num_classes)[1] for run, _epochs in remaining), reverse=True)
         num_running = max(num_running, sum(epochs > 0 for _run, epochs in remaining))
-        kept = [trial_bytes(run, facts, frame_size=self.search.source.frame_size) for run, _epochs in remaining]
+        frame_size = self.search.source.frame_size
+        kept = [trial_bytes(run, facts, frame_size=frame_size, num_classes=num_classes) for run, _epochs in remaining]
         beginnings = self.workload.num_beginnings * (max(kept, default=0) + max(checkpoints, default=0))
         return SEARCH_BYTES + sum(kept) + 3 * sum(checkpoints[:num_running]) + beginnings
 
@@ -345,6 +347,7 @@ def time_throughput(estimate: Estimate) -> Estimate:
             with_lovasz=any(run.loss.lovasz_after is not None for run in runs),
             resources=resources,
             precision=search.config.precision,
+            classes=search.source.classes,
         )
     except BenchmarkError as error:
         return replace(estimate, problem=str(error))
@@ -358,22 +361,22 @@ def pack_bytes(facts: DataFacts, *, image_size: tuple[int, int], frame_size: tup
     return facts.num_train * train.row_bytes + facts.num_val * val.row_bytes
 
 
-def trial_bytes(run: Run, facts: DataFacts, *, frame_size: tuple[int, int]) -> int:
+def trial_bytes(run: Run, facts: DataFacts, *, frame_size: tuple[int, int], num_classes: int = len(CITYSCAPES)) -> int:
     """Return the most that a trial leaves in storage when it has ended, as if no picture were compressed."""
     from tune_bisenet.training.engine import NUM_SAMPLES
 
     num_pixels = math.prod(run.image_size)
-    best = facts.num_val * 4 * NUM_CLASSES**2 + NUM_SAMPLES * (3 * num_pixels + 2 * math.prod(frame_size))
+    best = facts.num_val * 4 * num_classes**2 + NUM_SAMPLES * (3 * num_pixels + 2 * math.prod(frame_size))
     shrink = min(1.0, TRIPTYCH_HEIGHT / run.image_size[0])
     pictures = min(run.num_epochs, NUM_PICTURED_EPOCHS + 1) * NUM_SAMPLES * 9 * math.ceil(num_pixels * shrink**2)
-    return checkpoint_bytes(run)[0] + best + pictures + run.num_epochs * EPOCH_BYTES + TRIAL_BYTES
+    return checkpoint_bytes(run, num_classes)[0] + best + pictures + run.num_epochs * EPOCH_BYTES + TRIAL_BYTES
 
 
-def checkpoint_bytes(run: Run) -> tuple[int, int]:
+def checkpoint_bytes(run: Run, num_classes: int = len(CITYSCAPES)) -> tuple[int, int]:
     """Return the sizes of `best.pt` and of `last.pt`, which holds the optimizer's numbers of each weight as well."""
     from tune_bisenet.training.benchmark import weights_bytes
 
-    best = weights_bytes(run.head_width)
+    best = weights_bytes(run.head_width, num_classes)
     numbers_per_weight = 1 + bool(run.optimizer.momentum) if isinstance(run.optimizer, SGD) else 3
     return best, best * numbers_per_weight
 

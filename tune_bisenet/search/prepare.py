@@ -244,6 +244,8 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     _attempt(problems, lambda: _check_precision(config.precision, options))
     backbone_digest = _attempt(problems, lambda: _check_backbone(config.backbone, may_fetch=not options.plan))
     data = _attempt(problems, lambda: _open_data(config.data))
+    if space and data:
+        problems += _measure_problems(space, data[0])
     _attempt(problems, lambda: _check_ray(options))
     needed = {"space": space, "data": data, "backbone": backbone_digest}
     lost = [f"--{name}" for name, value in needed.items() if value is None and getattr(options, name) is None]
@@ -423,6 +425,16 @@ def _flag_problems(options: Options, config: SearchConfig, space: Space | None) 
     return problems
 
 
+def _measure_problems(space: Space, source: Source) -> list[str]:
+    """Return which classes of the space's second measure the data do not have."""
+    names = source.classes.names
+    return [
+        f"second_measure: {name} is not a class of {redact(source.name)}. There are {', '.join(names)}."
+        for name in space.second_measure
+        if name not in names
+    ]
+
+
 def _given(options: Options, *flags: str) -> str:
     return ", ".join(f"--{flag.replace('_', '-')}" for flag in flags if getattr(options, flag) is not None)
 
@@ -484,8 +496,17 @@ def _check_resumable(search: PreparedSearch, earlier: Manifest, recorded: Mappin
     options, runs = search.options, {(run.name, run.seed): run for run in search.runs}
     num_frames = (search.facts.num_train, search.facts.num_val), (earlier.data.train_images, earlier.data.val_images)
     if num_frames[0] != num_frames[1]:
-        now, then = (f"{num_train} training and {num_val} validation frames" for num_train, num_val in num_frames)
-        raise ValueError(f"{search.config.data} holds {now}, but this search was started on {then}. {_RESTORE}")
+        frames_now, frames_then = (
+            f"{num_train} training and {num_val} validation frames" for num_train, num_val in num_frames
+        )
+        raise ValueError(
+            f"{search.config.data} holds {frames_now}, but this search was started on {frames_then}. {_RESTORE}"
+        )
+    if search.source.classes.names != earlier.data.classes.names:
+        now, then = (", ".join(classes.names) for classes in (search.source.classes, earlier.data.classes))
+        raise ValueError(
+            f"{search.config.data} has the classes {now}, but this search was started with {then}. {_RESTORE}"
+        )
     if search.backbone_digest != earlier.backbone_digest:
         raise ValueError(
             f"the backbone {search.config.backbone} has other weights (digest {search.backbone_digest}) than this "

@@ -171,7 +171,7 @@ def _train_on(
         device=device,
         precision=context.precision,
         backbone=backbone,
-        frames_room=_frames_room(spec.run, context, device),
+        frames_room=_frames_room(spec.run, context, device, num_classes=len(data.classes)),
     )
     identity = context.identity(spec.run)
     history = checkpoint.resume(training, folder, identity=identity)
@@ -185,11 +185,13 @@ def _train_on(
     beginning = known.beginning if known else None
     latency = earlier.latency if earlier else None
     if latency is None and context.measures_latency:
-        latency = benchmark.measure_latency(training.run, device=device, precision=training.precision)
+        latency = benchmark.measure_latency(
+            training.run, device=device, precision=training.precision, num_classes=training.num_classes
+        )
     record = partial(TrialRecord.of_spec, spec, latency=latency, environments=environments, beginning=beginning)
     write_trial(search, record(history))
     num_written = len(history) if is_resumed else 0
-    writer = TrialWriter(folder, run=spec.run, trial=spec.trial, completed_epochs=num_written)
+    writer = TrialWriter(folder, run=spec.run, trial=spec.trial, completed_epochs=num_written, classes=data.classes)
 
     def keep(state: State, end: EpochEnd, epochs: Sequence[Epoch]) -> dict[str, Any]:
         # First: what TensorBoard has of an epoch that is not saved is passed over once the trial resumes.
@@ -255,12 +257,12 @@ class _Aside:
             self._report(result)
 
 
-def _frames_room(run: Run, context: TrialContext, device: torch.device) -> int:
+def _frames_room(run: Run, context: TrialContext, device: torch.device, *, num_classes: int) -> int:
     """Return the bytes of a GPU that frames may take: the trial's share of it less what training takes."""
     if device.type == "cpu":
         return 0
     total = torch.cuda.get_device_properties(device).total_memory
-    return int(context.gpu_share * total) - benchmark.gpu_bytes(run, context.precision)
+    return int(context.gpu_share * total) - benchmark.gpu_bytes(run, context.precision, num_classes)
 
 
 def make_report(record: TrialRecord) -> dict[str, Any]:
@@ -373,8 +375,9 @@ def _log_epoch(writer: TrialWriter, end: EpochEnd, history: Sequence[Epoch], dat
     epoch = end.epoch.epoch
     writer.add_epoch(end.epoch, best=best_of(history))
     if epoch % math.ceil(num_epochs / NUM_PICTURED_EPOCHS) == 0 or epoch == num_epochs:
+        names, images, labels = data.val.names, data.val.images, data.val.labels
         pictures = [
-            (data.val.names[index], triptych(data.val.images[index], data.val.labels[index], prediction.numpy()))
+            (names[index], triptych(images[index], labels[index], prediction.numpy(), data.classes))
             for index, prediction in end.samples.items()
         ]
         writer.add_triptychs(epoch, pictures)

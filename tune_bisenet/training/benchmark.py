@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.classes import CITYSCAPES, ClassSet
 from tune_bisenet.config import Precision, Resources, Run, WarmupPoly
 from tune_bisenet.data.packed import Packed, PackedSplit
 from tune_bisenet.records import Latency
@@ -46,14 +46,16 @@ class BenchmarkError(ValueError):
     """No trial can be trained on this machine."""
 
 
-def measure_latency(run: Run, *, device: torch.device, precision: Precision) -> Latency:
+def measure_latency(
+    run: Run, *, device: torch.device, precision: Precision, num_classes: int = len(CITYSCAPES)
+) -> Latency:
     """Time what validation does for one image of the run's size: normalise, network, likeliest class of each pixel.
 
     The network has the run's head width, no auxiliary heads, and random weights, since speed does not depend on them.
     Takes some seconds. Other work on the device is in the number: compare trials that had as much of it.
     """
     with torch.random.fork_rng(devices=[]):  # training is not disturbed; weights are drawn on the CPU
-        model = BiSeNet(head_width=run.head_width, auxiliary_heads=False)
+        model = BiSeNet(num_classes=num_classes, head_width=run.head_width, auxiliary_heads=False)
     engine.place(model, device, precision)
     noise = torch.Generator().manual_seed(0)
     image = torch.randint(256, (1, 3, *run.image_size), generator=noise, dtype=torch.uint8).to(device)
@@ -107,7 +109,13 @@ class TrainingBenchmark:
 
 
 def benchmark_training(
-    run: Run, *, frame_size: tuple[int, int], with_lovasz: bool, resources: Resources, precision: Precision
+    run: Run,
+    *,
+    frame_size: tuple[int, int],
+    with_lovasz: bool,
+    resources: Resources,
+    precision: Precision,
+    classes: ClassSet = CITYSCAPES,
 ) -> TrainingBenchmark:
     """Train `run` on noise for some seconds, in as many processes as trials will share this machine or one GPU.
 
@@ -131,6 +139,7 @@ def benchmark_training(
         device=device,
         threads=threads,
         seconds=BENCHMARK_SECONDS,
+        classes=classes,
     )
     # Processes of their own: CUDA wants a fresh one, and memory is that of a trial alone.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -165,6 +174,7 @@ def _time_training(
     device: torch.device,
     threads: int,
     seconds: float,
+    classes: ClassSet,
 ) -> tuple[list[tuple[float, float]], int]:
     """Return the seconds of an image in training and in validation, for each timed epoch; and the bytes of memory."""
     torch.set_num_threads(threads)
@@ -172,7 +182,7 @@ def _time_training(
     before_switch, after_switch = (run.loss.model_copy(update={"lovasz_after": switch}) for switch in (None, 0))
     endless = {"schedule": WarmupPoly(warmup_iterations=0, power=0.9), "num_epochs": 10**6, "loss": before_switch}
     run = run.model_copy(update=endless)
-    noise = _noise(run, frame_size, num_batches=GPU_BATCHES if device.type == "cuda" else 1)
+    noise = _noise(run, frame_size, classes, num_batches=GPU_BATCHES if device.type == "cuda" else 1)
     room = sys.maxsize if device.type == "cuda" else 0  # these few frames are held there as a trial's are
     training = engine.begin(run, noise, device=device, precision=precision, backbone=None, frames_room=room)
     epochs = engine.fit(training)
@@ -194,13 +204,13 @@ def _time_training(
     return timed or [first], 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _noise(run: Run, frame_size: tuple[int, int], *, num_batches: int) -> Packed:
+def _noise(run: Run, frame_size: tuple[int, int], classes: ClassSet, *, num_batches: int) -> Packed:
     """Return a random batch for each split, `num_batches` times over: what frames show does not change the time."""
     rng = np.random.default_rng(0)
 
     def split(label_size: tuple[int, int]) -> PackedSplit:
         images = rng.integers(256, size=(run.batch_size, 3, *run.image_size), dtype=np.uint8)
-        labels = rng.integers(NUM_CLASSES, size=(run.batch_size, *label_size), dtype=np.uint8)
+        labels = rng.integers(len(classes), size=(run.batch_size, *label_size), dtype=np.uint8)
         names = [""] * run.batch_size
         return PackedSplit(names * num_batches, list(images) * num_batches, list(labels) * num_batches)
 
@@ -210,26 +220,29 @@ def _noise(run: Run, frame_size: tuple[int, int], *, num_batches: int) -> Packed
         fingerprint="",
         image_size=run.image_size,
         label_size=frame_size,
-        class_counts=np.ones(NUM_CLASSES, dtype=np.int64),
-        val_class_counts=np.ones(NUM_CLASSES, dtype=np.int64),
+        class_counts=np.ones(len(classes), dtype=np.int64),
+        val_class_counts=np.ones(len(classes), dtype=np.int64),
         digest="",
         train=split(run.image_size),
         val=split(frame_size),
+        classes=classes,
     )
 
 
-def gpu_bytes(run: Run, precision: Precision) -> int:
+def gpu_bytes(run: Run, precision: Precision, num_classes: int = len(CITYSCAPES)) -> int:
     """Return about what a trial takes of a GPU's memory beside its frames.
 
-    Fitted to the peaks of all tensors on fake ones, without a card (torch 2.15, batch of 4, 512x1024 and 1024x1024).
+    Fitted to the peaks of all tensors on fake ones, without a card (torch 2.15, batch of 4, 512x1024 and 1024x1024),
+    with the classes of Cityscapes. Lovász-Softmax alone keeps numbers of full size for each class.
     """
-    by_pixel = {"fp32": 875, "bf16": 510}[precision] + (500 if run.loss.lovasz_after is not None else 0)
+    for_lovasz = 500 * num_classes // len(CITYSCAPES) if run.loss.lovasz_after is not None else 0
+    by_pixel = {"fp32": 875, "bf16": 510}[precision] + for_lovasz
     return CUDA_BYTES + 3 * 10**8 + by_pixel * run.batch_size * math.prod(run.image_size)
 
 
 @cache
-def weights_bytes(head_width: int) -> int:
+def weights_bytes(head_width: int, num_classes: int) -> int:
     """Return the size of the network's weights and running statistics: that of `best.pt`, but for some kilobytes."""
     with torch.device("meta"):  # shapes without numbers
-        model = BiSeNet(head_width=head_width)
+        model = BiSeNet(num_classes=num_classes, head_width=head_width)
     return sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -40,6 +40,7 @@ class Training:
     train: Frames
     val: Frames
     class_weights: Tensor | None  # C, float32; None where the loss does not weigh classes
+    num_classes: int
     epochs_done: int = 0
 
     @property
@@ -76,7 +77,7 @@ def begin(
     Frames may take `frames_room` bytes of the device's memory.
     """
     torch.manual_seed(run.random_seed)
-    model = BiSeNet(head_width=run.head_width)
+    model = BiSeNet(num_classes=len(data.classes), head_width=run.head_width)
     if backbone is not None:
         model.context.resnet.load_state_dict(backbone)
     place(model, device, precision)
@@ -99,6 +100,7 @@ def begin(
         train=train,
         val=val,
         class_weights=class_weights,
+        num_classes=len(data.classes),
     )
 
 
@@ -195,7 +197,7 @@ def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
         logits = _main_logits(training.model, images, precision=training.precision)
         is_sound &= logits.isfinite().all()
         predictions = losses.argmax(logits, size)
-        matrices.append(metrics.confusion(predictions, labels))
+        matrices.append(metrics.confusion(predictions, labels, training.num_classes))
         for index in wanted.intersection(range(first, first + len(images))):
             samples[index] = predictions[index - first].cpu()
         first += len(images)

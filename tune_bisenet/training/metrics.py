@@ -10,18 +10,18 @@ import math
 import torch
 from torch import Tensor
 
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import MAX_CLASSES, VOID
 
 
-def confusion(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Count (label, prediction) pairs of each image: B x H x W uint8, twice, to B x C x C int64."""
+def confusion(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Count (label, prediction) pairs of each image: B x H x W uint8, twice, to B x C x C int64, C `num_classes`."""
     num_images = len(labels)
     # Void becomes one more row that is cut off afterwards: cheaper than masking every pixel.
-    rows = labels.clamp_max(NUM_CLASSES).int()
+    rows = labels.clamp_max(num_classes).int()
     image = torch.arange(num_images, device=labels.device, dtype=torch.int32).view(-1, 1, 1)
-    codes = (image * (NUM_CLASSES + 1) + rows) * NUM_CLASSES + predictions.int()
-    counts = histogram(codes.flatten(), num_images * (NUM_CLASSES + 1) * NUM_CLASSES)
-    return counts.view(num_images, NUM_CLASSES + 1, NUM_CLASSES)[:, :NUM_CLASSES]
+    codes = (image * (num_classes + 1) + rows) * num_classes + predictions.int()
+    counts = histogram(codes.flatten(), num_images * (num_classes + 1) * num_classes)
+    return counts.view(num_images, num_classes + 1, num_classes)[:, :num_classes]
 
 
 def histogram(codes: Tensor, length: int) -> Tensor:
@@ -59,4 +59,4 @@ def pixel_accuracy(matrix: Tensor) -> float:
     return 100.0 * int(matrix.trace()) / num_labelled if num_labelled else math.nan
 
 
-assert VOID > NUM_CLASSES, "confusion() relies on void lying beyond the classes"
+assert VOID > MAX_CLASSES, "confusion() relies on void lying beyond the classes"

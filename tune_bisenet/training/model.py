@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.config import check_image_size
 
 
@@ -120,24 +120,26 @@ class FeatureFusion(nn.Module):
 class Head(nn.Sequential):
     """Features to class scores at the same resolution."""
 
-    def __init__(self, inputs: int, hidden: int) -> None:
-        super().__init__(ConvBNReLU(inputs, hidden, 3), nn.Conv2d(hidden, NUM_CLASSES, 1))
+    def __init__(self, inputs: int, hidden: int, num_classes: int) -> None:
+        super().__init__(ConvBNReLU(inputs, hidden, 3), nn.Conv2d(hidden, num_classes, 1))
 
 
 class BiSeNet(nn.Module):
-    """13,425,721 parameters with both auxiliary heads, 13,275,539 without.
+    """13,425,721 parameters with both auxiliary heads, 13,275,539 without, for the 19 classes of Cityscapes.
 
     `head_width` counts the channels of the hidden layer of the main head; each one more or less is 2,325 parameters.
     """
 
-    def __init__(self, *, head_width: int = 256, auxiliary_heads: bool = True) -> None:
+    def __init__(
+        self, *, num_classes: int = len(CITYSCAPES), head_width: int = 256, auxiliary_heads: bool = True
+    ) -> None:
         super().__init__()
         self.spatial = SpatialPath()
         self.context = ContextPath()
         self.fusion = FeatureFusion()
-        self.head = Head(256, head_width)
-        self.aux8 = Head(128, 64) if auxiliary_heads else None
-        self.aux16 = Head(128, 64) if auxiliary_heads else None
+        self.head = Head(256, head_width, num_classes)
+        self.aux8 = Head(128, 64, num_classes) if auxiliary_heads else None
+        self.aux16 = Head(128, 64, num_classes) if auxiliary_heads else None
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("context.resnet."):  # that one is initialised
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

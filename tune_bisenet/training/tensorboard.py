@@ -19,7 +19,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from tune_bisenet.classes import CITYSCAPES, CLASS_NAMES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID, ClassSet
 from tune_bisenet.config import Run
 from tune_bisenet.records import Epoch
 from tune_bisenet.storage import Storage, StorageError
@@ -49,19 +49,23 @@ GAP: Final = 4  # white pixels between the pictures of a triptych
 class TrialWriter:
     """The event file of one trial, whose steps are epochs; a context manager for the time in which it is trained.
 
-    `completed_epochs` is where the trial resumes, 0 for a new one: TensorBoard ignores what an earlier writer left of
-    later epochs. Without `end`, as after an error or a kill, the trial's session stays open. Records are kept until
-    `flush` writes them, which waits for storage as everything does that is written to it.
+    `classes` are those that are scored. `completed_epochs` is where the trial resumes, 0 for a new one: TensorBoard
+    ignores what an earlier writer left of later epochs. Without `end`, as after an error or a kill, the trial's session
+    stays open. Records are kept until `flush` writes them, which waits for storage as everything does that is written
+    to it.
 
     torch's SummaryWriter names its file by the second: resumed within one, or on a node whose clock is behind, it
     would be read before the file of the attempt that was killed, whose epochs would then replace its own. A disk that
     is full when it writes leaves it with half a record.
     """
 
-    def __init__(self, folder: Storage, *, run: Run, trial: str, completed_epochs: int) -> None:
+    def __init__(
+        self, folder: Storage, *, run: Run, trial: str, completed_epochs: int, classes: ClassSet = CITYSCAPES
+    ) -> None:
         names = (re.search(r"\.tfevents\.(\d+)", info.base_name) for info in folder.infos())
         stamp = max([int(time.time()), *(int(name[1]) + 1 for name in names if name)])
         self._folder = folder
+        self._classes = classes
         self._name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
         self._content = io.BytesIO()
         self._records = RecordWriter(self._content)
@@ -89,7 +93,8 @@ class TrialWriter:
         scores = {"best_miou": best.miou} if best else {}
         if not epoch.diverged:
             scores |= {"miou": epoch.miou, "pixel_accuracy": epoch.pixel_accuracy}
-        iou = {f"iou/{name}": value for name, value in zip(CLASS_NAMES, epoch.iou, strict=True) if value is not None}
+        ious = zip(self._classes.names, epoch.iou, strict=True)
+        iou = {f"iou/{name}": value for name, value in ious if value is not None}
         scalars = {
             "loss/total": epoch.loss,
             "loss/main": epoch.loss_main,
@@ -256,8 +261,13 @@ def _hparams_summary(tag: str, **content: Any) -> Any:
     return summary_pb2.Summary(value=[value])
 
 
-def triptych(image: NDArray[np.uint8], label: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Draw picture, label and prediction side by side in the Cityscapes colours: RGB uint8 (h, 3 w + 2 GAP, 3).
+def triptych(
+    image: NDArray[np.uint8],
+    label: NDArray[np.uint8],
+    prediction: NDArray[np.uint8],
+    classes: ClassSet = CITYSCAPES,
+) -> NDArray[np.uint8]:
+    """Draw picture, label and prediction side by side in the colours of `classes`: RGB uint8 (h, 3 w + 2 GAP, 3).
 
     `image` is RGB (3, H, W); `label` and `prediction` hold trainIds, each at its own resolution. All are resized to
     the image's size, or to TRIPTYCH_HEIGHT where that is smaller. Void is black. The prediction is black
@@ -272,5 +282,5 @@ def triptych(image: NDArray[np.uint8], label: NDArray[np.uint8], prediction: NDA
     )
     scored = np.where(truth == VOID, np.uint8(VOID), guess)
     gap = np.full((size[1], GAP, 3), 255, dtype=np.uint8)
-    colours = CITYSCAPES.palette()
+    colours = classes.palette()
     return np.concatenate([picture, gap, colours[truth], gap, colours[scored]], axis=1)

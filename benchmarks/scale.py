@@ -170,7 +170,7 @@ def size_mib(paths: Sequence[Path]) -> float:
 
 def run(num_trials: int, *, num_epochs: int, seconds: float, sampled: bool) -> None:
     """Run one search in a temporary folder, and print what was measured."""
-    tuner.train_trial = partial(train, seconds=seconds)  # type: ignore[assignment]
+    tuner.make_trainable = lambda: partial(train, seconds=seconds)
     calls = record_driver()
     head = Cluster(initialize_head=True, head_node_args={"num_cpus": NUM_GPUS, "num_gpus": NUM_GPUS})
     with tempfile.TemporaryDirectory() as directory:

@@ -55,6 +55,11 @@ def test_show_can_be_limited_to_rows(capsys: pytest.CaptureFixture[str]) -> None
         assert flags[1] in capsys.readouterr().err
 
 
+def test_a_driver_starts_without_torch() -> None:
+    code = "import sys, tune_bisenet.search.driver; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
+
+
 def test_a_mistake_is_found_without_torch_and_ray() -> None:
     refused, modules = call("--runs", "r99", "--data", "streets", "--epochs", "0")
     assert refused.returncode == 2

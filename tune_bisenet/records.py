@@ -59,6 +59,8 @@ PREVIOUS: Final = "previous.pt"
 BEST_WEIGHTS: Final = "best.pt"
 """The weights of a trial's best epoch."""
 BEST_PREDICTIONS: Final = "best.npz"
+NUM_SAMPLES: Final = 3
+"""Validation images whose predictions are kept for people to look at."""
 LEADERBOARD_CSV: Final = "leaderboard.csv"
 LEADERBOARD_MD: Final = "leaderboard.md"
 HTML: Final = "report.html"

@@ -36,6 +36,7 @@ from tune_bisenet.search.prepare import PreparedSearch, survey_search
 from tune_bisenet.spaces import DataFacts
 from tune_bisenet.storage import Storage
 from tune_bisenet.training import checkpoint, engine
+from tune_bisenet.training.model import BiSeNet
 
 TWO_CORES = Resources(cpus_per_trial=1, gpus_per_trial=0, max_concurrent=None, concurrency=2)
 TWO_GPUS = Resources(cpus_per_trial=4, gpus_per_trial=1, max_concurrent=None, concurrency=2)
@@ -198,6 +199,13 @@ def test_the_sizes_of_checkpoints_are_forecast(
     checkpoint.save_best(checkpoint.state_of(training), end.epoch, folder, identity="x")
     sizes = [(tmp_path / name).stat().st_size for name in (checkpoint.BEST_WEIGHTS, checkpoint.LAST)]
     assert checkpoint_bytes(run) == pytest.approx(sizes, rel=0.01)
+
+
+@pytest.mark.parametrize(("head_width", "num_classes"), [(256, 19), (64, 5), (512, 200)])
+def test_the_size_of_the_network_is_known_without_torch(tiny_run: Run, head_width: int, num_classes: int) -> None:
+    weights = BiSeNet(num_classes=num_classes, head_width=head_width).state_dict().values()
+    run = tiny_run.model_copy(update={"head_width": head_width})
+    assert checkpoint_bytes(run, num_classes)[0] == sum(tensor.nbytes for tensor in weights)
 
 
 def test_storage_holds_all_best_weights_and_the_checkpoints_of_running_trials(place: Path) -> None:

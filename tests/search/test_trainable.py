@@ -23,8 +23,9 @@ from tune_bisenet.data.packed import open_packed
 from tune_bisenet.options import InputError, Options
 from tune_bisenet.records import TRIAL, Beginning, Latency, TrialRecord, TrialSpec, read_trial, to_plain, write_trial
 from tune_bisenet.search import trainable
+from tune_bisenet.search.failures import FAILURE, LACKS
 from tune_bisenet.search.resources import find_bf16
-from tune_bisenet.search.trainable import FAILURE, LACKS, _describe_failure, run_trial, train_trial
+from tune_bisenet.search.trainable import _describe_failure, run_trial, train_trial
 from tune_bisenet.storage import RetryPolicy, Storage, StorageError, StorageRefusedError
 from tune_bisenet.training import checkpoint
 

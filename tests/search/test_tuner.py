@@ -25,9 +25,9 @@ from tune_bisenet.records import TrialSpec, measure, to_plain
 from tune_bisenet.rungs import AshaRule, MedianRule, Stopper, StoppingRule, protected_rows
 from tune_bisenet.search import tuner
 from tune_bisenet.search.console import SearchProgress
+from tune_bisenet.search.failures import FAILURE, LACKS, STACK_SIGNAL
 from tune_bisenet.search.searcher import GridSearcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
-from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SIGNAL
 from tune_bisenet.search.tuner import StoppingScheduler, TuneCallback
 from tune_bisenet.storage import Storage, StorageRefusedError
 

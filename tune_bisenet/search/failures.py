@@ -4,11 +4,25 @@ Rules over texts, counts and seconds alone. `tuner` asks Ray for these, and does
 """
 
 import re
+import signal
 from collections.abc import Iterator
 from typing import Final
 
 from tune_bisenet.records import TrialState
 from tune_bisenet.storage import StorageError, StorageRefusedError, is_full, is_refused, retry_seconds
+
+FAILURE: Final = "failure"
+"""The key of a report that ends its trial as failed, in words. Tune tries again whatever is raised."""
+LACKS: Final = "lacks"
+"""The key, beside it, of what is missing: memory of the machine or of its GPU, or access to storage."""
+
+WARNING: Final = "warning"
+"""The key under which a report says what the user should know beside its measurements."""
+
+STACK_SIGNAL: Final = signal.SIGUSR2
+"""Lets a worker write the stacks of its threads to its log, whatever it is busy with."""
+STACK_SECONDS: Final = 10.0
+"""How long a worker may take for that: a process that is stopped never does."""
 
 MAX_FAILURES: Final = 3
 """How often in a row, without an epoch between, a trial is put back to its last epoch before it counts as failed.

@@ -18,7 +18,7 @@ from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.config import SGD, Resources, Run, format_size, partners, trial_name
 from tune_bisenet.data.packed import FORMAT_VERSION, Header
 from tune_bisenet.options import InputError
-from tune_bisenet.records import ENDED_WELL, TrialState
+from tune_bisenet.records import ENDED_WELL, NUM_SAMPLES, TrialState
 from tune_bisenet.report.power import ASSUMED_NOISE, ExpectedTrials, Power, expected_trials, powers
 from tune_bisenet.report.verdicts import NoiseSummary
 from tune_bisenet.search.prepare import PreparedSearch
@@ -363,8 +363,6 @@ def pack_bytes(facts: DataFacts, *, image_size: tuple[int, int], frame_size: tup
 
 def trial_bytes(run: Run, facts: DataFacts, *, frame_size: tuple[int, int], num_classes: int = len(CITYSCAPES)) -> int:
     """Return the most that a trial leaves in storage when it has ended, as if no picture were compressed."""
-    from tune_bisenet.training.engine import NUM_SAMPLES
-
     num_pixels = math.prod(run.image_size)
     best = facts.num_val * 4 * num_classes**2 + NUM_SAMPLES * (3 * num_pixels + 2 * math.prod(frame_size))
     shrink = min(1.0, TRIPTYCH_HEIGHT / run.image_size[0])
@@ -374,9 +372,8 @@ def trial_bytes(run: Run, facts: DataFacts, *, frame_size: tuple[int, int], num_
 
 def checkpoint_bytes(run: Run, num_classes: int = len(CITYSCAPES)) -> tuple[int, int]:
     """Return the sizes of `best.pt` and of `last.pt`, which holds the optimizer's numbers of each weight as well."""
-    from tune_bisenet.training.benchmark import weights_bytes
-
-    best = weights_bytes(run.head_width, num_classes)
+    # Of the network's weights and statistics all is fixed but for the main head's hidden layer and what gives classes.
+    best = 51_365_664 + 4 * ((256 * 9 + 4) * run.head_width + num_classes * (run.head_width + 131))
     numbers_per_weight = 1 + bool(run.optimizer.momentum) if isinstance(run.optimizer, SGD) else 3
     return best, best * numbers_per_weight
 

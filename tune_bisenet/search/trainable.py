@@ -10,8 +10,6 @@ import math
 import os
 import platform
 import re
-import signal
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -44,27 +42,16 @@ from tune_bisenet.records import (
     read_sound_trial,
     write_trial,
 )
+from tune_bisenet.search.failures import FAILURE, LACKS, STACK_SIGNAL, WARNING
+from tune_bisenet.search.resources import supports_bf16
 from tune_bisenet.storage import Storage, is_refused
 from tune_bisenet.training import benchmark, checkpoint, engine
 from tune_bisenet.training.checkpoint import State
 from tune_bisenet.training.engine import EpochEnd, Training
 from tune_bisenet.training.tensorboard import NUM_PICTURED_EPOCHS, TrialWriter, triptych
 
-FAILURE: Final = "failure"
-"""The key of a report that ends its trial as failed, in words. Tune tries again whatever is raised."""
-LACKS: Final = "lacks"
-"""The key, beside it, of what is missing: memory of the machine or of its GPU, or access to storage."""
-
-WARNING: Final = "warning"
-"""The key under which a report says what the user should know beside its measurements."""
-
 KEPT_ASIDE: Final = ("cuda",)
 """The kinds of devices whose epochs are kept while the next one is trained: on a CPU the two would share its cores."""
-
-STACK_SIGNAL: Final = signal.SIGUSR2
-"""Lets a worker write the stacks of its threads to its log, whatever it is busy with."""
-STACK_SECONDS: Final = 10.0
-"""How long a worker may take for that: a process that is stopped never does."""
 
 _log = logging.getLogger(__name__)
 
@@ -157,7 +144,7 @@ def _train_on(
     folder = search / spec.trial
     device = torch.device("cuda" if context.gpu_share else "cpu")
     environment = _current_environment(device)
-    if context.precision == "bf16" and not engine.supports_bf16(device):
+    if context.precision == "bf16" and not supports_bf16("cuda" if device.type == "cuda" else "cpu"):
         raise ValueError(
             f"{environment.device} has no bf16 instructions, and this search trains in bf16. Leave such nodes out, or "
             "start another search with --precision fp32."
@@ -351,23 +338,6 @@ def _save_epoch(
         kept = _kept_beginning(search, kept_identity, end.epoch.epoch)
         checkpoint.save_beginning(state, history, folder, kept, trial=spec.trial, identity=kept_identity)
     checkpoint.save(state, history, folder, identity=identity)
-
-
-def read_stack(pid: int) -> str:
-    """Return the stacks of a worker's threads on this node, which the worker writes itself; empty if it does not.
-
-    Ray lets a worker's standard error be a file.
-    """
-    log = Path(f"/proc/{pid}/fd/2").resolve()
-    size = began_with = log.stat().st_size
-    os.kill(pid, STACK_SIGNAL)
-    deadline = time.monotonic() + STACK_SECONDS
-    while time.monotonic() < deadline:
-        time.sleep(STACK_SECONDS / 20)
-        size_before, size = size, log.stat().st_size
-        if size == size_before > began_with:
-            break
-    return log.read_bytes()[began_with:].decode(errors="replace").strip()
 
 
 def _log_epoch(writer: TrialWriter, end: EpochEnd, history: Sequence[Epoch], data: Packed, *, num_epochs: int) -> None:

@@ -11,7 +11,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -38,10 +38,10 @@ from tune_bisenet.records import TUNE, Epoch, TrialSpec, from_plain, to_plain
 from tune_bisenet.rungs import Stopper
 from tune_bisenet.search import failures
 from tune_bisenet.search.console import SearchProgress
+from tune_bisenet.search.failures import FAILURE, LACKS, STACK_SECONDS, STACK_SIGNAL, WARNING
 from tune_bisenet.search.resources import RESTARTABLE
 from tune_bisenet.search.searcher import Searcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
-from tune_bisenet.search.trainable import FAILURE, LACKS, STACK_SECONDS, WARNING, read_stack, train_trial
 from tune_bisenet.storage import Storage, StorageRefusedError, hurry, is_refused
 from tune_bisenet.text import counted, format_duration
 from tune_bisenet.training.tensorboard import HParamsTable
@@ -145,7 +145,7 @@ def _fit(
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_KEYS)
     storage = Storage.at(context.storage) / TUNE
     trainable = tune.with_resources(
-        tune.with_parameters(train_trial, context=context.model_dump(mode="json")),
+        tune.with_parameters(make_trainable(), context=context.model_dump(mode="json")),
         {"cpu": resources.cpus_per_trial, "gpu": callback.gpus_per_trial},
     )
     tuner = tune.Tuner(
@@ -475,6 +475,17 @@ class TuneCallback(Callback):
         self.progress.update([*self.state.states, *self.searcher.pending()])
 
 
+def make_trainable() -> Callable[..., None]:
+    """Return Tune's trainable. It goes to workers by value, so that only they import torch, which takes seconds."""
+
+    def train(config: dict[str, Any], *, context: dict[str, Any]) -> None:
+        from tune_bisenet.search.trainable import train_trial
+
+        train_trial(config, context=context)
+
+    return train
+
+
 def _error_of(trial: Trial) -> str:
     """Return the last error's text from the driver's own disk; Tune keeps errors as pickles, too, which run code."""
     path = Path(trial.error_file or "")
@@ -485,12 +496,29 @@ def _ask_for_stack(worker: _Worker) -> str | None:
     """Return what a trial's process is doing; an empty string if it does not answer, None if it cannot be asked."""
     try:
         address, pid = ray.get(worker.address, timeout=STACK_SECONDS)
-        on_its_node = ray.remote(num_cpus=0, max_retries=0, resources={f"node:{address}": 0.001})(read_stack)
+        on_its_node = ray.remote(num_cpus=0, max_retries=0, resources={f"node:{address}": 0.001})(_read_stack)
         stacks: str = ray.get(on_its_node.remote(pid), timeout=SECONDS_TO_ASK)
     except RayError as error:
         _log.warning("A process cannot be asked for its stack: %s", error)
         return None
     return failures.stack_of_trial(stacks)
+
+
+def _read_stack(pid: int) -> str:
+    """Return the stacks of a worker's threads on this node, which the worker writes itself; empty if it does not.
+
+    Ray lets a worker's standard error be a file.
+    """
+    log = Path(f"/proc/{pid}/fd/2").resolve()
+    size = began_with = log.stat().st_size
+    os.kill(pid, STACK_SIGNAL)
+    deadline = time.monotonic() + STACK_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(STACK_SECONDS / 20)
+        size_before, size = size, log.stat().st_size
+        if size == size_before > began_with:
+            break
+    return log.read_bytes()[began_with:].decode(errors="replace").strip()
 
 
 def _is_here(worker: _Worker | None) -> bool:

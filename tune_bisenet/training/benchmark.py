@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -238,11 +238,3 @@ def gpu_bytes(run: Run, precision: Precision, num_classes: int = len(CITYSCAPES)
     for_lovasz = 500 * num_classes // len(CITYSCAPES) if run.loss.lovasz_after is not None else 0
     by_pixel = {"fp32": 875, "bf16": 510}[precision] + for_lovasz
     return CUDA_BYTES + 3 * 10**8 + by_pixel * run.batch_size * math.prod(run.image_size)
-
-
-@cache
-def weights_bytes(head_width: int, num_classes: int) -> int:
-    """Return the size of the network's weights and running statistics: that of `best.pt`, but for some kilobytes."""
-    with torch.device("meta"):  # shapes without numbers
-        model = BiSeNet(num_classes=num_classes, head_width=head_width)
-    return sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,10 @@ from torch import Tensor, nn
 from tune_bisenet.config import OHEM, CrossEntropy, Precision, Run, WeightedCrossEntropy
 from tune_bisenet.data.batches import Frames, augment_batch, epoch_draw, epoch_order, load_frames, normalise
 from tune_bisenet.data.packed import Packed
-from tune_bisenet.records import Epoch
+from tune_bisenet.records import NUM_SAMPLES, Epoch
 from tune_bisenet.training import losses, metrics, optim
 from tune_bisenet.training.model import BiSeNet
 from tune_bisenet.training.optim import lr_at
-
-NUM_SAMPLES: Final = 3
-"""Validation images whose predictions are returned for people to look at."""
 
 
 @dataclass
@@ -233,18 +230,6 @@ def _main_logits(model: BiSeNet, images: Tensor, *, precision: Precision) -> Ten
         logits = model(normalise(images).to(memory_format=_memory_format(images.device, precision)))
     main: Tensor = logits.main
     return main
-
-
-def supports_bf16(device: torch.device) -> bool:
-    """Return whether `device` has instructions for bf16: without them it is emulated, and slower than fp32.
-
-    Of several GPUs all must have them, since a trial may get any.
-    """
-    if device.type == "cuda":
-        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-        return min(capabilities) >= (8, 0)
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def place(model: BiSeNet, device: torch.device, precision: Precision) -> None:

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,19 @@ def test_a_validation_label_keeps_its_own_resolution(small_data: Packed) -> None
     assert images.shape == (2, 3, 32, 64)
     assert labels.shape == (2, 64, 128)
     assert labels[1].tolist() == small_data.val.labels[2].tolist()
+
+
+def test_batches_hold_labels_of_one_size_and_such_a_split_is_not_resident(small_data: Packed) -> None:
+    sizes = [(64, 128), (64, 128), (64, 128), (40, 96)]
+    labels = [label[:h, :w] for label, (h, w) in zip(small_data.val.labels, sizes, strict=True)]
+    data = replace(small_data, digest="mixed", val=replace(small_data.val, labels=labels, label_sizes=sizes))
+    _train, val = load_frames(data, CPU, room=10**9)
+    order = torch.tensor([3, 0, 1, 2])
+    found = list(val.batches(order, 2))
+    assert [tuple(labels.shape) for _images, labels in found] == [(1, 40, 96), (2, 64, 128), (1, 64, 128)]
+    rows = [row for _images, labels in found for row in labels]
+    assert all(np.array_equal(row, labels[index]) for row, index in zip(rows, order.tolist(), strict=True))
+    assert ("mixed", "val", CPU) not in batches._resident
 
 
 def test_frames_reach_a_device_through_two_buffers_of_bounded_size(

@@ -581,3 +581,15 @@ def test_all_that_is_wrong_with_the_classes_is_told_together(root: Path, content
     assert any("has no label" in problem for problem in problems), "and with what is wrong with the files"
     told = [problem for problem in problems if str(root / "classes.json") in problem]
     assert not [word for word in words if not any(word in problem for problem in told)]
+
+
+def test_frames_may_differ_in_size_and_the_plan_says_so(root: Path) -> None:
+    large = (8, 12)
+    for split, name in (("train", "bonn/b_1"), ("val", "ulm/u_1")):
+        save(image_path(root, split, name), np.zeros((*large, 3)))
+        save(label_path(root, split, name), np.zeros(large))
+    source = open_source(str(root))
+    assert source.frame_size == large
+    assert source.frame_sizes == {"train": [SIZE, SIZE, large], "val": [large]}
+    (note,) = source.notes
+    assert "2 sizes, 4x6 to 8x12" in note

@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ class Noise:
     damaged: Sequence[tuple[Split, int]] = ()
     frame: Frame | None = None
     classes: ClassSet = CITYSCAPES
+    frame_sizes: Mapping[Split, Sequence[tuple[int, int]]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     is_misread: bool = False
 
@@ -69,8 +70,9 @@ class Noise:
         if self.frame is not None:
             return self.frame
         rng = np.random.default_rng([SPLITS.index(split), index])
-        label = rng.choice(np.array([*range(len(self.classes)), 255], np.uint8), self.frame_size)
-        return Frame(rng.integers(0, 256, (*self.frame_size, 3), np.uint8), label)
+        size = self.frame_sizes[split][index] if self.frame_sizes else self.frame_size
+        label = rng.choice(np.array([*range(len(self.classes)), 255], np.uint8), size)
+        return Frame(rng.integers(0, 256, (*size, 3), np.uint8), label)
 
 
 class Killed(Noise):
@@ -573,3 +575,44 @@ def test_equal_labels_of_other_classes_have_another_digest(tmp_path: Path) -> No
         for number, classes in enumerate((CITYSCAPES, FIVE, four, renamed))
     }
     assert len(digests) == 4
+
+
+MIXED: dict[Split, tuple[tuple[int, int], ...]] = {
+    "train": (SIZE, (8, 8), (32, 24), SIZE, SIZE, SIZE, SIZE),
+    "val": ((32, 20), (10, 12), (20, 32)),
+}
+
+
+def test_frames_of_different_sizes_are_packed_at_one_and_their_validation_labels_at_their_own(tmp_path: Path) -> None:
+    source = Noise(frame_size=(32, 24), frame_sizes=MIXED)
+    packed = open_packed(pack(tmp_path, source, SIZE).path)
+    assert {image.shape for split in (packed.train, packed.val) for image in split.images} == {(3, *SIZE)}
+    assert {label.shape for label in packed.train.labels} == {SIZE}
+    for index, label in enumerate(packed.val.labels):
+        assert np.array_equal(label, source.load("val", index).label)
+    assert tuple(packed.val.label_sizes) == MIXED["val"]
+    for split in SPLITS:
+        labels = np.concatenate([source.load(split, index).label.ravel() for index in range(len(MIXED[split]))])
+        shares = np.bincount(labels, minlength=256)[:19] / labels.size
+        assert packed.class_shares(split) == pytest.approx(shares)
+
+
+def test_frames_that_differ_in_size_alone_have_another_digest(tmp_path: Path) -> None:
+    def blank(sizes: Mapping[Split, tuple[tuple[int, int], ...]]) -> str:
+        class Blank(Noise):
+            def load(self, split: Split, index: int) -> Frame:
+                size = sizes[split][index]
+                return Frame(np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8))
+
+        return pack(tmp_path, Blank(fingerprint=str(sizes), frame_sizes=sizes), SIZE).digest
+
+    turned: dict[Split, tuple[tuple[int, int], ...]] = {"train": MIXED["train"], "val": ((32, 20), (12, 10), (20, 32))}
+    assert blank(MIXED) != blank(turned)
+
+
+def test_a_pack_whose_sizes_do_not_fit_its_labels_is_damaged(tmp_path: Path) -> None:
+    packed = pack(tmp_path, Noise(frame_size=(32, 24), frame_sizes=MIXED), SIZE)
+    path = packed.path / "val.arrow"
+    path.write_bytes(path.read_bytes().replace(b"[[32, 20], [10, 12]", b"[[99, 99], [10, 12]"))
+    with pytest.raises(DamagedPackError):
+        open_packed(packed.path)

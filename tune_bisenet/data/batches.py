@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import Final, Self, TypeVar
 
 import numpy as np
@@ -46,6 +47,7 @@ class Frames:
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the frames of `order`, N int64 on the CPU, on the device; the last batch may be smaller.
 
+        Where labels differ in size, so is one whose next frame has another size: all labels of a batch have one.
         Images are uint8 B x 3 x H x W, labels B x h x w. A GPU is not waited for: frames that are not resident are read
         while the batch before is used. On a CPU, which has to read as well as to train, each is read when it is due.
         """
@@ -54,12 +56,20 @@ class Frames:
             for indices in torch.split(order.to(self._device), batch_size):
                 yield images[indices], labels[indices]
             return
-        parts = torch.split(order, batch_size)
+        parts = self._parts(order, batch_size)
         for images, labels in map(self._read, parts) if self._device.type == "cpu" else _read_ahead(self._read, parts):
             yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
 
+    def _parts(self, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+        sizes = self._split.label_sizes
+        groups = [order]
+        if sizes:
+            groups = [torch.tensor(list(group)) for _size, group in groupby(order.tolist(), key=sizes.__getitem__)]
+        for group in groups:
+            yield from torch.split(group, batch_size)
+
     def _read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        shapes = (self._split.images[0].shape, self._split.labels[0].shape)
+        shapes = (self._split.images[0].shape, self._split.labels[int(indices[0])].shape)
         images, labels = (
             torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
             for shape in shapes
@@ -93,13 +103,14 @@ follow each other in a worker share them."""
 def load_frames(data: Packed, device: torch.device, *, room: int) -> tuple[Frames, Frames]:
     """Return both splits of a pack, each resident on the device if it fits into `room` bytes, the training split first.
 
+    A split whose labels differ in size is not: a tensor holds labels of one size.
     What other packs left there remains only as far as it fits beside them. Raises DamagedPackError.
     """
     splits: dict[Split, PackedSplit] = {"train": data.train, "val": data.val}
     resident = {}
     for name, split in splits.items():
         num_bytes = len(split) * (split.images[0].nbytes + split.labels[0].nbytes)
-        if num_bytes <= room:
+        if num_bytes <= room and not split.label_sizes:
             room -= num_bytes
             resident[name] = (data.digest, name, device)
     for key in [key for key in reversed(_resident) if key[2] == device and key not in resident.values()]:

@@ -10,9 +10,9 @@ names and label ids, and refuses to know what the frames are resized to or used 
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -92,6 +92,7 @@ class Cityscapes:
     classes: ClassSet
     label_format: LabelFormat
     frame_size: tuple[int, int]
+    frame_sizes: Mapping[Split, Sequence[tuple[int, int]]]
     fingerprint: str
     frame_names: Mapping[Split, Sequence[str]]
     notes: Sequence[str]
@@ -196,7 +197,8 @@ class Cityscapes:
 def open_cityscapes(root: Storage) -> Cityscapes:
     """Find and check every frame under `root`, reading headers only.
 
-    Raises one InputError that names every file that is missing, unpaired, unreadable, or of another size or kind.
+    Raises one InputError that names every file that is missing, unpaired, unreadable, of another kind, or
+    of another size than its other half. Frames may differ in size from each other.
     """
     _require_layout(root)
     problems: list[str] = []
@@ -216,6 +218,19 @@ def open_cityscapes(root: Storage) -> Cityscapes:
     problems += _size_problems(root, pairs, sizes)
     if problems:
         raise InputError(*problems)
+    frame_sizes: dict[Split, list[tuple[int, int]]] = {
+        split: [sizes[image] for image in images[split].files.values()] for split in SPLITS
+    }
+    notes = [found.note for found in (*images.values(), *labels.values()) if found.passed_over]
+    different = {size for of_split in frame_sizes.values() for size in of_split}
+    if len(different) == 1:
+        frame_sizes = {}
+    else:
+        smallest, largest = (format_size(choose(different, key=math.prod)) for choose in (min, max))
+        notes.append(
+            f"frames have {len(different)} sizes, {smallest} to {largest}: each is resized to the size that is trained "
+            "on, and scored at its own"
+        )
     files = sorted(file for pair in pairs for file in pair)
     lines = [f"{path}\t{num_bytes}\t{mtime_ns}" for path, num_bytes, mtime_ns, _ in files]  # cheap: no file is read
     if classes != CITYSCAPES:
@@ -224,10 +239,11 @@ def open_cityscapes(root: Storage) -> Cityscapes:
         root=root,
         classes=classes,
         label_format=label_format,
-        frame_size=sizes[pairs[0][0]],
+        frame_size=max((sizes[image] for image, _label in pairs), key=lambda size: (math.prod(size), size)),
+        frame_sizes=frame_sizes,
         fingerprint=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         frame_names={split: tuple(images[split].files) for split in SPLITS},
-        notes=[found.note for found in (*images.values(), *labels.values()) if found.passed_over],
+        notes=notes,
     )
 
 
@@ -433,21 +449,13 @@ def _read_header_sizes(
 def _size_problems(
     root: Storage, pairs: Sequence[tuple[_File, _File]], sizes: Mapping[_File, tuple[int, int]]
 ) -> list[str]:
-    """Report pairs whose halves differ in size, and frames that differ from most others."""
-    readable = [pair for pair in pairs if all(file in sizes for file in pair)]
-    if not readable:
-        return []
-    (usual, _), *_ = Counter(sizes[image] for image, _ in readable).most_common(1)
+    """Report pairs whose halves differ in size."""
     problems = []
-    for image, label in readable:
+    for image, label in (pair for pair in pairs if all(file in sizes for file in pair)):
+        if sizes[label] == sizes[image]:
+            continue
         image_is, label_is = (f"{(root / file.path).uri} is {format_size(sizes[file])}" for file in (image, label))
-        if sizes[label] != sizes[image]:
-            problems.append(f"{label_is} but its image {image_is} (height x width): replace one of them.")
-        elif sizes[image] != usual:
-            problems.append(
-                f"{image_is} but most frames are {format_size(usual)} (height x width): all frames must have one size. "
-                "Resize it and its label, or remove both."
-            )
+        problems.append(f"{label_is} but its image {image_is} (height x width): replace one of them.")
     return problems
 
 

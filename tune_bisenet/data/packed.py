@@ -3,6 +3,8 @@
     CACHE/SOURCE-HxW-HASH/train.arrow    images and labels at HxW
     CACHE/SOURCE-HxW-HASH/val.arrow      images at HxW, labels at the size of the source, as they are scored
 
+Where frames differ in size, each label of `val` has its own, with void behind it up to the length of the largest.
+
 Columns: `name`, `image` (RGB planes, 3 x H x W bytes), `label` (trainIds, h x w bytes), all uncompressed. The schema's
 metadata holds what is known before the first frame; the metadata of each record batch holds its class counts and its
 sha256. A folder appears under its name only when complete and never changes after that: another state of the source
@@ -20,8 +22,8 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -51,12 +53,13 @@ class DamagedPackError(InputError):
 
 @dataclass(frozen=True, eq=False)
 class _Column(Sequence[ByteArray]):
-    """Arrays of one shape by the index of their frame. Each is read when it is asked for, and compared."""
+    """Arrays of one shape, or each of its own, by the index of their frame. Each is read when it is asked for."""
 
     path: Path
     file: Any
     shape: tuple[int, ...]
     places: list[tuple[int, int]]  # offset in the file and CRC-32 of each
+    own_shapes: Sequence[tuple[int, ...]] = ()  # where they differ; of the bytes of `shape` it takes the first ones
 
     def __len__(self) -> int:
         return len(self.places)
@@ -70,7 +73,8 @@ class _Column(Sequence[ByteArray]):
             raise _damaged(self.path, error) from error
         if zlib.crc32(content) != checksum:
             raise _damaged(self.path, f"frame {index} has changed since the pack was opened")
-        return np.frombuffer(content, np.uint8).reshape(self.shape)
+        shape = self.own_shapes[index] if self.own_shapes else self.shape
+        return np.frombuffer(content, np.uint8, math.prod(shape)).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +84,13 @@ class PackedSplit:
     names: Sequence[str]
     images: Sequence[ByteArray]  # each 3 x H x W
     labels: Sequence[ByteArray]  # each h x w, trainIds, void 255
+    label_sizes: Sequence[FrameSize] = ()  # h and w of each, where they differ
 
     def __len__(self) -> int:
         return len(self.names)
 
     def gather(self, indices: Iterable[int], out_images: ByteArray, out_labels: ByteArray) -> None:
-        """Copy frames into the first rows of `out_images` (B, 3, H, W) and `out_labels` (B, h, w)."""
+        """Copy frames into the first rows of `out_images` (B, 3, H, W) and `out_labels` (B, h, w), of equal sizes."""
         for row, index in enumerate(indices):
             out_images[row] = self.images[index]
             out_labels[row] = self.labels[index]
@@ -99,20 +104,22 @@ class Packed:
     source_name: str
     fingerprint: str  # the source's
     image_size: FrameSize
-    label_size: FrameSize  # of `val`; the labels of `train` have `image_size`
+    label_size: FrameSize  # of `val`, the largest where they differ; the labels of `train` have `image_size`
     class_counts: ClassCounts  # of the train labels at the size of the source
     val_class_counts: ClassCounts
     digest: str  # of names, pixels and counts: equal for equal frames, on any machine and path
     train: PackedSplit
     val: PackedSplit
     classes: ClassSet = CITYSCAPES
+    label_pixels: Mapping[Split, int] = field(default_factory=dict)
+    """Of all labels before resizing; empty where all have `label_size`."""
     replaced: str = ""
     """What was wrong with the pack that was here before, in words; empty if nothing was."""
 
     def class_shares(self, split: Split) -> NDArray[np.float64]:
         """Return each class's share (C,) of all pixels in a split's labels, before resizing; the rest is void."""
         rows, counts = (self.train, self.class_counts) if split == "train" else (self.val, self.val_class_counts)
-        return counts / (len(rows) * math.prod(self.label_size))
+        return counts / (self.label_pixels.get(split) or len(rows) * math.prod(self.label_size))
 
     def describe_classes(self, split: Split) -> str:
         """Return what a split's labels hold, as `road 29 %, sky 9 %, 15 others; 2 never (rider, train); void 3 %`."""
@@ -155,6 +162,7 @@ class Header(NamedTuple):
     image_size: FrameSize
     label_size: FrameSize
     classes: ClassSet = CITYSCAPES
+    frame_sizes: tuple[FrameSize, ...] = ()  # of the source, where they differ
 
     @property
     def row_bytes(self) -> int:
@@ -182,13 +190,15 @@ class _SplitFile(NamedTuple):
 def open_packed(path: Path) -> Packed:
     """Open a pack, of which every byte is read and compared. Raises DamagedPackError."""
     train, val = (_read_split(path, split) for split in SPLITS)
-    shared = [file.header._replace(split="", num_rows=0, label_size=(0, 0)) for file in (train, val)]
+    shared = [file.header._replace(split="", num_rows=0, label_size=(0, 0), frame_sizes=()) for file in (train, val)]
     if shared[0] != shared[1]:
         raise _damaged(path, "its two files are of different packs")
     content = [
         [header.format_version, header.split, header.image_size, header.label_size, batch_sha256]
         for header, _rows, _class_counts, batch_sha256 in (train, val)
     ]
+    if train.header.frame_sizes:
+        content.append([train.header.frame_sizes, val.header.frame_sizes])
     classes = train.header.classes
     if classes.names != CITYSCAPES.names:
         content.append([list(classes.names)])
@@ -204,6 +214,11 @@ def open_packed(path: Path) -> Packed:
         train=train.rows,
         val=val.rows,
         classes=classes,
+        label_pixels={
+            split: sum(map(math.prod, file.header.frame_sizes))
+            for split, file in zip(SPLITS, (train, val), strict=True)
+            if file.header.frame_sizes
+        },
     )
 
 
@@ -241,7 +256,14 @@ def _read_header(metadata: dict[bytes, bytes]) -> Header:
             values[key] = tuple(value) if isinstance(value, list) else value
     if "classes" in values:
         values["classes"] = ClassSet.model_validate(values["classes"])
-    return Header(**values)
+    values["frame_sizes"] = tuple((int(height), int(width)) for height, width in values.get("frame_sizes", ()))
+    header = Header(**values)
+    sizes, most = header.frame_sizes, math.prod(header.label_size)
+    if sizes and len(sizes) != header.num_rows:
+        raise ValueError(f"it has {len(sizes)} sizes of {header.num_rows} frames")
+    if header.split == "val" and not all(min(size) > 0 and math.prod(size) <= most for size in sizes):
+        raise ValueError(f"a label is larger than {format_size(header.label_size)}")
+    return header
 
 
 def _read_batches(path: Path, file: Any, header: Header, *, num_batches: int) -> _SplitFile:
@@ -249,7 +271,11 @@ def _read_batches(path: Path, file: Any, header: Header, *, num_batches: int) ->
     file.seek(len(_ARROW_MAGIC))
     reader = pa.ipc.open_stream(file)  # it tells where in the file a batch lies
     names: list[str] = []
-    columns = (_Column(path, file, (3, *header.image_size), []), _Column(path, file, header.label_size, []))
+    label_sizes = header.frame_sizes if header.split == "val" and len({*header.frame_sizes}) > 1 else ()
+    columns = (
+        _Column(path, file, (3, *header.image_size), []),
+        _Column(path, file, header.label_size, [], label_sizes),
+    )
     class_counts, batch_sha256 = np.zeros(len(header.classes), np.int64), []
     for _ in range(num_batches):
         batch, metadata = reader.read_next_batch_with_custom_metadata()
@@ -271,5 +297,5 @@ def _read_batches(path: Path, file: Any, header: Header, *, num_batches: int) ->
         class_counts += np.array(batch_counts, np.int64)
         batch_sha256.append(digest.hexdigest())
     images, labels = columns
-    split = PackedSplit(names=tuple(names), images=images, labels=labels)
+    split = PackedSplit(names=tuple(names), images=images, labels=labels, label_sizes=label_sizes)
     return _SplitFile(header, split, class_counts, batch_sha256)

@@ -15,6 +15,7 @@ It knows nothing of what frames are for. `H x W` are images, `h x w` labels.
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ import pyarrow as pa
 from filelock import FileLock
 from PIL import Image
 
+from tune_bisenet.classes import VOID
 from tune_bisenet.config import format_size
 from tune_bisenet.data.cityscapes import open_cityscapes
 from tune_bisenet.data.packed import (
@@ -265,6 +267,7 @@ def _pack_name(source_name: str, fingerprint: str, image_size: FrameSize) -> str
 
 
 def _headers(source: Source, image_size: FrameSize) -> list[Header]:
+    val_sizes = source.frame_sizes.get("val", (source.frame_size,))
     return [
         Header(
             format_version=FORMAT_VERSION,
@@ -273,8 +276,9 @@ def _headers(source: Source, image_size: FrameSize) -> list[Header]:
             split=split,
             num_rows=len(source.names(split)),
             image_size=image_size,
-            label_size=image_size if split == "train" else source.frame_size,
+            label_size=image_size if split == "train" else max(val_sizes, key=lambda size: (math.prod(size), size)),
             classes=source.classes,
+            frame_sizes=tuple(source.frame_sizes.get(split, ())),
         )
         for split in SPLITS
     ]
@@ -316,7 +320,9 @@ def _pack_rows(
         image, label = source.load(split, index)
         class_counts = np.bincount(label.ravel(), minlength=256)[: len(header.classes)]
         height, width = header.label_size
-        if label.shape != header.label_size:  # by the nearest pixel: the mean of two ids is a third class
+        if split == "val" and header.frame_sizes:
+            label = _padded(label, header, index)
+        elif label.shape != header.label_size:  # by the nearest pixel: the mean of two ids is a third class
             label = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
         return _PackedRow(names[index], _resize_image(image, header.image_size), label, class_counts)
 
@@ -337,6 +343,15 @@ def _pack_rows(
                 tick()
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, do not try the frames that wait
+
+
+def _padded(label: ByteArray, header: Header, index: int) -> ByteArray:
+    """Return a label of its own size (h, w) as the first bytes of one of `label_size`, with void behind it."""
+    if label.shape != header.frame_sizes[index]:
+        raise InputError(f"frame {index} of {header.source_name} has changed since its size was read: start again.")
+    padded = np.full(math.prod(header.label_size), VOID, np.uint8)
+    padded[: label.size] = label.ravel()
+    return padded.reshape(header.label_size)
 
 
 def _resize_image(image: ByteArray, size: FrameSize) -> ByteArray:

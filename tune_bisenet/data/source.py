@@ -1,6 +1,6 @@
 """A source of labelled street frames: what the packer reads and everything after it never sees."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -46,7 +46,11 @@ class Source(Protocol):
 
     @property
     def frame_size(self) -> tuple[int, int]:
-        """Return height and width in pixels of every frame."""
+        """Return height and width in pixels of every frame, of the largest one where they differ."""
+
+    @property
+    def frame_sizes(self) -> Mapping[Split, Sequence[tuple[int, int]]]:
+        """Return height and width of each frame by split; nothing where all frames have `frame_size`."""
 
     @property
     def classes(self) -> ClassSet:

@@ -6,7 +6,7 @@ decides what is where; `painter` makes it look like a picture. It knows nothing 
 How much there is of each class follows Cityscapes; `_DEALT`, `_ON_SIDEWALK` and `_ON_ROAD` hold the numbers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -84,6 +84,10 @@ class Streets:
     @property
     def fingerprint(self) -> str:
         return f"{self} v{GENERATOR_VERSION}"
+
+    @property
+    def frame_sizes(self) -> Mapping[Split, Sequence[tuple[int, int]]]:
+        return {}
 
     @property
     def classes(self) -> ClassSet:

@@ -19,6 +19,8 @@ from typing import Any, Final, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from ray import tune
 
 from tune_bisenet.config import Run, TrialContext, format_size
@@ -329,8 +331,8 @@ def _save_epoch(
             groups=tuple(map(frame_group, split.names)),
             names=tuple(split.names[index] for index in indices),
             images=np.stack([split.images[index] for index in indices]),
-            labels=np.stack([split.labels[index] for index in indices]),
-            predictions=np.stack([prediction.numpy() for prediction in end.samples.values()]),
+            labels=_stacked([split.labels[index] for index in indices], data.image_size),
+            predictions=_stacked([prediction.numpy() for prediction in end.samples.values()], data.image_size),
         )
         folder.write(BEST_PREDICTIONS, predictions_to_bytes(best))
     if end.epoch.epoch in context.shared_epochs(spec.run):
@@ -338,6 +340,15 @@ def _save_epoch(
         kept = _kept_beginning(search, kept_identity, end.epoch.epoch)
         checkpoint.save_beginning(state, history, folder, kept, trial=spec.trial, identity=kept_identity)
     checkpoint.save(state, history, folder, identity=identity)
+
+
+def _stacked(labels: Sequence[NDArray[np.uint8]], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return labels S x h x w; those of different sizes are resized to `size`, as people only look at them."""
+    if len({label.shape for label in labels}) > 1:
+        height, width = size
+        nearest = Image.Resampling.NEAREST
+        labels = [np.asarray(Image.fromarray(label).resize((width, height), nearest)) for label in labels]
+    return np.stack(labels)
 
 
 def _log_epoch(writer: TrialWriter, end: EpochEnd, history: Sequence[Epoch], data: Packed, *, num_epochs: int) -> None:

@@ -201,6 +201,8 @@ def short_patience(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 OWN_IDS: Final = np.arange(7)
+TWO_ROADS: Final = '{"classes": [{"name": "road", "id": 7}, {"name": "road", "id": 300}], "void": [7]}'
+NO_CLASSES: Final = '{"classes": [{"name": "road", "id": "7"}, {"id": 8}], "colours": []}'
 STREET: Final = np.array([0, 1, 2, 8, 10, 13, 255])
 
 CASES: Final[dict[str, list[Case]]] = {
@@ -226,6 +228,8 @@ CASES: Final[dict[str, list[Case]]] = {
         Case("Validation labels that are all void", ON_FRAMES, lambda: relabel(np.array([255]), splits=("val",))),
         Case("trainIds under the name of labelIds", ON_FRAMES, lambda: relabel(STREET, kind="labelIds")),
         Case("Ids that Cityscapes does not have", ON_FRAMES, unknown_ids),
+        Case("Mistakes in classes.json", ON_FRAMES, lambda: Path("frames/classes.json").write_text(TWO_ROADS)),
+        Case("A classes.json of other keys", ON_FRAMES, lambda: Path("frames/classes.json").write_text(NO_CLASSES)),
     ],
     "Flags": [
         Case("Several at once", "--epochs 0 --image-size 100x200 --scheduler best --seeds 0,,1 --name a/b"),

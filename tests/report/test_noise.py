@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from expecting import trial
 
-from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES
+from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES, ClassSet, LabelClass
 from tune_bisenet.report.noise import repeat_noise
 from tune_bisenet.report.read import ReportedTrial
 
@@ -74,3 +74,14 @@ def test_nothing_is_known_where_nothing_repeats() -> None:
     assert repeat_noise(repeats(values[[0, 0]]), 0.5) is None, "the same to the last bit"
     absent = [trained("r01", seed, [[None] * NUM_CLASSES, [None] * NUM_CLASSES]) for seed in (0, 1)]
     assert repeat_noise(absent, 0.5) is None
+
+
+def test_noise_and_the_second_measure_go_by_the_classes_of_the_data() -> None:
+    classes = ClassSet(classes=(LabelClass(name="field", id=1), LabelClass(name="wood", id=2)))
+    ious = ([50.0, 60.0], [51.0, 57.0])
+    repeated = [replace(trained("r01", seed, [values]), classes=classes) for seed, values in enumerate(ious)]
+    noise = repeat_noise(repeated, 1.0, ("wood",))
+    assert noise is not None
+    assert [of.name for of in noise.classes] == ["wood", "field"]
+    assert noise.second_sd == pytest.approx(np.std([60, 57], ddof=1))
+    assert noise.sd == pytest.approx(np.std([55, 54], ddof=1))

@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from tune_bisenet import run
+from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.config import Precision, Resources
 from tune_bisenet.options import InputError, Options, parse_options
 from tune_bisenet.records import (
@@ -583,6 +584,24 @@ def test_the_digest_of_a_size_that_is_not_trained_any_more_is_kept(search: Prepa
     storage, name = resumed(search)[1::2]
     again = prepared(storage=storage, name=name, resume=True)
     assert driver._make_manifest(again, RESOURCES, COMMAND).data.digests == digests
+
+
+def test_a_search_is_resumed_with_classes_of_the_same_names_in_any_colours(
+    capsys: pytest.CaptureFixture[str], search: PreparedSearch, place: Path
+) -> None:
+    classes = CITYSCAPES.model_dump(mode="json")
+    path = place / "frames" / "classes.json"
+    classes["classes"][0] |= {"colour": [1, 2, 3]}
+    path.write_text(json.dumps(classes))
+    storage, name = resumed(search)[1::2]
+    again = prepared(storage=storage, name=name, resume=True)
+    assert driver._make_manifest(again, RESOURCES, COMMAND).data.classes.colours[0] == (1, 2, 3)
+    assert again.packs.keys() == search.packs.keys()
+    classes["classes"][0] |= {"name": "street"}
+    path.write_text(json.dumps(classes))
+    message = refused(capsys, *resumed(search), "--resume")
+    assert "has the classes street, sidewalk" in message
+    assert "was started with road, sidewalk" in message
 
 
 def test_what_the_stopping_rule_saw_is_rebuilt_from_the_trials_where_it_is_lost(

@@ -261,7 +261,9 @@ def read_classes(root: Storage) -> ClassSet:
         problems = []
         for finding in error.errors():
             where = ".".join(map(str, finding["loc"]))
-            problems += [f"{where + ': ' if where else ''}{line}" for line in in_words(finding["msg"]).split("\n")]
+            given = f" (given {finding['input']!r})" if finding["type"].endswith("_type") else ""
+            lines = f"{in_words(finding['msg'])}{given}".split("\n")
+            problems += [f"{where + ': ' if where else ''}{line}" for line in lines]
         uri = (root / CLASSES_FILE).uri
         example = ClassSet(classes=CITYSCAPES.classes[:2], void=(0,)).model_dump_json()
         raise InputError(*(f"{uri}: {problem}" for problem in problems), f"{uri} must read like {example}") from error

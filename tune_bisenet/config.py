@@ -37,6 +37,8 @@ class Frozen(BaseModel):
 
 
 Precision = Literal["fp32", "bf16"]
+StepMode = Literal["auto", "graph", "eager"]
+"""How a GPU is given a training step: as a CUDA graph, kernel by kernel, or as a graph if it can be recorded."""
 Objective = Literal["miou", "latency"]
 """A goal: mIoU in percent, the higher the better; milliseconds of one prediction, the lower the better."""
 Sampler = Literal["tpe", "gp", "cmaes", "random", "qmc"]
@@ -300,6 +302,8 @@ class TrialContext(Frozen):
     """How much of one GPU's memory a trial may take; 0 trains on the CPU."""
     deterministic: bool = False
     """Whether a GPU uses only kernels that repeat their results."""
+    step: StepMode = "auto"
+    """How a GPU is given a training step."""
     measures_latency: bool = False
     """Whether each trial also measures how long one prediction takes."""
     shared_beginnings: dict[str, tuple[int, ...]] = {}

@@ -166,8 +166,6 @@ def test_the_odd_micro_batch_at_an_epochs_end_makes_a_step_of_its_own(run: Run, 
     list(engine.fit(training))
     assert {int(state["step"]) for state in training.optimizer.state.values()} == {2 * 2}
     assert all(parameter.grad is None for parameter in training.model.parameters()), "a step leaves no gradient"
-    assert [engine._group_size(iteration, 3, 2) for iteration in range(3)] == [2, 2, 1]
-    assert [engine._group_size(iteration, 7, 3) for iteration in range(7)] == [3, 3, 3, 3, 3, 3, 1]
 
 
 def test_a_micro_batch_that_accumulates_with_none_counts_in_full(run: Run, small_data: Packed) -> None:

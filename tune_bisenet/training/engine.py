@@ -9,20 +9,30 @@ Shapes: B images, C classes, H x W pixels trained on, h x w pixels of a validati
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
-from tune_bisenet.config import OHEM, CrossEntropy, Precision, Run, WeightedCrossEntropy
-from tune_bisenet.data.batches import Frames, augment_batch, epoch_draw, epoch_order, load_frames, normalise
+from tune_bisenet.config import OHEM, CrossEntropy, Precision, Run, StepMode, WeightedCrossEntropy
+from tune_bisenet.data.batches import (
+    AugmentDraw,
+    Frames,
+    augment_batch,
+    epoch_draw,
+    epoch_order,
+    load_frames,
+    normalise,
+)
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.records import NUM_SAMPLES, Epoch
 from tune_bisenet.training import losses, metrics, optim
 from tune_bisenet.training.model import BiSeNet
 from tune_bisenet.training.optim import lr_at
+from tune_bisenet.training.stepper import Batch, Stepper
 
 
 @dataclass
@@ -38,6 +48,7 @@ class Training:
     val: Frames
     class_weights: Tensor | None  # C, float32; None where the loss does not weigh classes
     num_classes: int
+    stepper: Stepper
     epochs_done: int = 0
 
     @property
@@ -68,10 +79,12 @@ def begin(
     precision: Precision,
     backbone: dict[str, Tensor] | None,
     frames_room: int = 0,
+    step: StepMode = "eager",
 ) -> Training:
     """Return a run before its first epoch, its weights drawn from its seed, or from `backbone` for the ResNet-18.
 
-    Frames may take `frames_room` bytes of the device's memory.
+    Frames may take `frames_room` bytes of the device's memory. With another `step` than `eager`, what is recorded once
+    is replayed (`Stepper`): a state is to be loaded before the first epoch.
     """
     torch.manual_seed(run.random_seed)
     model = BiSeNet(num_classes=len(data.classes), head_width=run.head_width)
@@ -98,6 +111,7 @@ def begin(
         val=val,
         class_weights=class_weights,
         num_classes=len(data.classes),
+        stepper=Stepper(step, device),
     )
 
 
@@ -123,22 +137,36 @@ def _train_epoch(training: Training, epoch: int, between: Callable[[], None]) ->
     order = epoch_order(len(training.train), seed=run.random_seed, epoch=epoch)
     draw = epoch_draw(run.augment, len(order), seed=run.random_seed, epoch=epoch).to(training.device)
     num_iterations = training.iterations_per_epoch
+    batch_counts = [count + num_iterations for count in _batch_counts(training.model)]
     loss_sums = torch.zeros(4, device=training.device)
     norms = []
     lr = 0.0
+    group: list[Batch] = []
     batches = training.train.batches(order[: num_iterations * run.batch_size], run.batch_size)
     for iteration, frames in enumerate(batches):
         left = time.perf_counter()
         between()
         started += time.perf_counter() - left
         batch = slice(iteration * run.batch_size, (iteration + 1) * run.batch_size)
-        images, labels = augment_batch(*frames, draw[batch])
-        group_size = _group_size(iteration, num_iterations, run.accumulation)
-        loss_sums += _backward(training, images, labels, epoch=epoch, scale=1.0 / group_size)
-        if (iteration + 1) % run.accumulation == 0 or iteration + 1 == num_iterations:
-            done = (epoch - 1) * num_iterations + iteration
-            lr = lr_at(run.schedule, run.optimizer.lr, done, run.num_epochs * num_iterations)
-            norms.append(_step(training, lr))
+        group.append((*frames, *vars(draw[batch]).values()))
+        if len(group) < run.accumulation and iteration + 1 < num_iterations:
+            continue
+        done = (epoch - 1) * num_iterations + iteration
+        lr = lr_at(run.schedule, run.optimizer.lr, done, run.num_epochs * num_iterations)
+        optim.set_rate(training.optimizer, lr)
+        *parts, norm = training.stepper.call(
+            partial(_take_step, training, epoch=epoch),
+            group,
+            kind="a training step",
+            variant=losses.uses_lovasz(run.loss, epoch),
+            undone=partial(_undone, training),
+        )
+        for part in parts:
+            loss_sums += part
+        norms.append(norm)
+        group = []
+    for count, expected in zip(_batch_counts(training.model), batch_counts, strict=True):
+        count.copy_(expected)  # a replay counts nothing
     total, main, aux1, aux2 = (loss_sums / num_iterations).tolist()
     grad_norm = torch.stack(norms).mean().item()
     seconds = time.perf_counter() - started
@@ -154,10 +182,45 @@ def _train_epoch(training: Training, epoch: int, between: Callable[[], None]) ->
     }
 
 
-def _group_size(iteration: int, num_iterations: int, accumulation: int) -> int:
-    """Return how many micro-batches share this iteration's optimizer step; an epoch's last group may be smaller."""
-    first = iteration - iteration % accumulation
-    return min(accumulation, num_iterations - first)
+def _take_step(training: Training, group: Sequence[Batch], *, epoch: int) -> list[Tensor]:
+    """Take one optimizer step by the mean gradient of a group; an epoch's last one may be smaller. The rate is set.
+
+    A batch is that of `Frames` and the values of its `AugmentDraw`. Returns what `_backward` does for each, and then
+    the gradient's norm before clipping.
+    """
+    parts = []
+    for images, labels, *draw in group:
+        augmented = augment_batch(images, labels, AugmentDraw(*draw))
+        parts.append(_backward(training, *augmented, epoch=epoch, scale=1.0 / len(group)))
+    norm = optim.clip_gradients(training.model.parameters(), training.run.max_grad_norm)
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    return [*parts, norm.detach()]
+
+
+@contextlib.contextmanager
+def _undone(training: Training) -> Iterator[None]:
+    """Put back at the end, in place, what was changed of a training; it leaves no gradient."""
+    before = {key: tensor.clone() for key, tensor in _numbers(training).items()}
+    try:
+        yield
+    finally:
+        training.optimizer.zero_grad(set_to_none=True)
+        for key, tensor in _numbers(training).items():
+            tensor.copy_(before[key] if key in before else torch.zeros_like(tensor))  # an optimizer begins with zeros
+
+
+def _numbers(training: Training) -> dict[object, Tensor]:
+    """Return all tensors that a step changes."""
+    states = training.optimizer.state.items()
+    numbers = {(id(weight), name): value for weight, state in states for name, value in state.items()}
+    return training.model.state_dict() | {key: value for key, value in numbers.items() if isinstance(value, Tensor)}
+
+
+def _batch_counts(model: BiSeNet) -> list[Tensor]:
+    """Return each norm's count of the batches that it was trained on."""
+    norms = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    return [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
 
 
 def _backward(training: Training, images: Tensor, labels: Tensor, *, epoch: int, scale: float) -> Tensor:
@@ -169,32 +232,24 @@ def _backward(training: Training, images: Tensor, labels: Tensor, *, epoch: int,
     return torch.stack(parts).detach()
 
 
-def _step(training: Training, lr: float) -> Tensor:
-    """Take one optimizer step at rate `lr`; return the gradient's norm before clipping."""
-    norm = optim.clip_gradients(training.model.parameters(), training.run.max_grad_norm)
-    optim.set_rate(training.optimizer, lr)
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
-    return norm.detach()
-
-
 def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
     """Score whole validation images at the resolution of their labels. `measured` is what training gave.
 
     The last step may break weights or running statistics unseen by its loss: then there is no mIoU.
     """
     started = time.perf_counter()
+    training.model.eval()
     wanted = set(training.sample_indices)
     numbers = [value for value in training.model.state_dict().values() if value.is_floating_point()]
     is_sound = nn.utils.get_total_norm(numbers, math.inf).isfinite()
     matrices, samples = [], {}
     first = 0
     for images, labels in training.val.batches(torch.arange(len(training.val)), training.run.batch_size):
-        size = (labels.shape[1], labels.shape[2])
-        logits = _main_logits(training.model, images, precision=training.precision)
-        is_sound &= logits.isfinite().all()
-        predictions = losses.argmax(logits, size)
-        matrices.append(metrics.confusion(predictions, labels, training.num_classes))
+        predictions, matrix, is_finite = training.stepper.call(
+            partial(_score, training), [(images, labels)], kind="validation"
+        )
+        is_sound &= is_finite
+        matrices.append(matrix)
         for index in wanted.intersection(range(first, first + len(images))):
             samples[index] = predictions[index - first].cpu()
         first += len(images)
@@ -212,6 +267,14 @@ def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
         **measured,
     )
     return EpochEnd(epoch, confusion, samples)
+
+
+def _score(training: Training, batches: Sequence[Batch]) -> list[Tensor]:
+    """Return the predictions for a batch of `Frames`, its confusion matrices, and whether its logits are finite."""
+    ((images, labels),) = batches
+    logits = _main_logits(training.model, images, precision=training.precision)
+    predictions = losses.argmax(logits, (labels.shape[1], labels.shape[2]))
+    return [predictions, metrics.confusion(predictions, labels, training.num_classes), logits.isfinite().all()]
 
 
 def predict(model: BiSeNet, images: Tensor, size: tuple[int, int], *, precision: Precision) -> Tensor:

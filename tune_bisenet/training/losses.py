@@ -209,12 +209,17 @@ def head_losses(logits: Logits, labels: Tensor, loss: Loss, *, class_weights: Te
     `labels` are uint8 trainIds, B x H x W.
     """
     targets = labels.long()
-    if loss.lovasz_after is not None and epoch > loss.lovasz_after:
+    if uses_lovasz(loss, epoch):
         main = lovasz_softmax(_full_size(logits.main, (labels.shape[1], labels.shape[2])), targets)
     else:
         main = _by_pixel(logits.main, targets, loss, class_weights)
     aux1, aux2 = (_by_pixel(aux, targets, loss, class_weights) for aux in logits.aux)
     return HeadLosses(main + loss.aux_weight * (aux1 + aux2), main, aux1, aux2)
+
+
+def uses_lovasz(loss: Loss, epoch: int) -> bool:
+    """Return whether the main head's loss is Lovász-Softmax in `epoch`, from 1."""
+    return loss.lovasz_after is not None and epoch > loss.lovasz_after
 
 
 def _must_repeat(device: torch.device) -> bool:

@@ -11,7 +11,6 @@ their range.
 """
 
 import argparse
-import inspect
 import json
 import multiprocessing
 import os
@@ -51,6 +50,7 @@ from tune_bisenet.config import (
     Precision,
     Resources,
     Run,
+    StepMode,
     WarmupPoly,
     WeightedCrossEntropy,
     format_size,
@@ -62,8 +62,8 @@ from tune_bisenet.training import benchmark, engine, losses
 from tune_bisenet.training.model import BiSeNet
 
 Record = dict[str, Any]
-STEPS = ("eager", "graph") if "step" in inspect.signature(engine.begin).parameters else (None,)
-"""How `engine.begin` can be asked to step; None where it has no such choice."""
+STEPS: tuple[StepMode, ...] = ("eager", "graph") if torch.cuda.is_available() else ("eager",)
+"""How `engine.begin` is asked to step; the last is how a trial does."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,10 @@ def frames(size: tuple[int, int], num_train: int, num_val: int, *, distinct: int
     )
 
 
-def begin(setting: Setting, run: Run, data: Packed, precision: Precision, step: str | None = None) -> engine.Training:
-    chosen: Record = {} if step is None else {"step": step}
-    return engine.begin(run, data, device=setting.device, precision=precision, backbone=None, **chosen)
+def begin(
+    setting: Setting, run: Run, data: Packed, precision: Precision, step: StepMode = STEPS[-1]
+) -> engine.Training:
+    return engine.begin(run, data, device=setting.device, precision=precision, backbone=None, step=step)
 
 
 def clock(device: torch.device) -> float:
@@ -181,7 +182,7 @@ def windows(setting: Setting, function: Callable[[], object], repeats: int = 10)
 Loop = Callable[[], float]
 
 
-def product_loop(setting: Setting, data: Packed, precision: Precision, step: str | None = None) -> Loop:
+def product_loop(setting: Setting, data: Packed, precision: Precision, step: StepMode = STEPS[-1]) -> Loop:
     training = begin(setting, row(setting), data, precision, step)
     epochs = engine.fit(training)
     validated: list[float] = []  # when the network was first asked to predict: the end of training in CPU seconds
@@ -288,9 +289,7 @@ def loops(setting: Setting, data: Packed) -> dict[str, Callable[[], Loop]]:
     for precision in setting.precisions:
         made[f"plain {precision}, in memory"] = partial(plain_loop, setting, data, precision)
         for way in STEPS:
-            made[f"product {precision}" + (f", {way}" if way else "")] = partial(
-                product_loop, setting, data, precision, way
-            )
+            made[f"product {precision}, {way}"] = partial(product_loop, setting, data, precision, way)
     made["plain fp32, PNG files"] = partial(png_loop, setting, data)
     return made
 
@@ -340,22 +339,21 @@ def floors(setting: Setting) -> Iterator[Record]:
 
 
 def correctness(setting: Setting) -> Iterator[Record]:
-    """Compare four iterations with the CPU's, fp32 without TF32, and count what waits for the card in a step."""
+    """Compare five iterations with the CPU's, fp32 without TF32, and count what waits for the card in a step."""
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
         for name, changes in ROWS.items():
-            few, many = (frames((64, 128), number * setting.batch, 2) for number in (4, 8))
+            few, many = (frames((64, 128), number * setting.batch, 2) for number in (5, 9))  # an odd group is left
             run = row(setting, image_size=(64, 128), num_epochs=2, **changes)
-            on_card, on_cpu = (
-                next(engine.fit(begin(place, run, few, "fp32"))).epoch.loss
-                for place in (setting, replace(setting, device=torch.device("cpu")))
-            )
-            apart = abs(on_card / on_cpu - 1)
-            counts = [waits(begin(setting, run, data, "bf16")) for data in (few, many)]
-            places = sorted(set(counts[1]))
-            a_step = (len(counts[1]) - len(counts[0])) / 4
-            yield {"row": name, "loss apart": apart, "passed": apart < 1e-4, "waits a step": a_step, "at": places}
+            cpu = replace(setting, device=torch.device("cpu"))
+            on_cpu = next(engine.fit(begin(cpu, run, few, "fp32", "eager"))).epoch.loss
+            for way in STEPS:
+                apart = abs(next(engine.fit(begin(setting, run, few, "fp32", way))).epoch.loss / on_cpu - 1)
+                counts = [waits(begin(setting, run, data, "bf16", way)) for data in (few, many)]
+                a_step, places = (len(counts[1]) - len(counts[0])) / 4, sorted(set(counts[1]))
+                yield {"row": name, "step": way, "loss apart": apart, "passed": apart < 1e-4, "waits a step": a_step,
+                       "at": places}  # fmt: skip
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
 
@@ -535,7 +533,12 @@ def packing(setting: Setting) -> Iterator[Record]:
             )
             run = row(setting, image_size=size)
             measured = benchmark.benchmark_training(
-                run, frame_size=size, with_lovasz=False, resources=resources, precision=setting.precisions[-1]
+                run,
+                frame_size=size,
+                with_lovasz=False,
+                resources=resources,
+                precision=setting.precisions[-1],
+                step=STEPS[-1],
             )
             yield {"processes": number, "size": format_size(size), "images/s": number * measured.images_per_second,
                    "spread": measured.spread, "MB each": round(measured.memory_bytes / 1e6)}  # fmt: skip
@@ -550,7 +553,7 @@ def sizes(setting: Setting) -> Iterator[Record]:
         case = replace(setting, size=size, batch=batch, batches=8 if setting.windows > 1 else 1)
         if setting.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        loop = product_loop(case, frames(size, case.batches * batch, batch), setting.precisions[-1], STEPS[-1])
+        loop = product_loop(case, frames(size, case.batches * batch, batch), setting.precisions[-1])
         loop()
         taken = summary([loop() for _ in range(2)])
         peak = round(torch.cuda.max_memory_allocated() / 1e6) if setting.device.type == "cuda" else None
@@ -559,7 +562,10 @@ def sizes(setting: Setting) -> Iterator[Record]:
         run = row(setting, head_width=head_width)
         yield {
             "head": head_width,
-            "latency": vars(benchmark.measure_latency(run, device=setting.device, precision=setting.precisions[-1])),
+            "latency": [
+                vars(benchmark.measure_latency(run, device=setting.device, precision=setting.precisions[-1], step=way))
+                for way in STEPS
+            ],
         }
 
 
@@ -575,7 +581,7 @@ def same_miou(setting: Setting) -> Iterator[Record]:
             run = row(
                 setting, image_size=setting.small_size, num_epochs=setting.learning_epochs, seed=seed, schedule=schedule
             )
-            curve = [round(end.epoch.miou, 2) for end in engine.fit(begin(setting, run, data, precision, STEPS[-1]))]
+            curve = [round(end.epoch.miou, 2) for end in engine.fit(begin(setting, run, data, precision))]
             found.setdefault(precision, []).append(curve[-1])
             yield {"precision": precision, "seed": seed, "mIoU": curve}
     if setting.windows > 1:
@@ -605,7 +611,7 @@ def repeatable(setting: Setting) -> Iterator[Record]:
 
 
 def trained_state(setting: Setting, run: Run, data: Packed) -> dict[str, Tensor]:
-    training = begin(setting, run, data, setting.precisions[-1], STEPS[-1])
+    training = begin(setting, run, data, setting.precisions[-1])
     for _ in engine.fit(training):
         pass
     return {name: value.detach().cpu().clone() for name, value in training.model.state_dict().items()}
@@ -641,7 +647,7 @@ BLOCKS = {
     for block in (
         Block(environment, 10),
         Block(floors, 15, needs_cuda=True),
-        Block(correctness, 50, needs_cuda=True),
+        Block(correctness, 80, needs_cuda=True),
         Block(step, 100),
         Block(parts, 50),
         Block(epoch, 40),

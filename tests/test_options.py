@@ -46,6 +46,7 @@ def test_an_invalid_duration_is_named_with_valid_ones(text: str) -> None:
         {"gpus_per_trial": 1.5},
         {"gpus_per_trial": 2},
         {"precision": "fp8"},
+        {"step": "compiled"},
         {"objectives": "latency"},
         {"name": "../x"},
         {"seeds": "1,1"},
@@ -88,6 +89,11 @@ def test_the_built_in_streets_are_a_proxy_without_pretrained_weights() -> None:
 def test_kernels_that_repeat_their_results_are_used_where_they_are_asked_for() -> None:
     assert resolve_options(Options(deterministic=True), default_data="streets").deterministic
     assert not resolve_options(Options(), default_data="streets").deterministic
+
+
+def test_how_a_gpu_is_given_a_step_is_kept_by_the_search() -> None:
+    assert resolve_options(Options(step="eager"), default_data="streets").step == "eager"
+    assert resolve_options(Options(), default_data="streets").step == "auto"
 
 
 def test_added_trials_have_the_rows_or_seeds_of_the_first_where_none_are_given() -> None:

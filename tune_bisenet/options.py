@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from tune_bisenet.config import Frozen, NumEpochs, Objective, Precision, Sampler, Seed, check_image_size
+from tune_bisenet.config import Frozen, NumEpochs, Objective, Precision, Sampler, Seed, StepMode, check_image_size
 from tune_bisenet.text import absolute_path, format_duration, in_words, is_uri, is_utf8, redact, without_errno
 
 STREETS: Final = "streets"
@@ -223,6 +223,13 @@ class Options(Frozen):
         None,
         "let a GPU use only kernels that repeat their results, which are slower; that equal runs are then equal to the "
         "last bit has not been seen on a card yet (on a CPU they are, and this changes nothing)",
+    )
+    step: StepMode | None = _flag(
+        WHAT,
+        "auto|graph|eager",
+        "graph: a GPU replays each training step as one CUDA graph, and a trial fails where that cannot be recorded; "
+        "eager: kernels are launched one by one; auto: graph on a GPU, eager where that fails and on a CPU. Graphs "
+        "have not run on a card yet (default: auto)",
     )
 
     looks: Looks | None = _flag(
@@ -430,6 +437,8 @@ class SearchConfig(Frozen):
     precision: Precision
     deterministic: bool = False
     """Whether a GPU uses only kernels that repeat their results."""
+    step: StepMode = "auto"
+    """How a GPU is given a training step."""
     no_share: bool = False
     """Whether rows that begin as the same training each train those epochs."""
     looks: Looks = ()

@@ -269,6 +269,8 @@ class Environment:
     python: str
     first_epoch: PositiveInt | None = None
     """The first epoch that it trained; None where an earlier version of the program did not note it."""
+    eager: str = ""
+    """Why a GPU was given kernels one by one, though a CUDA graph was tried; empty if it was not."""
 
 
 def add_environment(
@@ -414,6 +416,8 @@ class Session(Frozen):
     """What torch used of it; that of the search's first session."""
     gpus_per_trial: float
     trials_at_once: int
+    warnings: tuple[str, ...] = ()
+    """What its trials have warned of, as it ended."""
 
 
 class SpaceInfo(Frozen):

@@ -159,15 +159,25 @@ def test_of_a_trial_that_was_moved_the_page_says_which_epochs_were_trained_where
     for name in RUNS:
         record = read_trial(folder / name)
         assert record
-        moved = (card, replace(card, device="L4", first_epoch=2))
+        moved = (card, replace(card, device="L4", first_epoch=2, eager="a training step cannot be recorded: no"))
         environments = moved if name == "r01-s0" else (card,)
         records.write_trial(folder, replace(record, environments=environments))
     page_of(folder)
     lines = [line.split("|")[2] for line in markdown_of(folder).splitlines() if line.startswith("| trained with")]
-    assert [line.partition(": ")[2].strip() for line in lines] == [
+    assert [line.rpartition(": ")[2].strip() for line in lines] == [
         "r01-s0 (epoch 1), r02-s0, r01-s1, r02-s1",
         "r01-s0 (epochs 2 to 3)",
     ]
+    assert "L4 without CUDA graphs (a training step cannot be recorded: no)" in markdown_of(folder)
+
+
+def test_what_trials_warned_of_is_on_the_page(tmp_path: Path) -> None:
+    folder = write_search(tmp_path)
+    manifest = records.read_manifest(folder)
+    assert manifest
+    warned = manifest.sessions[-1].model_copy(update={"warnings": ("r01-s0: its kernels are launched one by one",)})
+    records.write_manifest(folder, manifest.model_copy(update={"sessions": (warned,)}))
+    assert "r01-s0: its kernels are launched one by one" in Elements(page_of(folder)).text
 
 
 def test_a_proxy_is_labelled_everywhere(tmp_path: Path) -> None:

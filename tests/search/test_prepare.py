@@ -38,7 +38,7 @@ from tune_bisenet.search import driver
 from tune_bisenet.search.console import print_plan
 from tune_bisenet.search.forecast import estimate_search
 from tune_bisenet.search.prepare import CACHE_VARIABLE, DATASET_VARIABLE, PreparedSearch, prepare_search
-from tune_bisenet.search.resources import find_bf16
+from tune_bisenet.search.resources import find_bf16, trains_on_gpu
 from tune_bisenet.search.state import SessionOutcome
 from tune_bisenet.storage import Storage
 
@@ -346,6 +346,19 @@ def test_bf16_on_a_machine_without_it_is_refused(capsys: pytest.CaptureFixture[s
     assert "no bf16 instructions" in refused(capsys, "--precision", "bf16")
 
 
+@pytest.mark.skipif(trains_on_gpu(Options()), reason="this machine has a GPU")
+@pytest.mark.parametrize("flags", [(), ("--device", "cpu"), ("--gpus-per-trial", "0")])
+def test_graphs_are_refused_where_trials_train_on_a_cpu(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    assert "--step graph: trials would train on a CPU" in refused(capsys, "--step", "graph", *flags)
+
+
+def test_a_gpu_is_trained_on_unless_a_flag_says_otherwise() -> None:
+    planned = [Options(gpus=4), Options(gpus=4, device="cpu"), Options(gpus=4, gpus_per_trial=0.0)]
+    assert [trains_on_gpu(options) for options in planned] == [True, False, False]
+
+
 def test_no_mistake_costs_a_decoded_frame(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     refused(capsys, "--runs", "r99")
     assert not (place / "cache").exists()
@@ -398,8 +411,9 @@ def test_a_resumed_search_keeps_its_configuration_and_adds_a_session(search: Pre
     again = prepared(storage=storage, name=name, resume=True)
     assert (again.runs, again.config) == (search.runs, search.config)
     manifest = driver._make_manifest(again, RESOURCES, (*COMMAND, "--resume"))
-    outcome = SessionOutcome(signal_number=15)
+    outcome = SessionOutcome(signal_number=15, warnings=["a: once", "b: once", "a: once"])
     first, second = driver._end_session(manifest, outcome).sessions
+    assert second.warnings == ("a: once", "b: once")
     assert (first.command, first.signal) == (COMMAND, None)
     assert (second.command[-1], second.signal) == ("--resume", 15)
     assert second.ended is not None

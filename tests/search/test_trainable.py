@@ -23,11 +23,13 @@ from tune_bisenet.data.packed import open_packed
 from tune_bisenet.options import InputError, Options
 from tune_bisenet.records import TRIAL, Beginning, Latency, TrialRecord, TrialSpec, read_trial, to_plain, write_trial
 from tune_bisenet.search import trainable
-from tune_bisenet.search.failures import FAILURE, LACKS
+from tune_bisenet.search.failures import FAILURE, LACKS, WARNING
 from tune_bisenet.search.resources import find_bf16
 from tune_bisenet.search.trainable import _describe_failure, run_trial, train_trial
 from tune_bisenet.storage import RetryPolicy, Storage, StorageError, StorageRefusedError
-from tune_bisenet.training import checkpoint
+from tune_bisenet.training import checkpoint, engine
+from tune_bisenet.training.engine import Training
+from tune_bisenet.training.stepper import CaptureError, Stepper
 
 if TYPE_CHECKING:
     from tune_bisenet.data.packed import Packed
@@ -397,6 +399,49 @@ def test_kernels_that_repeat_their_results_change_nothing_on_a_cpu(
     finally:
         trainable.choose_kernels(deterministic=False)
     assert timeless(reports) == timeless(expected)
+
+
+# --- how a GPU is given a step ----------------------------------------------------------------------------------------
+
+
+def test_a_trial_whose_step_cannot_be_recorded_goes_on_without_and_says_so(
+    run: Run, context: TrialContext, folder: Path, expected: list[Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engine.begin
+
+    def begin(*args: Any, **kwargs: Any) -> Training:
+        training = real(*args, **kwargs)
+        training.stepper = Stepper("auto", training.device)
+        training.stepper.is_eager = False  # as on a GPU
+        hook = training.model.register_forward_pre_hook(lambda *_: hook.remove() or 1 / 0)  # type: ignore[func-returns-value]
+        return training
+
+    monkeypatch.setattr(engine, "begin", begin)
+    reports = train(run, context)
+    warnings = [report.pop(WARNING, "") for report in reports]
+    assert "one by one instead of as a CUDA graph: a training step cannot be recorded" in warnings[0]
+    assert warnings[1:] == ["", ""]
+    assert timeless(reports) == timeless(expected)
+    (environment,) = record_of(folder).environments
+    assert environment.eager.endswith("division by zero")
+    assert environment.first_epoch == 1
+
+
+def test_a_trial_that_must_be_replayed_fails_on_a_cpu_without_another_try(run: Run, context: TrialContext) -> None:
+    with pytest.raises(ValueError, match="--step graph") as refused:
+        train(run, context.model_copy(update={"step": "graph"}))
+    assert "train on a CPU here" in _describe_failure(refused.value)[FAILURE]
+
+
+def test_a_step_that_cannot_be_recorded_is_not_tried_again_where_only_graphs_are_allowed() -> None:
+    def step(_batches: object) -> list[torch.Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(CaptureError) as refused:
+        Stepper("graph", torch.device("cpu")).call(step, [], kind="a training step")
+    report = _describe_failure(refused.value)
+    assert "not permitted" in report[FAILURE]
+    assert LACKS not in report
 
 
 # --- what it was trained in -------------------------------------------------------------------------------------------

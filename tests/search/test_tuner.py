@@ -25,7 +25,7 @@ from tune_bisenet.records import TrialSpec, measure, to_plain
 from tune_bisenet.rungs import AshaRule, MedianRule, Stopper, StoppingRule, protected_rows
 from tune_bisenet.search import tuner
 from tune_bisenet.search.console import SearchProgress
-from tune_bisenet.search.failures import FAILURE, LACKS, STACK_SIGNAL
+from tune_bisenet.search.failures import FAILURE, LACKS, STACK_SIGNAL, WARNING
 from tune_bisenet.search.searcher import GridSearcher
 from tune_bisenet.search.state import SearchState, SessionOutcome
 from tune_bisenet.search.tuner import StoppingScheduler, TuneCallback
@@ -375,6 +375,19 @@ NO_GPU_MEMORY = {FAILURE: "CUDA out of memory.", LACKS: "GPU memory"}
 def trial_result(callback: TuneCallback, name: str, result: dict[str, Any]) -> None:
     trial = Trial("stub", config=config_of(row(name)), trial_name_creator=name_of, stub=True)
     callback.on_trial_result(0, [trial], trial, result)
+
+
+def test_what_a_trial_warns_of_is_logged_and_kept_for_the_session(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome = SessionOutcome()
+    _state, callback = callback_of(["r01"], tmp_path, outcome=outcome)
+    callback._workers["r01"] = tuner._Worker(None, None, heard_at=0.0)
+    epoch = plain_epoch(1, 10.0)
+    result = asdict(epoch) | {"diverged": False} | measure([epoch], latency_ms=None)
+    trial_result(callback, "r01", result | {WARNING: "Its frames were packed again."})
+    assert outcome.warnings == ["r01: Its frames were packed again."]
+    assert outcome.warnings[0] in caplog.text
 
 
 # --- without a cluster ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def environment_parts(environment: Environment) -> tuple[str, str, str, str, str
     cuda = f", CUDA {environment.cuda}" if environment.cuda else ""
     return (
         counted(environment.threads, "thread"),
-        environment.device,
+        environment.device + (f" without CUDA graphs ({environment.eager})" if environment.eager else ""),
         f"torch {environment.torch}{cuda}",
         f"numpy {environment.numpy}",
         f"Python {environment.python}",

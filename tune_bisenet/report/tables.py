@@ -341,6 +341,7 @@ def provenance_table(search: SearchRecord) -> Table:
         "began with": ", ".join(study.warm_start) if study else "",
         "limits": ", ".join(filter(None, bounds)),
         "precision": manifest.config.precision + (", repeatable kernels" if manifest.config.deterministic else ""),
+        "training step": {"auto": "", "graph": "a CUDA graph", "eager": "eager"}[manifest.config.step],
         "storage": search.folder.uri,
     }
     rows = [(title, text) for title, text in lines.items() if text]
@@ -352,6 +353,7 @@ def provenance_table(search: SearchRecord) -> Table:
         rows += [
             (f"session {number}", f"{format_time(session.started)} to {until}"),
             *([("ended as", session.limit)] if session.limit else []),
+            *(("warned", warning) for warning in session.warnings),
             ("command", shlex.join(session.command)),
             ("commit", session.commit or "not from a checkout"),
             ("versions", f"Python {session.python}, {versions}"),

@@ -287,6 +287,7 @@ def _make_manifest(search: PreparedSearch, resources: Resources, command: Sequen
 def _end_session(manifest: Manifest, outcome: SessionOutcome) -> Manifest:
     *before, last = manifest.sessions
     end: dict[str, Any] = {"ended": _now(), "signal": outcome.signal_number, "limit": outcome.limit or None}
+    end["warnings"] = tuple(dict.fromkeys(outcome.warnings))
     if outcome.max_concurrent is not None:
         end["trials_at_once"] = outcome.max_concurrent
     if outcome.gpus_per_trial is not None:

@@ -348,6 +348,7 @@ def time_throughput(estimate: Estimate) -> Estimate:
             resources=resources,
             precision=search.config.precision,
             classes=search.source.classes,
+            step=search.config.step,
         )
     except BenchmarkError as error:
         return replace(estimate, problem=str(error))

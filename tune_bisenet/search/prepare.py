@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from tune_bisenet import spaces
-from tune_bisenet.config import Precision, Run, TrialContext, format_size, shared_beginnings, trial_name
+from tune_bisenet.config import Precision, Run, StepMode, TrialContext, format_size, shared_beginnings, trial_name
 from tune_bisenet.data.packed import FrameSize, Packed, suggested_image_size
 from tune_bisenet.data.packing import PACKS, check_labels, check_reachable, check_room, open_source, prepare_packed
 from tune_bisenet.data.source import Source
@@ -150,6 +150,7 @@ class PreparedSearch:
             threads_per_trial=threads_per_trial,
             gpu_share=gpu_share,
             deterministic=self.config.deterministic,
+            step=self.config.step,
             measures_latency="latency" in self.config.objectives,
             shared_beginnings={} if self.config.no_share else shared_beginnings(self.runs),
         )
@@ -242,6 +243,7 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
         rows = _attempt(problems, lambda: _select_rows(space, config, earlier))
     problems += _flag_problems(options, config, space)
     _attempt(problems, lambda: _check_precision(config.precision, options))
+    _attempt(problems, lambda: _check_step(config.step, options))
     backbone_digest = _attempt(problems, lambda: _check_backbone(config.backbone, may_fetch=not options.plan))
     data = _attempt(problems, lambda: _open_data(config.data))
     if space and data:
@@ -724,4 +726,17 @@ def _check_precision(precision: Precision, options: Options) -> None:
             "--precision bf16: what trials would train on here has no bf16 instructions, as GPUs have from compute "
             "capability 8 on, and CPUs with AVX512-BF16 or AMX. Use fp32 for a search here, and resume one in bf16 on "
             "such a machine."
+        )
+
+
+def _check_step(step: StepMode, options: Options) -> None:
+    """Raise ValueError for graphs on a machine without a GPU. Nodes of a cluster refuse them themselves."""
+    if step != "graph" or options.address is not None:
+        return
+    from tune_bisenet.search.resources import trains_on_gpu
+
+    if not trains_on_gpu(options):
+        raise ValueError(
+            "--step graph: trials would train on a CPU here, and graphs are for GPUs alone. Leave it out for a search "
+            "here, and resume one with it on a machine with a GPU."
         )

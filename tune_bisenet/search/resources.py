@@ -227,6 +227,14 @@ def _gpus_per_trial(cluster: Cluster, options: Options) -> float:
     return 1.0 if options.device == "cuda" else 0.0
 
 
+def trains_on_gpu(options: Options) -> bool:
+    """Return whether trials would train on a GPU of this machine, or of --gpus; --address does not count."""
+    import torch  # late, as it takes a second
+
+    may_use_gpu = options.gpus_per_trial != 0 and options.device != "cpu"
+    return may_use_gpu and (options.gpus is not None or torch.cuda.is_available())
+
+
 def find_bf16(options: Options) -> bool:
     """Return whether all that trials may train on has instructions for bf16, as far as that is known before a search.
 
@@ -234,10 +242,8 @@ def find_bf16(options: Options) -> bool:
     for the GPUs of --gpus, it is assumed of GPUs and not of CPUs.
     """
     if options.address is None:
-        may_use_gpu = options.gpus_per_trial != 0 and options.device != "cpu"
-        if may_use_gpu and options.gpus is not None:
-            return True
-        return supports_bf16("auto" if may_use_gpu else "cpu")
+        on_gpu = trains_on_gpu(options)
+        return (on_gpu and options.gpus is not None) or supports_bf16("cuda" if on_gpu else "cpu")
     with ray_session(options.address) as cluster:
         gpus = _gpus_per_trial(cluster(), options)
         on_gpu = gpus > 0 and options.device != "cpu"
@@ -253,14 +259,14 @@ def find_bf16(options: Options) -> bool:
         return all(ray.get(answered)) if answered else on_gpu
 
 
-def supports_bf16(device: Literal["auto", "cpu", "cuda"]) -> bool:
+def supports_bf16(device: Literal["cpu", "cuda"]) -> bool:
     """Return whether this machine has instructions for bf16: without them it is emulated, and slower than fp32.
 
-    `auto` is its GPUs where it has any. Of several GPUs all must have them, since a trial may get any.
+    Of several GPUs all must have them, since a trial may get any.
     """
     import torch  # late, as it takes two seconds
 
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+    if device == "cuda":
         capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
         return min(capabilities) >= (8, 0)
     found = torch.cpu.get_capabilities()

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
@@ -71,6 +71,8 @@ class SessionOutcome:
     """How many trials ran at once at most after memory had run out; None if it has not."""
     gpus_per_trial: float | None = None
     """The share of a GPU that each trial had after its memory had run out; None if it has not."""
+    warnings: list[str] = field(default_factory=list)
+    """What trials have warned of, with their names."""
 
     @property
     def is_cut_off(self) -> bool:

@@ -12,7 +12,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
@@ -115,7 +115,7 @@ def run_trial(spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[
         if data.replaced and not warnings:
             warnings.append(f"{data.replaced}. They were packed again.")
         try:
-            return _train_on(data, spec, context, report=report_with_warnings)
+            return _train_on(data, spec, context, report=report_with_warnings, warn=warnings.append)
         except DamagedPackError as damage:
             record = read_sound_trial(folder)
             num_epochs = len(record.epochs) if record else 0
@@ -139,9 +139,17 @@ def choose_kernels(*, deterministic: bool) -> None:
 
 
 def _train_on(
-    data: Packed, spec: TrialSpec, context: TrialContext, *, report: Callable[[dict[str, Any]], None]
+    data: Packed,
+    spec: TrialSpec,
+    context: TrialContext,
+    *,
+    report: Callable[[dict[str, Any]], None],
+    warn: Callable[[str], None],
 ) -> None:
-    """Train a trial from where its folder left off. Raises DamagedPackError if `data` no longer are what they were."""
+    """Train a trial from where its folder left off; what `warn` is told goes with the next report.
+
+    Raises DamagedPackError if `data` no longer are what they were.
+    """
     search = Storage.at(context.storage)
     folder = search / spec.trial
     device = torch.device("cuda" if context.gpu_share else "cpu")
@@ -150,6 +158,11 @@ def _train_on(
         raise ValueError(
             f"{environment.device} has no bf16 instructions, and this search trains in bf16. Leave such nodes out, or "
             "start another search with --precision fp32."
+        )
+    if context.step == "graph" and device.type == "cpu":
+        raise ValueError(
+            "this search trains by CUDA graphs (--step graph), and trials train on a CPU here. Leave such nodes out, "
+            "or start another search without that flag."
         )
     if device.type == "cuda":  # so that no trial takes the memory of those beside it
         torch.cuda.set_per_process_memory_fraction(context.gpu_share)
@@ -161,6 +174,7 @@ def _train_on(
         precision=context.precision,
         backbone=backbone,
         frames_room=_frames_room(spec.run, context, device, num_classes=len(data.classes)),
+        step=context.step,
     )
     identity = context.identity(spec.run)
     history = checkpoint.resume(training, folder, identity=identity)
@@ -175,7 +189,11 @@ def _train_on(
     latency = earlier.latency if earlier else None
     if latency is None and context.measures_latency:
         latency = benchmark.measure_latency(
-            training.run, device=device, precision=training.precision, num_classes=training.num_classes
+            training.run,
+            device=device,
+            precision=training.precision,
+            num_classes=training.num_classes,
+            step=context.step,
         )
     record = partial(TrialRecord.of_spec, spec, latency=latency, environments=environments, beginning=beginning)
     write_trial(search, record(history))
@@ -199,6 +217,10 @@ def _train_on(
         for end in engine.fit(training, between=aside.poll):
             aside.finish()
             history = [*history, end.epoch]
+            if (reason := training.stepper.eager_because) and not environments[-1].eager:
+                warn(f"Its kernels are launched one by one instead of as a CUDA graph: {reason}.")
+                environments = (*environments[:-1], replace(environments[-1], eager=reason))
+                record = partial(record, environments=environments)
             state = checkpoint.state_of(training)
             if keeps_aside:
                 aside.start(partial(keep, state.copied(), end, history))

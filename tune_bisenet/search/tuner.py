@@ -86,7 +86,7 @@ def run_trials(
     """
     outcome = SessionOutcome()
     if earlier:
-        outcome = SessionOutcome(max_concurrent=earlier.max_concurrent, gpus_per_trial=earlier.gpus_per_trial)
+        outcome = replace(earlier, signal_number=None, limit="")
     callback = TuneCallback(state, stopper, progress, searcher, limits, resources, outcome, stall_timeout)
     with _restartable(outcome):
         with _signals(outcome):
@@ -305,7 +305,9 @@ class TuneCallback(Callback):
             self._on_failure(name, result[FAILURE], lacks=result.get(LACKS, ""))
             return
         if WARNING in result:
-            _log.warning("%s: %s", name, result[WARNING])
+            warning = f"{name}: {result[WARNING]}"
+            _log.warning("%s", warning)
+            self.outcome.warnings.append(warning)
         is_new = result["epoch"] > self.state[name].epochs
         self.state.on_result(name, result)
         self.state.write_if_due()

@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +20,16 @@ from typing import Final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tune_bisenet.classes import CITYSCAPES, ClassSet
-from tune_bisenet.config import Precision, Resources, Run, WarmupPoly
+from tune_bisenet.config import Precision, Resources, Run, StepMode, WarmupPoly
 from tune_bisenet.data.packed import Packed, PackedSplit
 from tune_bisenet.records import Latency
 from tune_bisenet.text import counted
 from tune_bisenet.training import engine
 from tune_bisenet.training.model import BiSeNet
+from tune_bisenet.training.stepper import Batch, Stepper
 
 NUM_WARMUPS: Final = 5
 """Predictions before the first that counts: caches fill, cuDNN chooses its algorithms, clocks rise."""
@@ -47,12 +49,19 @@ class BenchmarkError(ValueError):
 
 
 def measure_latency(
-    run: Run, *, device: torch.device, precision: Precision, num_classes: int = len(CITYSCAPES)
+    run: Run,
+    *,
+    device: torch.device,
+    precision: Precision,
+    num_classes: int = len(CITYSCAPES),
+    step: StepMode = "eager",
 ) -> Latency:
     """Time what validation does for one image of the run's size: normalise, network, likeliest class of each pixel.
 
     The network has the run's head width, no auxiliary heads, and random weights, since speed does not depend on them.
-    Takes some seconds. Other work on the device is in the number: compare trials that had as much of it.
+    With another `step` than `eager`, a GPU replays a CUDA graph if it can, and its own clock counts: what Python takes
+    to launch hundreds of kernels hides how fast a network is. `Latency.device` says so. Takes some seconds.
+    Other work on the device is in the number: compare trials that had as much of it.
     """
     with torch.random.fork_rng(devices=[]):  # training is not disturbed; weights are drawn on the CPU
         model = BiSeNet(num_classes=num_classes, head_width=run.head_width, auxiliary_heads=False)
@@ -60,18 +69,21 @@ def measure_latency(
     noise = torch.Generator().manual_seed(0)
     image = torch.randint(256, (1, 3, *run.image_size), generator=noise, dtype=torch.uint8).to(device)
 
+    stepper = Stepper(step, device)
+
+    def predict(batches: Sequence[Batch]) -> list[Tensor]:
+        ((images,),) = batches
+        return [engine.predict(model, images, run.image_size, precision=precision)]
+
     def predict_once() -> float:
-        _synchronize(device)
-        started = time.perf_counter()
-        engine.predict(model, image, run.image_size, precision=precision)
-        _synchronize(device)
-        return time.perf_counter() - started
+        call = partial(stepper.call, predict, [(image,)], kind="a prediction")
+        return _time_call(call, device, by_events=device.type == "cuda" and not stepper.is_eager)
 
     for _ in range(NUM_WARMUPS):
         predict_once()
     name = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        name = torch.cuda.get_device_name(device) + ("" if stepper.is_eager else ", as a CUDA graph")
     return summarize(repeat_timing(predict_once), device=name)
 
 
@@ -87,6 +99,22 @@ def summarize(seconds: list[float], *, device: str) -> Latency:
     """Return median and quartiles in milliseconds."""
     low, median, high = (1000.0 * quartile for quartile in statistics.quantiles(seconds, n=4, method="inclusive"))
     return Latency(median_ms=median, low_ms=low, high_ms=high, repeats=len(seconds), device=device)
+
+
+def _time_call(function: Callable[[], object], device: torch.device, *, by_events: bool) -> float:
+    """Return the seconds of a call, by the GPU's own clock or by this machine's; the device is idle before it."""
+    _synchronize(device)
+    if by_events:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000.0
+    started = time.perf_counter()
+    function()
+    _synchronize(device)
+    return time.perf_counter() - started
 
 
 def _synchronize(device: torch.device) -> None:
@@ -116,6 +144,7 @@ def benchmark_training(
     resources: Resources,
     precision: Precision,
     classes: ClassSet = CITYSCAPES,
+    step: StepMode = "eager",
 ) -> TrainingBenchmark:
     """Train `run` on noise for some seconds, in as many processes as trials will share this machine or one GPU.
 
@@ -136,6 +165,7 @@ def benchmark_training(
         _time_training,
         with_lovasz=with_lovasz,
         precision=precision,
+        step=step,
         device=device,
         threads=threads,
         seconds=BENCHMARK_SECONDS,
@@ -171,6 +201,7 @@ def _time_training(
     *,
     with_lovasz: bool,
     precision: Precision,
+    step: StepMode,
     device: torch.device,
     threads: int,
     seconds: float,
@@ -184,7 +215,7 @@ def _time_training(
     run = run.model_copy(update=endless)
     noise = _noise(run, frame_size, classes, num_batches=GPU_BATCHES if device.type == "cuda" else 1)
     room = sys.maxsize if device.type == "cuda" else 0  # these few frames are held there as a trial's are
-    training = engine.begin(run, noise, device=device, precision=precision, backbone=None, frames_room=room)
+    training = engine.begin(run, noise, device=device, precision=precision, backbone=None, frames_room=room, step=step)
     epochs = engine.fit(training)
 
     def time_epoch() -> tuple[float, float]:

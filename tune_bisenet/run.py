@@ -16,12 +16,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from tune_bisenet.errors import OK, WRONG_INPUT, explain_error
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tune_bisenet.options import InputError, Options
 
-WRONG_INPUT: Final = 2
+NOT_STARTED: Final = "Nothing was started."
 
 GRACE_SECONDS: Final = 25
 """For a driver to write down where it is after a signal; Kubernetes and Slurm kill after 30."""
@@ -97,7 +99,7 @@ def _plan(options: "Options", mistyped: dict[str, str], console: "Console") -> i
     from tune_bisenet.search.prepare import survey_search
 
     search = survey_search(options, mistyped, default_name=default_name(options.space))
-    from tune_bisenet.search.driver import OK, print_plan_page
+    from tune_bisenet.search.driver import print_plan_page
 
     print_plan_page(console, search)
     return OK
@@ -105,7 +107,6 @@ def _plan(options: "Options", mistyped: dict[str, str], console: "Console") -> i
 
 def _show(flags: dict[str, Any]) -> int:
     from tune_bisenet import spaces
-    from tune_bisenet.options import problems_of
 
     try:
         space = spaces.load_space(flags.get("space", "runs10"))
@@ -119,7 +120,7 @@ def _show(flags: dict[str, Any]) -> int:
                 tables.append(sampling.parameters_to_markdown(space))
         sys.stdout.write("\n".join(tables))
     except ValueError as error:
-        return _refuse(problems_of(error))
+        return explain_error(error, advice=NOT_STARTED)
     return 0
 
 
@@ -132,21 +133,12 @@ def _explain(error: "InputError | OSError", resume: Sequence[str]) -> int:
     from tune_bisenet.options import InputError
     from tune_bisenet.storage import StorageError, is_refused
 
-    if isinstance(error, InputError) or is_refused(error):
-        problems = error.problems if isinstance(error, InputError) else [str(error)]
-        advice = f"Nothing is lost. When that is mended, continue: {resume[0]}" if resume else "Nothing was started."
-        return _refuse(problems, advice)
-    if not isinstance(error, StorageError):
+    if not isinstance(error, InputError | StorageError) and not is_refused(error):
         raise error
-    advice = f"continue: {resume[0]}" if resume else "run the same command again."
-    sys.stderr.write(f"{str(error).removesuffix('.')}. Nothing is lost: when it answers, {advice}\n")
-    return os.EX_TEMPFAIL
-
-
-def _refuse(problems: Sequence[str], advice: str = "Nothing was started.") -> int:
-    """Print all that is wrong with the input, and what that means for the search."""
-    sys.stderr.write("".join(f"error: {problem}\n" for problem in problems) + f"{advice}\n")
-    return WRONG_INPUT
+    if not resume:
+        return explain_error(error, advice=NOT_STARTED)
+    advice = f"Nothing is lost. When that is mended, continue: {resume[0]}"
+    return explain_error(error, advice=advice, retry=f"continue: {resume[0]}")
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
@@ -269,5 +261,10 @@ def _exit_code(code: int, words: Sequence[bytes], interrupted: int) -> int:
     return code
 
 
+def command() -> int:
+    """Run the command line in two processes, or under a debugger, which needs the terminal for itself, in one."""
+    return main() if sys.gettrace() else supervise()
+
+
 if __name__ == "__main__":
-    sys.exit(main() if sys.gettrace() else supervise())  # a debugger needs the terminal, which only one process has
+    sys.exit(command())

@@ -12,41 +12,38 @@ from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
 
-from tune_bisenet.options import problems_of
+from tune_bisenet.errors import OK, run_command
 from tune_bisenet.report.page import Report, format_table, format_verdicts
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.replay import replay_table
 from tune_bisenet.report.sampled import best_lines
 from tune_bisenet.storage import Storage
-from tune_bisenet.text import one_line, without_errno
-
-OK, NO_SEARCH = 0, 2
+from tune_bisenet.text import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     arguments = _parser().parse_args(argv)
+    return run_command(lambda: _report(arguments))
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    folder = Storage.at(arguments.search, fail_fast=True)
+    if arguments.replay:
+        search = read_search(folder)
+        return _print(search, format_table(replay_table(search)))
+    report = Report.of(folder, price=arguments.price_per_gpu_hour)
+    if arguments.next:
+        if report.next_command:
+            sys.stdout.write(f"{report.next_command}\n")  # alone, so that a shell can run it
+        else:
+            sys.stderr.write("No command: up to 100 more seeds would decide nothing that is still open.\n")
+        return OK
     try:
-        folder = Storage.at(arguments.search, fail_fast=True)
-        if arguments.replay:
-            search = read_search(folder)
-            return _print(search, format_table(replay_table(search)))
-        report = Report.of(folder, price=arguments.price_per_gpu_hour)
-        if arguments.next:
-            if report.next_command:
-                sys.stdout.write(f"{report.next_command}\n")  # alone, so that a shell can run it
-            else:
-                sys.stderr.write("No command: up to 100 more seeds would decide nothing that is still open.\n")
-            return OK
-        try:
-            page = report.write(Storage.at(arguments.out) if arguments.out else folder)
-        except OSError as error:
-            advice = "" if arguments.out else " Name a folder to write it to with --out."
-            raise ValueError(f"the report cannot be written: {one_line(error)}.{advice}") from error
-    except (ValueError, OSError) as error:
-        problems = problems_of(error) if isinstance(error, ValueError) else [without_errno(str(error))]
-        sys.stderr.write("".join(f"error: {problem}\n" for problem in problems))
-        return NO_SEARCH
+        page = report.write(Storage.at(arguments.out) if arguments.out else folder)
+    except OSError as error:
+        advice = "" if arguments.out else " Name a folder to write it to with --out."
+        raise ValueError(f"the report cannot be written: {one_line(error)}.{advice}") from error
     lines = [*best_lines(report.search), f"report: {page}"]
     if report.next_command:
         lines.insert(-1, "what the open rows need: add --next to this command")

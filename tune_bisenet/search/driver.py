@@ -20,6 +20,7 @@ from rich.console import Console
 
 from tune_bisenet import __version__, spaces
 from tune_bisenet.config import Resources
+from tune_bisenet.errors import FAILED, OK
 from tune_bisenet.options import InputError, Limits, Options
 from tune_bisenet.records import (
     BEGINNINGS,
@@ -52,9 +53,6 @@ from tune_bisenet.search.state import SearchState, SessionOutcome, complete_stat
 from tune_bisenet.search.tuner import run_trials
 from tune_bisenet.text import counted
 from tune_bisenet.training.tensorboard import HParamsTable
-
-OK: Final = 0
-SOME_FAILED: Final = 1
 
 UNBOUNDED_TRIALS: Final = 10_000
 """The number of trials that resources are shared out for where only time or money bounds a search."""
@@ -146,7 +144,7 @@ def _run_session(
     print_results(console, search, state.states, report=write_safely(folder), outcome=outcome)
     if outcome.signal_number is not None:
         return 128 + outcome.signal_number
-    return SOME_FAILED if any(trial.status == "failed" for trial in state.states) else OK
+    return FAILED if any(trial.status == "failed" for trial in state.states) else OK
 
 
 def _next_look(search: PreparedSearch, progress: SearchProgress) -> PreparedSearch | None:

@@ -49,7 +49,7 @@ def timed(way: str, training: Training, folder: Storage) -> tuple[float, float]:
                 keeping = pool.submit(keep, checkpoint.state_of(training).copied(), [*history])
             elif way == "in line":
                 keep(
-                    checkpoint.State(training.run, training.model.state_dict(), training.optimizer.state_dict()),
+                    checkpoint.state_of(training),
                     history,
                 )
         return (now[0] - began[0]) / EPOCHS, (now[1] - began[1]) / EPOCHS

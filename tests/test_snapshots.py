@@ -33,6 +33,7 @@ WRITES: Final = "TUNE_BISENET_WRITE_SNAPSHOTS"
 """Set to write the snapshots instead of comparing with them."""
 
 WIDTH: Final = 120
+INFERENCE: Final = [f"inference.{verb}" for verb in ("export", "evaluate", "predict", "benchmark")]
 MASKS: Final = {
     r"This page: [-0-9]+ [:0-9]+ UTC": "This page: NOW",
     r"Written on [-0-9]+ [:0-9]+ UTC": "Written on NOW",
@@ -75,12 +76,12 @@ def compare(path: Path, text: str) -> None:
 # --- help -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["run", "report.__main__", "cluster.submit", "cluster.check"])
+@pytest.mark.parametrize("module", ["run", "report.__main__", "cluster.submit", "cluster.check", *INFERENCE])
 def test_help(module: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = importlib.import_module(f"tune_bisenet.{module}")
     with pytest.raises(SystemExit, match="0"):
         command.main(["--help"])
-    check(f"help-{module.removesuffix('.__main__').removeprefix('cluster.')}.txt", capsys.readouterr().out, results)
+    check(f"help-{module.removesuffix('.__main__').rpartition('.')[2]}.txt", capsys.readouterr().out, results)
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from rich.console import Console
 from tune_bisenet import run
 from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.config import Precision, Resources
+from tune_bisenet.data.packing import CACHE_VARIABLE
 from tune_bisenet.options import InputError, Options, parse_options
 from tune_bisenet.records import (
     SavedState,
@@ -37,7 +38,7 @@ from tune_bisenet.report.verdicts import judge_search
 from tune_bisenet.search import driver
 from tune_bisenet.search.console import print_plan
 from tune_bisenet.search.forecast import estimate_search
-from tune_bisenet.search.prepare import CACHE_VARIABLE, DATASET_VARIABLE, PreparedSearch, prepare_search
+from tune_bisenet.search.prepare import DATASET_VARIABLE, PreparedSearch, prepare_search
 from tune_bisenet.search.resources import find_bf16, trains_on_gpu
 from tune_bisenet.search.state import SessionOutcome
 from tune_bisenet.storage import Storage

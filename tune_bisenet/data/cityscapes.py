@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +107,9 @@ class Cityscapes:
     def describe_labels(self, split: Split) -> tuple[str, bool]:
         names = self.frame_names[split][:NUM_DESCRIBED_LABELS]
         paths = [_label_path(split, name, self.label_format) for name in names]
-        ids = sorted({i for path in paths for i in set(self._read_ids(path).tobytes())})
+        ids = sorted(
+            {i for path in paths for i in set(_read_ids(self.root, path, self.label_format, self.classes).tobytes())}
+        )
         is_cityscapes = self.classes == CITYSCAPES
         label_ids, label_train_ids = _label_ids(self.classes), _label_train_ids(self.classes)
         as_label_ids = (VOID_LABELS if is_cityscapes else {}) | {label.id: label.name for label in self.classes.classes}
@@ -138,60 +140,11 @@ class Cityscapes:
         with _collect(problems):
             image = np.asarray(_decode(self.root, _image_path(split, name), IMAGE_KINDS))
         with _collect(problems):
-            ids = self._read_ids(_label_path(split, name, self.label_format))
+            path = _label_path(split, name, self.label_format)
+            ids = _read_ids(self.root, path, self.label_format, self.classes)
         if problems:
             raise InputError(*problems)
         return Frame(image, np.frombuffer(self.label_format.train_ids, np.uint8)[ids])
-
-    def _read_ids(self, path: str) -> NDArray[np.uint8]:
-        """Return a label's ids (H, W) as they are in its file."""
-        picture = _decode(self.root, path, LABEL_KINDS)
-        uri = (self.root / path).uri
-        ids = np.asarray(picture)
-        counts = np.array(picture.histogram())
-        if picture.mode == "P" and (problem := self._palette_problem(picture.getpalette() or [], counts)):
-            raise InputError(f"{uri} {problem}")
-        present = np.flatnonzero(counts).tolist()
-        if unknown := [i for i in present if i not in self.label_format.known_ids]:
-            listed = ", ".join(f"{i} ({counts[i]:,} pixels)" for i in unknown)
-            advice = _advise_classes(self.root, present)
-            if self.classes != CITYSCAPES:
-                advice = f"Add them to {(self.root / CLASSES_FILE).uri}, as classes or to its list void."
-            problem = (
-                f"{uri} holds the ids {listed}: *{self.label_format.suffix} may hold {self.label_format.ids_in_words}. "
-                f"Replace it by the original if it is damaged. {advice}"
-            )
-            raise InputError(problem)
-        return ids
-
-    def _palette_problem(self, palette: list[int], counts: NDArray[np.int64]) -> str | None:
-        """Return why a palette's indices seem not to be the ids, if its greys or its colours say something else.
-
-        Programs that make files smaller turn grey into a palette, and others turn painted classes into one: then
-        indices number what occurs in the file.
-        """
-        colours = list(zip(palette[::3], palette[1::3], palette[2::3], strict=True))
-        used = np.flatnonzero(counts[: len(colours)]).tolist()
-        is_grey = [len(set(colour)) == 1 for colour in colours]
-        if all(is_grey):
-            moved = [index for index in used if colours[index][0] != index]
-            if moved:
-                return (
-                    f"has a palette of greys in which index {moved[0]} is grey {colours[moved[0]][0]}: either could be "
-                    "the id. Save it as 8-bit grey."
-                )
-            return None
-        own = {label.colour: train_id for train_id, label in enumerate(self.classes.classes) if label.colour}
-        painted = [index for index, colour in enumerate(colours) if not is_grey[index]]
-        meant = self.label_format.train_ids
-        moved = [i for i in painted if own.get(colours[i], meant[i]) != meant[i]]
-        if 2 * len(moved) < len(painted):
-            return None
-        name = self.classes.names[own[colours[moved[0]]]]
-        return (
-            f"has a palette in which index {moved[0]} has the colour of {name}, which has another id in "
-            f"*{self.label_format.suffix}: is it a painted label? Save the ids as 8-bit grey."
-        )
 
 
 def open_cityscapes(root: Storage) -> Cityscapes:
@@ -504,6 +457,60 @@ def _decode(root: Storage, path: str, kinds: Mapping[str, str]) -> Image.Image:
         return decode_png(content)
 
 
+def _read_ids(root: Storage, path: str, label_format: LabelFormat, classes: ClassSet) -> NDArray[np.uint8]:
+    """Return a label's ids (H, W) as they are in its file."""
+    picture = _decode(root, path, LABEL_KINDS)
+    uri = (root / path).uri
+    ids = np.asarray(picture)
+    counts = np.array(picture.histogram())
+    if picture.mode == "P" and (problem := _palette_problem(picture.getpalette() or [], counts, label_format, classes)):
+        raise InputError(f"{uri} {problem}")
+    present = np.flatnonzero(counts).tolist()
+    if unknown := [i for i in present if i not in label_format.known_ids]:
+        listed = ", ".join(f"{i} ({counts[i]:,} pixels)" for i in unknown)
+        advice = _advise_classes(root, present)
+        if classes != CITYSCAPES:
+            advice = f"Add them to {(root / CLASSES_FILE).uri}, as classes or to its list void."
+        problem = (
+            f"{uri} holds the ids {listed}: *{label_format.suffix} may hold {label_format.ids_in_words}. "
+            f"Replace it by the original if it is damaged. {advice}"
+        )
+        raise InputError(problem)
+    return ids
+
+
+def _palette_problem(
+    palette: list[int], counts: NDArray[np.int64], label_format: LabelFormat, classes: ClassSet
+) -> str | None:
+    """Return why a palette's indices seem not to be the ids, if its greys or its colours say something else.
+
+    Programs that make files smaller turn grey into a palette, and others turn painted classes into one: then
+    indices number what occurs in the file.
+    """
+    colours = list(zip(palette[::3], palette[1::3], palette[2::3], strict=True))
+    used = np.flatnonzero(counts[: len(colours)]).tolist()
+    is_grey = [len(set(colour)) == 1 for colour in colours]
+    if all(is_grey):
+        moved = [index for index in used if colours[index][0] != index]
+        if moved:
+            return (
+                f"has a palette of greys in which index {moved[0]} is grey {colours[moved[0]][0]}: either could be "
+                "the id. Save it as 8-bit grey."
+            )
+        return None
+    own = {label.colour: train_id for train_id, label in enumerate(classes.classes) if label.colour}
+    painted = [index for index, colour in enumerate(colours) if not is_grey[index]]
+    meant = label_format.train_ids
+    moved = [i for i in painted if own.get(colours[i], meant[i]) != meant[i]]
+    if 2 * len(moved) < len(painted):
+        return None
+    name = classes.names[own[colours[moved[0]]]]
+    return (
+        f"has a palette in which index {moved[0]} has the colour of {name}, which has another id in "
+        f"*{label_format.suffix}: is it a painted label? Save the ids as 8-bit grey."
+    )
+
+
 def _are_train_ids(ids: Collection[int]) -> bool:
     """Return whether ids are trainIds by all signs: void is 255, all others fit, and as labelIds some were void, too.
 
@@ -511,3 +518,31 @@ def _are_train_ids(ids: Collection[int]) -> bool:
     """
     others = set(ids) - {VOID}
     return VOID in ids and max(others, default=0) < len(CITYSCAPES) and not others.isdisjoint(VOID_LABELS.keys() - {0})
+
+
+def open_test_split(root: Storage) -> tuple[Sequence[str], Callable[[int], Frame], ClassSet]:
+    """Return the names of a test split's frames, what reads one, and the classes; a frame without a label is all void.
+
+    Cityscapes keeps the labels of its test split to itself. Raises InputError if there are no frames.
+    """
+    classes = read_classes(root)
+    formats = (_label_ids(classes), _label_train_ids(classes))
+    found = {
+        suffix: _find_frames(root, f"{top}/test", suffix)
+        for top, suffix in ((IMAGES, IMAGE_SUFFIX), *((LABELS, form.suffix) for form in formats))
+    }
+    names = tuple(found[IMAGE_SUFFIX].files)
+    if not names:
+        folder = (root / IMAGES / "test").uri
+        raise InputError(f"no frames in {folder}: expected CITY/*{IMAGE_SUFFIX} there. Unpack {ARCHIVES[IMAGES]}.")
+
+    def read(index: int) -> Frame:
+        name = names[index]
+        image = np.asarray(_decode(root, found[IMAGE_SUFFIX].files[name].path, IMAGE_KINDS))
+        for form in formats:
+            if file := found[form.suffix].files.get(name):
+                ids = _read_ids(root, file.path, form, classes)
+                return Frame(image, np.frombuffer(form.train_ids, np.uint8)[ids])
+        return Frame(image, np.full(image.shape[:2], VOID, dtype=np.uint8))
+
+    return names, read, classes

@@ -52,13 +52,14 @@ from tune_bisenet.data.source import SPLITS, Source, Split
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.options import STREETS, InputError
 from tune_bisenet.storage import RetryPolicy, Storage, retry_seconds
-from tune_bisenet.text import format_bytes, is_uri
+from tune_bisenet.text import absolute_path, format_bytes, is_uri
 
 BATCH_BYTES: Final = 64 * 2**20
 MAX_BATCH_ROWS: Final = 64
 NUM_PACK_THREADS: Final = min(16, os.cpu_count() or 1)
 PACKS: Final = "_packs"  # the folder for packs beside the searches, none of which can have this name
 COMPLETE: Final = "complete"
+CACHE_VARIABLE: Final = "TUNE_BISENET_CACHE"
 PackProgress = Callable[[int, int], None]  # called with the number of frames that are packed, and of all
 
 _log = logging.getLogger(__name__)
@@ -73,6 +74,11 @@ def open_source(name: str) -> Source:
         return Streets()
     storage = Storage.at(name)
     return open_cityscapes(Storage.at(str(storage.local_path.resolve())) if storage.local_path else storage)
+
+
+def default_cache_dir() -> Path:
+    """Return the folder where each node keeps packs. ValueError if its name is not UTF-8."""
+    return absolute_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/tune_bisenet")
 
 
 def check_reachable(name: str) -> None:
@@ -324,7 +330,7 @@ def _pack_rows(
             label = _padded(label, header, index)
         elif label.shape != header.label_size:  # by the nearest pixel: the mean of two ids is a third class
             label = np.asarray(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
-        return _PackedRow(names[index], _resize_image(image, header.image_size), label, class_counts)
+        return _PackedRow(names[index], resize_image(image, header.image_size), label, class_counts)
 
     waiting: deque[Future[_PackedRow]] = deque()
     indices = iter(range(len(names)))
@@ -354,7 +360,7 @@ def _padded(label: ByteArray, header: Header, index: int) -> ByteArray:
     return padded.reshape(header.label_size)
 
 
-def _resize_image(image: ByteArray, size: FrameSize) -> ByteArray:
+def resize_image(image: ByteArray, size: FrameSize) -> ByteArray:
     """Resize (H, W, 3) to (3, *size): mean of boxes where the ratios are integers, else antialiased bilinear."""
     (height, width), (new_height, new_width) = image.shape[:2], size
     picture = Image.fromarray(image)

@@ -6,6 +6,7 @@ and accuracy are in percent, gains in percentage points.
 
 import csv
 import io
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,6 +31,23 @@ MAX_REASONS: Final = 12
 def best_first(states: Sequence[TrialState]) -> list[TrialState]:
     """Sort by best mIoU, the highest first; equals in declared order, and those without any at the end."""
     return sorted(states, key=lambda state: -_sortable(state.best_miou))
+
+
+def best_of_run(states: Sequence[TrialState], run: str | None = None) -> TrialState | None:
+    """Return the trial of highest mIoU, of all or of the row or the trial named `run`; None if none has an mIoU."""
+    measured = [state for state in states if state.best_miou is not None and run in (None, state.run, state.trial)]
+    return best_first(measured)[0] if measured else None
+
+
+def winner_commands(search: str, trial: str, *, data: str) -> list[str]:
+    """Return what makes something of a trial, ready to paste: `search` is its folder's path or URI."""
+    model = f"{shlex.quote(search)} --run {trial}"
+    return [
+        f"python -m tune_bisenet export {model} --to onnx",
+        f"python -m tune_bisenet evaluate {model} --data {shlex.quote(data)}",
+        f"python -m tune_bisenet predict {shlex.quote(search)} PICTURES --run {trial} --out labelled",
+        f"python -m tune_bisenet benchmark {model}",
+    ]
 
 
 def gains(states: Sequence[TrialState], *, baseline: str | None) -> dict[str, float | None]:

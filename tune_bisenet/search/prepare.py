@@ -20,7 +20,16 @@ from typing import Final, TypeVar
 from tune_bisenet import spaces
 from tune_bisenet.config import Precision, Run, StepMode, TrialContext, format_size, shared_beginnings, trial_name
 from tune_bisenet.data.packed import FrameSize, Packed, suggested_image_size
-from tune_bisenet.data.packing import PACKS, check_labels, check_reachable, check_room, open_source, prepare_packed
+from tune_bisenet.data.packing import (
+    CACHE_VARIABLE,
+    PACKS,
+    check_labels,
+    check_reachable,
+    check_room,
+    default_cache_dir,
+    open_source,
+    prepare_packed,
+)
 from tune_bisenet.data.source import Source
 from tune_bisenet.options import (
     DEFAULT_TRIALS,
@@ -56,13 +65,12 @@ from tune_bisenet.storage import Storage, StorageError, is_refused
 from tune_bisenet.study.sampling import SearchSpace, check_rows, sample_at, sampler_problems
 from tune_bisenet.study.study import StudySetup, study_database
 from tune_bisenet.study.warm_start import warm_start
-from tune_bisenet.text import absolute_path, counted, one_line, redact
+from tune_bisenet.text import counted, one_line, redact
 
 STREETS_EPOCHS: Final = 8
 """Enough on the built-in streets for mIoU to rise clearly, few enough for a first try on two cores."""
 
 DATASET_VARIABLE: Final = "CITYSCAPES_DATASET"
-CACHE_VARIABLE: Final = "TUNE_BISENET_CACHE"
 
 REACH_SECONDS: Final = 5.0
 MIN_OPEN_FILES: Final = 256
@@ -254,7 +262,7 @@ def _surveyed(options: Options, mistyped: Mapping[str, str], *, name: str) -> Pr
     if restored and lost:
         problems.append(f"if it has moved since this search was started, name its place by {' and '.join(lost)}.")
     noise = _attempt(problems, partial(_measured_noise, options.noise_from)) if options.noise_from else None
-    packs_dir = _attempt(problems, cache_dir)
+    packs_dir = _attempt(problems, default_cache_dir)
     runs = None
     if rows is not None and data and not mistyped:
         runs = _attempt(problems, partial(_resolve_runs, rows, config, data[1]))
@@ -668,11 +676,6 @@ def _open_data(data: str) -> tuple[Source, DataFacts]:
         raise InputError(f"--data {data} cannot be read: {error}") from error
     size = suggested_image_size(source.frame_size)
     return source, DataFacts(len(source.names("train")), len(source.names("val")), size)
-
-
-def cache_dir() -> Path:
-    """Return the folder where each node keeps packs. ValueError if its name is not UTF-8."""
-    return absolute_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/tune_bisenet")
 
 
 def _pack_frames(

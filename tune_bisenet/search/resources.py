@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import ray
 from ray._private import ray_constants
@@ -241,36 +241,26 @@ def find_bf16(options: Options) -> bool:
     The nodes at --address are asked. If none answers within a minute, because there is none yet or all are busy, and
     for the GPUs of --gpus, it is assumed of GPUs and not of CPUs.
     """
+    import torch  # late, as it takes two seconds
+
+    from tune_bisenet.training.engine import supports_bf16
+
     if options.address is None:
         on_gpu = trains_on_gpu(options)
-        return (on_gpu and options.gpus is not None) or supports_bf16("cuda" if on_gpu else "cpu")
+        return (on_gpu and options.gpus is not None) or supports_bf16(torch.device("cuda" if on_gpu else "cpu"))
     with ray_session(options.address) as cluster:
         gpus = _gpus_per_trial(cluster(), options)
         on_gpu = gpus > 0 and options.device != "cpu"
         ask = ray.remote(num_cpus=1, num_gpus=gpus)(supports_bf16)
         asked = [
             ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                "cuda" if on_gpu else "cpu"
+                torch.device("cuda" if on_gpu else "cpu")
             )
             for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"] and node["Resources"].get("CPU") and node["Resources"].get("GPU", 0.0) >= gpus
         ]
         answered, _ = ray.wait(asked, num_returns=len(asked), timeout=NODE_SECONDS) if asked else ([], [])
         return all(ray.get(answered)) if answered else on_gpu
-
-
-def supports_bf16(device: Literal["cpu", "cuda"]) -> bool:
-    """Return whether this machine has instructions for bf16: without them it is emulated, and slower than fp32.
-
-    Of several GPUs all must have them, since a trial may get any.
-    """
-    import torch  # late, as it takes two seconds
-
-    if device == "cuda":
-        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
-        return min(capabilities) >= (8, 0)
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def configure_environment() -> None:

@@ -45,7 +45,6 @@ from tune_bisenet.records import (
     write_trial,
 )
 from tune_bisenet.search.failures import FAILURE, LACKS, STACK_SIGNAL, WARNING
-from tune_bisenet.search.resources import supports_bf16
 from tune_bisenet.storage import Storage, is_refused
 from tune_bisenet.training import benchmark, checkpoint, engine
 from tune_bisenet.training.checkpoint import State
@@ -154,7 +153,7 @@ def _train_on(
     folder = search / spec.trial
     device = torch.device("cuda" if context.gpu_share else "cpu")
     environment = _current_environment(device)
-    if context.precision == "bf16" and not supports_bf16("cuda" if device.type == "cuda" else "cpu"):
+    if context.precision == "bf16" and not engine.supports_bf16(device):
         raise ValueError(
             f"{environment.device} has no bf16 instructions, and this search trains in bf16. Leave such nodes out, or "
             "start another search with --precision fp32."
@@ -192,7 +191,7 @@ def _train_on(
             training.run,
             device=device,
             precision=training.precision,
-            num_classes=training.num_classes,
+            num_classes=len(training.classes),
             step=context.step,
         )
     record = partial(TrialRecord.of_spec, spec, latency=latency, environments=environments, beginning=beginning)

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
+from tune_bisenet.classes import CITYSCAPES, ClassSet
 from tune_bisenet.config import Run
 from tune_bisenet.options import NO_BACKBONE, InputError
 from tune_bisenet.records import BEST_PREDICTIONS, BEST_WEIGHTS, LAST, PREVIOUS, Epoch
@@ -52,17 +53,18 @@ class State:
     """Holds what a training changes. It changes with the training, unless it is a copy."""
 
     run: Run
+    classes: ClassSet
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
 
     def copied(self) -> Self:
         """Return a copy on the CPU."""
-        return type(self)(self.run, _copied(self.model), _copied(self.optimizer))
+        return type(self)(self.run, self.classes, _copied(self.model), _copied(self.optimizer))
 
 
 def state_of(training: Training) -> State:
     """Return the weights and the optimizer's numbers as they are now."""
-    return State(training.run, training.model.state_dict(), training.optimizer.state_dict())
+    return State(training.run, training.classes, training.model.state_dict(), training.optimizer.state_dict())
 
 
 def _copied(value: Any) -> Any:
@@ -126,8 +128,9 @@ def _whole_content(state: State, history: Sequence[Epoch], identity: str) -> dic
 
 
 def _content(state: State, identity: str) -> dict[str, Any]:
-    """Return what every file holds: the weights, and which run they belong to."""
-    return {
+    """Return what every file holds: the weights, which run they belong to, and the classes if not Cityscapes' own."""
+    own_classes = {} if state.classes == CITYSCAPES else {"classes": state.classes.model_dump(mode="json")}
+    return own_classes | {
         "format": FORMAT,
         "identity": identity,
         "run": state.run.model_dump(mode="json"),

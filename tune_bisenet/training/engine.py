@@ -17,6 +17,7 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
+from tune_bisenet.classes import ClassSet
 from tune_bisenet.config import OHEM, CrossEntropy, Precision, Run, StepMode, WeightedCrossEntropy
 from tune_bisenet.data.batches import (
     AugmentDraw,
@@ -47,7 +48,7 @@ class Training:
     train: Frames
     val: Frames
     class_weights: Tensor | None  # C, float32; None where the loss does not weigh classes
-    num_classes: int
+    classes: ClassSet
     stepper: Stepper
     epochs_done: int = 0
 
@@ -110,7 +111,7 @@ def begin(
         train=train,
         val=val,
         class_weights=class_weights,
-        num_classes=len(data.classes),
+        classes=data.classes,
         stepper=Stepper(step, device),
     )
 
@@ -272,9 +273,9 @@ def _validate(training: Training, measured: dict[str, float]) -> EpochEnd:
 def _score(training: Training, batches: Sequence[Batch]) -> list[Tensor]:
     """Return the predictions for a batch of `Frames`, its confusion matrices, and whether its logits are finite."""
     ((images, labels),) = batches
-    logits = _main_logits(training.model, images, precision=training.precision)
+    logits = main_logits(training.model, images, precision=training.precision)
     predictions = losses.argmax(logits, (labels.shape[1], labels.shape[2]))
-    return [predictions, metrics.confusion(predictions, labels, training.num_classes), logits.isfinite().all()]
+    return [predictions, metrics.confusion(predictions, labels, len(training.classes)), logits.isfinite().all()]
 
 
 def predict(model: BiSeNet, images: Tensor, size: tuple[int, int], *, precision: Precision) -> Tensor:
@@ -282,17 +283,32 @@ def predict(model: BiSeNet, images: Tensor, size: tuple[int, int], *, precision:
 
     `images` are on the device of `model`, which is left in evaluation mode.
     """
-    return losses.argmax(_main_logits(model, images, precision=precision), size)
+    return losses.argmax(main_logits(model, images, precision=precision), size)
 
 
 @torch.no_grad()
-def _main_logits(model: BiSeNet, images: Tensor, *, precision: Precision) -> Tensor:
-    """Return the main head's logits, at its own resolution: uint8 B x 3 x H x W to B x C x H/8 x W/8."""
+def main_logits(model: BiSeNet, images: Tensor, *, precision: Precision) -> Tensor:
+    """Return the main head's logits, at its own resolution: uint8 B x 3 x H x W to B x C x H/8 x W/8.
+
+    `images` are on the device of `model`, which is left in evaluation mode.
+    """
     model.eval()
     with _autocast(images.device, precision):
         logits = model(normalise(images).to(memory_format=_memory_format(images.device, precision)))
     main: Tensor = logits.main
     return main
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Return whether `device` has instructions for bf16: without them it is emulated, and slower than fp32.
+
+    Of several GPUs all must have them, since a trial may get any.
+    """
+    if device.type == "cuda":
+        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+        return min(capabilities) >= (8, 0)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def place(model: BiSeNet, device: torch.device, precision: Precision) -> None:

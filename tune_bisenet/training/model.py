@@ -147,7 +147,8 @@ class BiSeNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Logits:  # B x 3 x H x W, normalised
-        check_image_size((images.shape[2], images.shape[3]))
+        if not torch.compiler.is_exporting():  # then sizes are unknown, and declared to be multiples of 32
+            check_image_size((images.shape[2], images.shape[3]))
         context8, context16 = self.context(images)
         main = self.head(self.fusion(self.spatial(images), context8))
         if self.aux8 is None or self.aux16 is None:

@@ -25,7 +25,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from tune_bisenet.records import HTML, MARKDOWN, TABLES
-from tune_bisenet.report import figures, sampled, tables
+from tune_bisenet.report import figures, leaderboard, sampled, tables
 from tune_bisenet.report.claims import format_measure
 from tune_bisenet.report.figures import Block, Plots, PythonSource, Section, plots
 from tune_bisenet.report.pairing import mixed_pairs, shared_pairs, unequal_pairs
@@ -136,8 +136,22 @@ class Report:
             Section("ends", "What ended early, and why", [tables.early_end_table(search)]),
             Section("cost", "Cost", [tables.cost_table(search, self.price)]),
             Section("leaderboard", "Leaderboard", [tables.leaderboard_table(search), tables.seed_means_table(search)]),
+            *self._winner(),
             Section("made", "How it was made", [tables.provenance_table(search)]),
         ]
+
+    def _winner(self) -> list[Section]:
+        """Return what to do with the best trial; nothing before there is one."""
+        best = leaderboard.best_of_run(self.search.states)
+        if best is None:
+            return []
+        data = self.search.manifest.config.data
+        commands = leaderboard.winner_commands(self.search.folder.uri, best.trial, data=data)
+        text = (
+            f"{best.trial} has the highest mIoU, {best.best_miou:.2f} %. Its network as one checked file, its score by "
+            "class, masks and overlays of pictures of any size, and its speed on your machine:"
+        )
+        return [Section("winner", "What to do with the best", [text, PythonSource("\n".join(commands))])]
 
     def _verdicts(self) -> Section:
         name, title = "verdicts", "Did each row reach what was expected?"

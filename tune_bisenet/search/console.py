@@ -358,7 +358,7 @@ def print_results(
     report: Report | None,
     outcome: SessionOutcome,
 ) -> None:
-    """Print the leaderboard, a grid's verdicts, what failed, why the search ended and how to continue it.
+    """Print the leaderboard, a grid's verdicts, what failed, how the search ended, and what to do next.
 
     `report` is what was written at the end; None if that failed.
     """
@@ -382,6 +382,9 @@ def print_results(
             lines.append(f"To train the best with fresh seeds: {resume} --confirm 3")
         elif all(state.trial == state.run for state in states):
             lines.append("--confirm: no sampled trial was trained to its end, so there is nothing to confirm.")
+    if best := leaderboard.best_of_run(states):
+        commands = leaderboard.winner_commands(search.folder.uri, best.trial, data=search.config.data)
+        lines += [f"what to do with {best.trial}, the best ({best.best_miou:.2f} % mIoU):", *commands]
     for line in lines:
         _print(console, line)
 

@@ -37,8 +37,8 @@ def row(**changes: object) -> Run:
 # --- a row ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["optimizer", "schedule", "loss", "accumulation", "max_grad_norm", "name"])
-def test_no_column_of_the_table_may_be_left_out(column: str) -> None:
+@pytest.mark.parametrize("column", ["optimizer", "name"])
+def test_a_row_has_a_name_and_an_optimizer(column: str) -> None:
     fields = {key: value for key, value in ROW.items() if key != column}
     with pytest.raises(ValidationError, match=rf"(?m)^{column}\n  Field required"):
         Run.model_validate(fields)

@@ -57,8 +57,8 @@ class SGD(Frozen):
 
     kind: Literal["sgd"] = "sgd"
     lr: PositiveFloat
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: NonNegativeFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 1e-4
 
 
 class AdamW(Frozen):
@@ -66,7 +66,7 @@ class AdamW(Frozen):
 
     kind: Literal["adamw"] = "adamw"
     lr: PositiveFloat
-    weight_decay: NonNegativeFloat
+    weight_decay: NonNegativeFloat = 1e-4
 
 
 Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]
@@ -75,8 +75,8 @@ Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]
 class WarmupPoly(Frozen):
     """A linear warm-up from `start_lr` to the base rate, then a polynomial decay to 0 at the run's last iteration."""
 
-    warmup_iterations: NonNegativeInt
-    power: PositiveFloat
+    warmup_iterations: NonNegativeInt = 1100
+    power: PositiveFloat = 0.9
     start_lr: NonNegativeFloat = 1e-6
 
 
@@ -87,7 +87,7 @@ class CrossEntropy(Frozen):
     """
 
     kind: Literal["ce"] = "ce"
-    aux_weight: NonNegativeFloat
+    aux_weight: NonNegativeFloat = 1.0
     lovasz_after: NonNegativeInt | None = None
 
 
@@ -98,7 +98,7 @@ class WeightedCrossEntropy(Frozen):
     """
 
     kind: Literal["weighted_ce"] = "weighted_ce"
-    aux_weight: NonNegativeFloat
+    aux_weight: NonNegativeFloat = 1.0
     exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
     lovasz_after: NonNegativeInt | None = None
 
@@ -111,7 +111,7 @@ class OHEM(Frozen):
     """
 
     kind: Literal["ohem"] = "ohem"
-    aux_weight: NonNegativeFloat
+    aux_weight: NonNegativeFloat = 1.0
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.7
     min_kept: Annotated[float, Field(gt=0, le=1)] = 1 / 16
     """A share of the labelled pixels."""
@@ -193,15 +193,18 @@ def _check_row_name(name: str) -> str:
 
 
 class Run(Frozen):
-    """One row of the table: everything that decides what is trained, and what is expected of it."""
+    """One row of the table: everything that decides what is trained, and what is expected of it.
+
+    A name and an optimizer make a row: all else is by default as in most of the ten rows.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"), AfterValidator(_check_row_name)]
     optimizer: Optimizer
-    schedule: WarmupPoly
-    loss: Loss
-    accumulation: PositiveInt
+    schedule: WarmupPoly = WarmupPoly()
+    loss: Loss = CrossEntropy()
+    accumulation: PositiveInt = 1
     """Micro-batches whose mean gradient makes one optimizer step."""
-    max_grad_norm: PositiveFloat | None
+    max_grad_norm: PositiveFloat | None = None
     expect: Expect | None = None
     num_epochs: NumEpochs = 50
     batch_size: Annotated[int, Field(ge=2)] = 4

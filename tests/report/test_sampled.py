@@ -210,6 +210,17 @@ def test_without_an_miou_there_are_no_plots() -> None:
     assert pareto_front([])[1] is None
 
 
+def test_trials_whose_latency_is_of_another_device_are_not_on_the_front(samples: list[Sample]) -> None:
+    first = next(sample.trial for sample in samples if sample.is_complete and not sample.is_known)
+    best = next(line["trial"] for line in pareto_front(samples)[0].lines if line["trial"] != first)
+    moved = [replace(sample, latency_device="L4") if sample.trial == best else sample for sample in samples]
+    table, figure = pareto_front(moved)
+    assert figure
+    assert best not in [line["trial"] for line in table.lines]
+    assert f"{best} (L4)" in table.text
+    assert "L4" not in pareto_front(samples)[0].text
+
+
 def test_the_parameter_that_decides_leads_though_only_some_trials_have_it(samples: list[Sample]) -> None:
     table, figure = importances(samples)
     assert figure

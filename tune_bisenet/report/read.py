@@ -29,6 +29,7 @@ from tune_bisenet.records import (
     Environment,
     Epoch,
     KnownTrials,
+    Latency,
     Manifest,
     SavedState,
     TrialRecord,
@@ -58,7 +59,8 @@ class ReportedTrial:
     epochs: Sequence[Epoch]
     environments: tuple[Environment, ...] = ()
     beginning: Beginning | None = None
-    """Both as in its record."""
+    latency: Latency | None = None
+    """All three as in its record."""
     confusions: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
     """Counts of its best epoch, N images x C x C, labels by rows; None if not kept."""
     classes: ClassSet = field(default=CITYSCAPES, repr=False)
@@ -247,6 +249,7 @@ def _read_trial(
         epochs=record.epochs if record else (),
         environments=record.environments if record else (),
         beginning=record.beginning if record else None,
+        latency=record.latency if record else None,
         confusions=confusions,
         classes=classes,
         groups=groups,

@@ -35,6 +35,8 @@ class Sample:
     """Whether it is of an earlier search."""
     spec: TrialSpec
     state: TrialState
+    latency_device: str = ""
+    """What its latency was measured on; empty if that is not known."""
 
     @property
     def is_declared(self) -> bool:
@@ -67,7 +69,14 @@ def samples_of(search: SearchRecord) -> list[Sample]:
         for number, record in enumerate(known, start=first)
     ]
     return earlier + [
-        Sample(trial=record.spec.trial, number=number, is_known=False, spec=record.spec, state=record.state)
+        Sample(
+            trial=record.spec.trial,
+            number=number,
+            is_known=False,
+            spec=record.spec,
+            state=record.state,
+            latency_device=record.latency.device if record.latency else "",
+        )
         for number, record in own
     ]
 

@@ -205,10 +205,13 @@ def slices(samples: Sequence[Sample]) -> list[Figure]:
 def pareto_front(samples: Sequence[Sample]) -> tuple[Table, Figure | None]:
     """Return the trials that no other beats in both latency and mIoU, the fastest first, and a plot of all.
 
-    Only those of this search that completed: a latency belongs to the machine that it was measured on.
+    Only those of this search that completed: a latency belongs to the machine that it was measured on. Those measured
+    on another device than the first of them are left out and named.
     """
     own = [sample for sample in samples if sample.is_complete and not sample.is_known]
-    complete = [sample for sample in own if sample.state.latency_ms is not None]
+    measured = [sample for sample in own if sample.state.latency_ms is not None]
+    complete = [sample for sample in measured if sample.latency_device == measured[0].latency_device]
+    others = [f"{one.trial} ({one.latency_device})" for one in measured if one not in complete]
     if not complete:
         return Table(text="No trial has completed with a latency yet, so there is no front."), None
     study = _study(complete, with_latency=True)
@@ -218,7 +221,8 @@ def pareto_front(samples: Sequence[Sample]) -> tuple[Table, Figure | None]:
     front = sorted((complete[trial.number] for trial in study.best_trials), key=lambda one: one.state.latency_ms or 0.0)
     table = Table(
         text="No other trial is both faster and better than these. Latency is that of one prediction at batch 1, on "
-        "the machine that trained the trial.",
+        "the machine that trained the trial."
+        + (f" Left out, as not measured on {complete[0].latency_device}: {', '.join(others)}." if others else ""),
         lines=[
             {
                 "trial": sample.trial,

@@ -95,9 +95,7 @@ def evaluate(
     """
     if split.classes.names != model.classes.names:
         known, given = (", ".join(classes.names) for classes in (model.classes, split.classes))
-        raise InputError(
-            f"the model knows the classes {known}, but the data have {given}: give other --data."
-        )
+        raise InputError(f"the model knows the classes {known}, but the data have {given}: give other --data.")
     is_plain = tuple(scales) == (1.0,) and not flip
     num_classes = len(model.classes)
     total = torch.zeros((num_classes, num_classes), dtype=torch.int64)

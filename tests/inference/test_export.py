@@ -45,6 +45,7 @@ def test_safetensors_are_the_weights_of_a_bisenet(search: Path, tmp_path: Path) 
     from safetensors.torch import load_file
 
     path = exported(search, "safetensors", tmp_path / "out")
+    assert path.stat().st_mode == (path.parent / "model.json").stat().st_mode, "readable by all who may read its card"
     BiSeNet(auxiliary_heads=False).load_state_dict(load_file(path))
     original = load(search, run="r01")
     assert load(path).card.miou == original.card.miou

@@ -155,7 +155,7 @@ def _write(network: BiSeNet, card: ModelCard, path: Path) -> None:
     text = card.model_dump_json()
     if card.form == "safetensors":
         weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-        import_extra("safetensors.torch", "export").save_file(weights, path, metadata={CARD: text})
+        path.write_bytes(import_extra("safetensors.torch", "export").save(weights, metadata={CARD: text}))
         return
     program = _to_program(PixelNetwork(network, argmax=card.output == "classes").eval())
     if card.form == "torch":

@@ -301,8 +301,10 @@ def _open_onnx(path: Path, device: torch.device) -> Model:
     providers = ["CPUExecutionProvider"]
     if device.type == "cuda" and "CUDAExecutionProvider" in runtime.get_available_providers():
         providers.insert(0, "CUDAExecutionProvider")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # as many as for every other form
     try:
-        session = runtime.InferenceSession(str(path), providers=providers)
+        session = runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's own classes share no base but this
         raise InputError(f"{path} cannot be opened by ONNX Runtime: {str(error).splitlines()[0]}") from error
     card = _read_card(path, session.get_modelmeta().custom_metadata_map.get(CARD))

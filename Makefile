@@ -37,7 +37,7 @@ test: setup  ## the quick tests, two files at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: setup  ## whole searches, crashes and kills: what takes over half a minute, but for make faults
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "slow and not cluster and not namespaces and not faults"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "slow and not cluster and not namespaces and not faults"
 
 faults: setup  ## each fault of docs/reliability.md, injected at 20 random moments; fault-figures.jsonl has what it cost
 	rm -f fault-figures.jsonl

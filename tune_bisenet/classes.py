@@ -61,7 +61,7 @@ class ClassSet(BaseModel):
 
     @property
     def colours(self) -> tuple[tuple[int, int, int], ...]:
-        """Return RGB by trainId; a class that names none is given one that differs from the others."""
+        """Return RGB by trainId; a class that names no colour is given one by its number."""
         return tuple(label_class.colour or _colour_of(train_id) for train_id, label_class in enumerate(self.classes))
 
     @property

@@ -45,6 +45,10 @@ def test_an_invalid_duration_is_named_with_valid_ones(text: str) -> None:
         {"device": "gpu"},
         {"gpus_per_trial": 1.5},
         {"gpus_per_trial": 2},
+        {"gpus_per_trial": "-0.5"},
+        {"gpus_per_trial": "nan"},
+        {"gpus_per_trial": "half"},
+        {"gpus_per_trial": ""},
         {"precision": "fp8"},
         {"step": "compiled"},
         {"objectives": "latency"},
@@ -61,6 +65,12 @@ def test_a_wrong_value_is_named_with_its_flag_and_left_out(flags: dict[str, Any]
     assert options == Options(epochs=3)
     assert mistyped.keys() == {name}
     assert mistyped[name].startswith(f"--{name.replace('_', '-')}")
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0", 0.0), ("0.5", 0.5), ("1", 1.0)])
+def test_a_share_of_a_gpu_is_a_number_or_auto(text: str, value: object) -> None:
+    options, mistyped = parse_options({"gpus_per_trial": text})
+    assert (options.gpus_per_trial, mistyped) == (value, {})
 
 
 def test_a_session_changes_the_limits_it_names_and_keeps_the_others() -> None:

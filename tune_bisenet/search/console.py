@@ -85,6 +85,7 @@ def plan_lines(estimate: Estimate) -> list[tuple[str, str]]:
         *_label_lines(search),
         ("backbone", f"ResNet-18, {'from scratch' if config.backbone == NO_BACKBONE else config.backbone}"),
         ("device", f"{trials} at once{grows}, {gpus}{cores} each{threads}, {config.precision}"),
+        *([("sharing", search.sharing)] if search.sharing else []),
         ("scheduler", scheduler),
         *([("risk", bearers)] if bearers else []),
         *([("published", published)] if published else []),

@@ -7,7 +7,6 @@ the trials themselves (`tuner`), fresh seeds for the best of a study, and the re
 import importlib.metadata
 import logging
 import math
-import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -47,8 +46,9 @@ from tune_bisenet.rungs import RULES, Stopper, protected_rows
 from tune_bisenet.search.console import SearchProgress, print_dry_run, print_plan, print_results, resume_command
 from tune_bisenet.search.forecast import estimate_search, time_throughput
 from tune_bisenet.search.prepare import PreparedSearch, add_trials, pack_digests
-from tune_bisenet.search.resources import Cluster, Node, allocate, ray_session
+from tune_bisenet.search.resources import Cluster, Node, allocate, ray_session, this_machine
 from tune_bisenet.search.searcher import GridSearcher, Searcher, StudySearcher
+from tune_bisenet.search.sharing import settle_sharing
 from tune_bisenet.search.state import SearchState, SessionOutcome, complete_states, exclusive, restore
 from tune_bisenet.search.tuner import run_trials
 from tune_bisenet.text import counted
@@ -80,6 +80,7 @@ def run_search(
             )
         if search.study:
             search.study.database.prepare()  # before Ray is started for it
+        search = settle_sharing(search)
         with ray_session(search.options.address) as cluster:
             resources = _allocate(search, cluster())
             manifest = _make_manifest(search, resources, command)
@@ -299,6 +300,7 @@ def _now() -> datetime:
 
 def print_plan_page(console: Console, search: PreparedSearch) -> None:
     """Print what a search would take, without starting anything. Raises InputError if no trial fits."""
+    search = settle_sharing(search)
     resources = _allocate(search, _planned_cluster(search.options))
     states = read_saved_state(search.folder).states if search.options.continues else ()
     print_dry_run(console, time_throughput(estimate_search(search, resources, states)))
@@ -310,8 +312,7 @@ def _planned_cluster(options: Options) -> Cluster:
         with ray_session(options.address) as cluster:
             return cluster()
     if options.gpus is None:
-        import torch  # late, as it takes a second
-
-        return Cluster((Node(cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count()),))
-    cores = max(CORES_PER_GPU, math.ceil((options.cpus_per_trial or 0) / (options.gpus_per_trial or 1.0)))
+        return this_machine()
+    share = options.gpus_per_trial if isinstance(options.gpus_per_trial, float) else 1.0
+    cores = max(CORES_PER_GPU, math.ceil((options.cpus_per_trial or 0) / share))
     return Cluster((Node(cpus=options.gpus * cores, gpus=options.gpus),))

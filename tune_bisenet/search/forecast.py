@@ -329,30 +329,37 @@ def estimate_search(search: PreparedSearch, resources: Resources, states: Sequen
 
 
 def time_throughput(estimate: Estimate) -> Estimate:
-    """Return the estimate with throughput and memory as timed here, where they are not known and can be.
+    """Return the estimate with throughput and memory as timed here, where they are not known and can be."""
+    from tune_bisenet.training.benchmark import BenchmarkError
 
-    The first of the trials with the most pixels in a batch is timed, so that memory is that of the largest.
-    """
-    from tune_bisenet.training.benchmark import BenchmarkError, benchmark_training
-
-    search, resources, workload = estimate.search, estimate.resources, estimate.workload
-    if estimate.throughput is not None or not workload.remaining:
+    if estimate.throughput is not None or not estimate.workload.remaining:
         return estimate
-    runs = [run for run, _epochs in workload.remaining]
-    run = max(runs, key=lambda run: run.batch_size * math.prod(run.image_size))
     try:
-        benchmark = benchmark_training(
-            run,
-            frame_size=search.source.frame_size,
-            with_lovasz=any(run.loss.lovasz_after is not None for run in runs),
-            resources=resources,
-            precision=search.config.precision,
-            classes=search.source.classes,
-            step=search.config.step,
-        )
+        runs = [run for run, _epochs in estimate.workload.remaining]
+        run, benchmark = time_trial(estimate.search, runs, estimate.resources)
     except BenchmarkError as error:
         return replace(estimate, problem=str(error))
     return replace(estimate, throughput=Throughput.timed(benchmark, run), benchmark=benchmark)
+
+
+def time_trial(search: PreparedSearch, runs: Sequence[Run], resources: Resources) -> "tuple[Run, TrainingBenchmark]":
+    """Time the first of the runs with the most pixels in a batch, so that memory is that of the largest.
+
+    Raise BenchmarkError if it cannot be trained here.
+    """
+    from tune_bisenet.training.benchmark import benchmark_training
+
+    run = max(runs, key=lambda run: run.batch_size * math.prod(run.image_size))
+    benchmark = benchmark_training(
+        run,
+        frame_size=search.source.frame_size,
+        with_lovasz=any(run.loss.lovasz_after is not None for run in runs),
+        resources=resources,
+        precision=search.config.precision,
+        classes=search.source.classes,
+        step=search.config.step,
+    )
+    return run, benchmark
 
 
 def pack_bytes(facts: DataFacts, *, image_size: tuple[int, int], frame_size: tuple[int, int]) -> int:

@@ -115,6 +115,8 @@ class PreparedSearch:
     """What has changed since the search was started, in sentences."""
     label_warnings: tuple[str, ...] = ()
     """What is doubtful about the labels; known once they are packed."""
+    sharing: str = ""
+    """How many trials share a GPU and why, in words, where `--gpus-per-trial auto` decides."""
     shared_packs: Storage | None = None
     """The folder where nodes find the packs of this one; None if each packs for itself."""
 

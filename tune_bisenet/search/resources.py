@@ -219,12 +219,19 @@ def allocate(cluster: Cluster, options: Options, *, num_trials: int, threads_per
 def _gpus_per_trial(cluster: Cluster, options: Options) -> float:
     if options.device == "cuda" and options.gpus_per_trial == 0:
         raise InputError("--device cuda and --gpus-per-trial 0 exclude each other: leave one of them out.")
-    if options.gpus_per_trial is not None:
+    if isinstance(options.gpus_per_trial, float):  # `auto` that was not measured is as if left out
         return options.gpus_per_trial
     if options.device == "auto":
         has_gpus = any(node.gpus for node in cluster.nodes)
         return 1.0 if has_gpus or (cluster.autoscales and not cluster.nodes) else 0.0
     return 1.0 if options.device == "cuda" else 0.0
+
+
+def this_machine() -> Cluster:
+    """Return what Ray would find if it started here."""
+    import torch  # late, as it takes a second
+
+    return Cluster((Node(cpus=os.cpu_count() or 1, gpus=torch.cuda.device_count()),))
 
 
 def trains_on_gpu(options: Options) -> bool:

@@ -17,7 +17,7 @@ from tune_bisenet.options import InputError
 from tune_bisenet.training import metrics
 from tune_bisenet.training.model import upsample
 
-VAL = LabelledSplit(STREETS.names("val"), lambda index: STREETS.load("val", index))
+VAL = LabelledSplit(STREETS.names("val"), lambda index: STREETS.load("val", index), CITYSCAPES)
 
 
 @pytest.mark.parametrize("run", ["r01", "r02"])
@@ -50,13 +50,13 @@ def test_several_scales_and_mirror_images_are_averaged(search: Path) -> None:
     """By hand for one frame: the class of the highest mean probability."""
     model = load(search)
     frame = STREETS.load("val", 3)
-    one = LabelledSplit(["one"], lambda _index: frame)
+    one = LabelledSplit(["one"], lambda _index: frame, CITYSCAPES)
     sums = torch.zeros((1, 19, 96, 192))
     for size in ((32, 64), (64, 128)):
         image = torch.from_numpy(resize_image(frame.image, size))[None]
         for scores in (model.network(image), model.network(image.flip(3)).flip(3)):
             sums += upsample(scores, (96, 192)).softmax(dim=1)
-    by_hand = metrics.confusion(sums.argmax(dim=1).to(torch.uint8), torch.from_numpy(frame.label)[None])[0]
+    by_hand = metrics.confusion(sums.argmax(dim=1).to(torch.uint8), torch.from_numpy(frame.label)[None], 19)[0]
     assert torch.equal(evaluate(model, one, scales=(0.5, 1.0), flip=True).confusion, by_hand)
     assert not torch.equal(evaluate(model, one).confusion, by_hand)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from winners import STREETS
 
+from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.data.packing import resize_image
 from tune_bisenet.errors import CommandError
 from tune_bisenet.inference import export
@@ -19,7 +20,7 @@ from tune_bisenet.options import InputError
 from tune_bisenet.storage import Storage
 from tune_bisenet.training.model import BiSeNet
 
-VAL = LabelledSplit(STREETS.names("val"), lambda index: STREETS.load("val", index))
+VAL = LabelledSplit(STREETS.names("val"), lambda index: STREETS.load("val", index), CITYSCAPES)
 
 
 def exported(search: Path, form: Form, out: Path, **options: bool) -> Path:

@@ -88,7 +88,7 @@ def test_a_study_is_planned_by_what_it_may_draw(place: Path, capsys: pytest.Capt
 def begun(place: Path) -> None:
     """A search x of which r01 has ended."""
     flags = {"space": str(place / "space.py"), "data": str(place / "frames"), "backbone": "none", "scheduler": "fifo"}
-    options, mistyped = parse_options(flags | {"storage": str(place), "name": "x"})
+    options, mistyped = parse_options(flags | {"storage": str(place), "name": "x", "precision": "fp32"})
     search = survey_search(options, mistyped, default_name="x")
     manifest = plain_manifest(
         name="x",

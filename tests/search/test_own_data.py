@@ -3,13 +3,12 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.processes import PROJECT, TIMEOUT_SECONDS, environment
+from helpers.pages import blocks, run_lines
+from helpers.processes import TIMEOUT_SECONDS
 from helpers.searches import make_place
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,29 +20,17 @@ from tune_bisenet.training import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT_SECONDS)]
 
-PAGE = (PROJECT / "docs" / "own-data.md").read_text()
 NAMES = ("field", "wood", "water", "road", "roof")
 
 place = pytest.fixture(scope="module")(make_place)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-
-
 @pytest.fixture(scope="module")
 def printed(place: Path) -> list[str]:
     """What the commands of the page print, in their order."""
-    (program,), (commands,) = blocks("python"), blocks("bash")
+    (program,), (commands,) = blocks("own-data.md", "python"), blocks("own-data.md", "bash")
     (place / "draw.py").write_text(program)
-    variables = environment(place) | {"PYTHONPATH": str(PROJECT)}
-    outputs = []
-    for line in ["python draw.py", *commands.splitlines()]:
-        command = [sys.executable, *line.split()[1:]]
-        answer = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, check=False)
-        assert answer.returncode == 0, f"{line}\n{answer.stdout}\n{answer.stderr}"
-        outputs.append(answer.stdout + answer.stderr)
-    return outputs
+    return run_lines(["python draw.py", *commands.splitlines()], place)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +40,13 @@ def search(printed: list[str], place: Path) -> Path:
 
 
 def test_the_page_describes_the_classes_that_it_draws(search: Path) -> None:
-    (example,) = map(json.loads, blocks("json"))
+    (example,) = map(json.loads, blocks("own-data.md", "json"))
     drawn = json.loads((search.parents[1] / "aerial" / "classes.json").read_text())
     assert ClassSet.model_validate(drawn) == ClassSet.model_validate(example)
 
 
 def test_the_plan_names_the_classes_and_the_sizes(printed: list[str]) -> None:
-    _drawn, _planned, trained, _reported = printed
+    trained = printed[2]
     text = " ".join(trained.split())
     assert "frames have 2 sizes, 80x64 to 64x96" in text
     assert re.search(r"classes training: \w+ \d+ %", text)
@@ -110,3 +97,18 @@ def test_pictures_of_frames_of_different_sizes_are_kept_at_one(search: Path) -> 
     )
     assert best.labels.shape == best.predictions.shape == (3, 64, 96)
     assert set(np.unique(best.labels).tolist()) <= {*range(5), 255}
+
+
+def test_the_best_network_scores_and_labels_by_the_five_classes(printed: list[str], search: Path) -> None:
+    scored, labelled = printed[4:]
+    best = max(
+        float(line["best_miou"]) for line in csv.DictReader((search / "leaderboard.csv").read_text().splitlines())
+    )
+    assert f"{best:.2f}" in scored
+    assert all(name in scored for name in NAMES)
+    assert "3 files labelled" in labelled
+    colours = {tuple(colour) for colour in read_search(Storage.at(str(search))).classes.colours}
+    masks = sorted((search.parents[1] / "labelled").rglob("*_mask.png"))
+    assert len(masks) == 3
+    for mask in masks:
+        assert set(map(tuple, np.asarray(Image.open(mask)).reshape(-1, 3).tolist())) <= colours

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import signal
 import statistics
 import subprocess
@@ -432,7 +431,7 @@ def measure_peak(setting: Setting, name: str, threads: int) -> int:
     loops(small, frames(small.size, small.batch, 1))[name]()()
     if setting.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 1e6)
-    return round(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    return round(benchmark.peak_bytes() / 1e6)
 
 
 def parts(setting: Setting) -> Iterator[Record]:

@@ -1,6 +1,8 @@
 """Latency: the right thing is timed, often enough, and training is left alone. Training: in processes of its own."""
 
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -100,3 +102,11 @@ def test_a_trial_that_cannot_be_trained_is_refused_with_the_reason(run: Run) -> 
 def test_without_a_gpu_no_trial_is_timed_on_one(run: Run) -> None:
     with pytest.raises(benchmark.BenchmarkError, match="no GPU"):
         benchmark_of(run, gpus_per_trial=1)
+
+
+def test_the_peak_of_a_process_is_its_own_and_not_of_the_one_that_started_it() -> None:
+    code = "from tune_bisenet.training.benchmark import peak_bytes; print(peak_bytes())"
+    large = "import subprocess, sys; held = b'1' * (2 * 10**9); "
+    large += f"subprocess.run([sys.executable, '-c', {code!r}], check=True)"
+    printed = subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, check=True).stdout
+    assert 1e8 < int(printed) < 2e9

@@ -7,6 +7,7 @@ benchmark_training  images per second and memory of a trial while others train b
 import math
 import multiprocessing
 import os
+import re
 import resource
 import statistics
 import sys
@@ -232,7 +233,15 @@ def _time_training(
         time_epoch()
     if device.type == "cuda":
         return timed or [first], torch.cuda.max_memory_allocated(device) + CUDA_BYTES
-    return timed or [first], 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return timed or [first], peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held."""
+    status = Path("/proc/self/status")  # ru_maxrss begins with that of the process that started this one
+    if status.exists() and (peak := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
+        return 1024 * int(peak[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _noise(run: Run, frame_size: tuple[int, int], classes: ClassSet, *, num_batches: int) -> Packed:

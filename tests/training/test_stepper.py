@@ -14,7 +14,7 @@ from tune_bisenet.data.packed import Packed
 from tune_bisenet.storage import Storage
 from tune_bisenet.training import checkpoint, engine
 from tune_bisenet.training.engine import Training
-from tune_bisenet.training.stepper import WARMUP_CALLS, CaptureError, Stepper
+from tune_bisenet.training.stepper import MAX_SHAPES, WARMUP_CALLS, CaptureError, Stepper
 
 run = pytest.fixture(scope="session")(small)
 folder = pytest.fixture(trial_folder)
@@ -159,6 +159,16 @@ def test_what_was_recorded_is_replayed_on_new_batches_until_the_variant_changes(
         "results stay what they were"
     )
     assert set(calls) == {2, 3, 5}
+
+
+def test_of_many_shapes_only_the_first_are_recorded_and_all_are_computed() -> None:
+    stepper, calls = Stepper("graph", CPU), list[float]()
+    for _ in range(2):
+        for length in range(1, MAX_SHAPES + 4):
+            (result,) = stepper.call(scaling_by(2.0, calls), [(torch.ones(length),)], kind="scale")
+            assert result.tolist() == [2.0] * length
+    assert len(stepper._recordings) == MAX_SHAPES
+    assert len(calls) == MAX_SHAPES * (WARMUP_CALLS + 1 + 2) + 3 * 2
 
 
 def test_what_a_recording_changes_is_put_back_before_the_first_replay() -> None:

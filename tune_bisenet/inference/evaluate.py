@@ -40,7 +40,7 @@ Tick = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scored on a split; IoU, mIoU and accuracy in percent, NaN where no pixel is labelled."""
+    """Holds what a model scored on a split; IoU, mIoU and accuracy in percent, NaN where no pixel is labelled."""
 
     confusion: Tensor  # C x C int64: labels by rows, predictions by columns
     num_frames: int

@@ -58,7 +58,7 @@ Network = Callable[[Tensor], Tensor]
 
 
 class Check(Frozen):
-    """How far an exported form was found to be from the network it was made of, on painted streets."""
+    """Says how far an exported form was found to be from the network it was made of, on painted streets."""
 
     sizes: tuple[str, ...]
     same_class: float
@@ -99,7 +99,7 @@ class ModelCard(Frozen):
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model sees in one picture, at the picture's own size."""
+    """Holds what a model sees in one picture, at the picture's own size."""
 
     picture: NDArray[np.uint8]  # h x w x 3, RGB
     class_ids: NDArray[np.uint8]  # h x w: indices into the model's classes

@@ -106,7 +106,7 @@ def _pixel_losses_at_once(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 class _BandedSum(torch.autograd.Function):
-    """The same in bands, its gradient with it. Weights are 0 where nothing is labelled."""
+    """Sums the same in bands, and computes its gradient with it. Weights are 0 where nothing is labelled."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ Function = Callable[[Sequence[Batch]], list[Tensor]]
 WARMUP_CALLS: Final = 2
 """Calls before the one that is recorded: the first makes what lasts, such as momentum; the second is as all others."""
 
+MAX_SHAPES: Final = 4
+"""Recordings of a kind, each of which holds memory: frames of a hundred sizes must not make a hundred."""
+
 _cuda: Any = torch.cuda  # some of it has no types
 _log = logging.getLogger(__name__)
 
@@ -61,14 +64,17 @@ class Stepper:
     ) -> list[Tensor]:
         """Return `function(batches)`.
 
-        There is a recording for each `kind` and shape of batches; another `variant` of it replaces the one before. It
-        takes some calls of the function, which are made within `undone`: that puts back all that they have changed.
+        There is a recording for each `kind` and shape of batches, for the first MAX_SHAPES of them; another `variant`
+        of it replaces the one before. It takes some calls of the function, which are made within `undone`: that puts
+        back all that they have changed.
         Raises CaptureError, or OutOfMemoryError, if `mode` is `graph` and it cannot be made.
         """
         if self.is_eager:
             return function(batches)
         key = (kind, *(tensor.shape for batch in batches for tensor in batch))
         found = self._recordings.get(key)
+        if found is None and [recorded for recorded, *_ in self._recordings].count(kind) == MAX_SHAPES:
+            return function(batches)
         if found is None or found.variant != variant:
             try:
                 # The one before is dropped only then, so that both share their memory.
@@ -143,7 +149,7 @@ class _Recorder:
 
 @dataclass(frozen=True)
 class _Recording:
-    """What replays a function, and where it reads its batches."""
+    """Holds what replays a function, and where it reads its batches."""
 
     variant: object
     inputs: list[Batch]

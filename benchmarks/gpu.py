@@ -40,7 +40,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID
 from tune_bisenet.config import (
     OHEM,
     SGD,
@@ -135,8 +135,8 @@ def frames(size: tuple[int, int], num_train: int, num_val: int, *, distinct: int
         fingerprint="",
         image_size=size,
         label_size=(label_scale * size[0], label_scale * size[1]),
-        class_counts=counts[:NUM_CLASSES].astype(np.int64),
-        val_class_counts=np.ones(NUM_CLASSES, dtype=np.int64),
+        class_counts=counts[: len(CITYSCAPES)].astype(np.int64),
+        val_class_counts=np.ones(len(CITYSCAPES), dtype=np.int64),
         digest=f"{size} {num_train} {num_val}",
         train=train,
         val=split("val", num_val, label_scale),
@@ -470,7 +470,7 @@ def parts(setting: Setting) -> Iterator[Record]:
 def loss_parts(setting: Setting, logits: Any, labels: Tensor) -> Iterator[Record]:
     """Time every loss of three heads with its gradient; Lovász-Softmax also where nearly all errors share few bins."""
     heads = [head.requires_grad_() for head in (logits.main, *logits.aux)]
-    weights = torch.ones(NUM_CLASSES, device=setting.device)
+    weights = torch.ones(len(CITYSCAPES), device=setting.device)
     kinds = {
         name: ROWS[name].get("loss", CrossEntropy(aux_weight=1.0)) for name in ("ce", "weighted", "ohem", "lovasz")
     }
@@ -490,8 +490,8 @@ def loss_parts(setting: Setting, logits: Any, labels: Tensor) -> Iterator[Record
         return torch.autograd.grad(sum(F.cross_entropy(x, targets, ignore_index=VOID) for x in full_size), heads)
 
     yield {"part": "loss ce, plain"} | windows(setting, whole)
-    classes = labels[:, ::8, ::8].long().clamp_max(NUM_CLASSES - 1)
-    perfect = (20.0 * F.one_hot(classes, NUM_CLASSES)).movedim(3, 1).contiguous().requires_grad_()
+    classes = labels[:, ::8, ::8].long().clamp_max(len(CITYSCAPES) - 1)
+    perfect = (20.0 * F.one_hot(classes, len(CITYSCAPES))).movedim(3, 1).contiguous().requires_grad_()
     sure, lovasz = type(logits)(perfect, logits.aux), kinds["lovasz"]
     yield {"part": "loss lovasz, nearly perfect logits"} | windows(
         setting,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID
 from tune_bisenet.training.losses import lovasz_softmax
 
 
@@ -44,7 +44,7 @@ def run(height: int, width: int, repeats: int) -> None:
     """Print both methods side by side, on a batch of four."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    scores = 3 * torch.randn(4, NUM_CLASSES, height, width, generator=generator)
+    scores = 3 * torch.randn(4, len(CITYSCAPES), height, width, generator=generator)
     targets = torch.randint(0, 12, (4, height, width), generator=generator)
     targets[:, : height // 20] = VOID
     _, truth, true_gradient = measure(by_sorting, scores.double(), targets)

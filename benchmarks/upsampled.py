@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID
 from tune_bisenet.training import losses
 
 Timed = Callable[[Tensor, Tensor], Tensor]
@@ -64,10 +64,10 @@ def run(height: int, width: int, repeats: int) -> None:
     """Print both methods side by side, on a batch of four."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(4, NUM_CLASSES, height // 8, width // 8, generator=generator)).requires_grad_()
-    targets = torch.randint(0, NUM_CLASSES, (4, height, width), generator=generator)
+    logits = (3 * torch.randn(4, len(CITYSCAPES), height // 8, width // 8, generator=generator)).requires_grad_()
+    targets = torch.randint(0, len(CITYSCAPES), (4, height, width), generator=generator)
     targets[:, : height // 20] = VOID
-    print(f"4 x {NUM_CLASSES} x {height} x {width}, one thread, n = {repeats}")
+    print(f"4 x {len(CITYSCAPES)} x {height} x {width}, one thread, n = {repeats}")
     compare("loss and gradient", loss_in_bands, loss_of_all, logits, targets, repeats)
     compare("prediction", argmax_in_bands, argmax_of_all, logits, targets, repeats)
 

@@ -153,6 +153,3 @@ CITYSCAPES: Final = ClassSet(
     ),
     void=tuple(VOID_LABELS),
 )
-CLASSES: Final = CITYSCAPES.classes
-NUM_CLASSES: Final = len(CITYSCAPES)
-CLASS_NAMES: Final = CITYSCAPES.names

@@ -17,7 +17,7 @@ from helpers.object_store import ObjectStore, object_store
 from helpers.searches import write_frames
 from PIL import Image
 
-from tune_bisenet.classes import CITYSCAPES, CLASSES, ClassSet
+from tune_bisenet.classes import CITYSCAPES, ClassSet
 from tune_bisenet.data.packing import check_labels, check_reachable, open_source, prepare_packed
 from tune_bisenet.data.source import SPLITS, Split, frame_group
 from tune_bisenet.options import InputError
@@ -134,7 +134,7 @@ def test_a_palette_whose_colours_name_its_ids_is_read(root: Path) -> None:
     path = label_path(root, "train", "aachen/a_1")
     picture = Image.new("P", (6, 4), 26)
     colours = np.zeros((256, 3), np.uint8)
-    for street_class in CLASSES:
+    for street_class in CITYSCAPES.classes:
         colours[street_class.id] = street_class.colour
     picture.putpalette(colours.tobytes())
     picture.save(path)

@@ -32,7 +32,7 @@ from helpers.rows import plain_epoch, plain_row
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.packing import check_room, prepare_packed
 from tune_bisenet.data.streets import Streets
@@ -172,7 +172,7 @@ def test_an_event_file_waits_for_room_and_is_readable_before_and_after(
     small_disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = plain_row("r01")
-    epoch = plain_epoch(1, 10.0, iou=(10.0,) * NUM_CLASSES)
+    epoch = plain_epoch(1, 10.0, iou=(10.0,) * len(CITYSCAPES))
     with TrialWriter(Storage.at(str(small_disk.path)), run=run, trial="r01", completed_epochs=0) as writer:
         writer.add_epoch(epoch, best=epoch)
         writer.flush()

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID
 from tune_bisenet.data.packing import open_source
 from tune_bisenet.data.png import HEADER_BYTES, decode_png, read_png_header
 from tune_bisenet.data.source import SPLITS
@@ -113,4 +113,4 @@ def test_frames_are_read_as_image_and_train_ids_or_refused_by_name(
     assert frame.image.shape == (*source.frame_size, 3)
     assert frame.label.shape == source.frame_size
     assert frame.image.dtype == frame.label.dtype == np.uint8
-    assert set(np.unique(frame.label).tolist()) <= {*range(NUM_CLASSES), VOID}
+    assert set(np.unique(frame.label).tolist()) <= {*range(len(CITYSCAPES)), VOID}

@@ -12,7 +12,7 @@ from helpers.rows import CONFIG, plain_epoch, plain_manifest, plain_row
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 
 from tune_bisenet import records
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID
 from tune_bisenet.config import SGD, AdamW, Expect, Param, Run
 from tune_bisenet.records import (
     BEST_PREDICTIONS,
@@ -71,7 +71,7 @@ def epochs(miou: float, count: int = 3) -> list[Epoch]:
             loss_main=2.0 / number,
             loss_aux1=0.5 / number,
             loss_aux2=0.5 / number,
-            iou=(*[value] * (NUM_CLASSES - 1), None),
+            iou=(*[value] * (len(CITYSCAPES) - 1), None),
             images_per_second=20.0,
             train_seconds=30.0,
             val_seconds=6.0,
@@ -83,10 +83,10 @@ def epochs(miou: float, count: int = 3) -> list[Epoch]:
 def best(seed: int = 0) -> BestPredictions:
     """Two validation images, both kept to look at; the label's first line is void."""
     rng = np.random.default_rng(seed)
-    labels = rng.integers(0, NUM_CLASSES, (2, 64, 128), dtype=np.uint8)
+    labels = rng.integers(0, len(CITYSCAPES), (2, 64, 128), dtype=np.uint8)
     labels[:, 0] = VOID
-    confusions = np.zeros((2, NUM_CLASSES, NUM_CLASSES), np.int32)
-    confusions[:] = 10 * np.eye(NUM_CLASSES, dtype=np.int32)
+    confusions = np.zeros((2, len(CITYSCAPES), len(CITYSCAPES)), np.int32)
+    confusions[:] = 10 * np.eye(len(CITYSCAPES), dtype=np.int32)
     confusions[:, 0, 1] = 30
     return BestPredictions(
         confusions=confusions,
@@ -94,7 +94,7 @@ def best(seed: int = 0) -> BestPredictions:
         names=("street one", "street two"),
         images=rng.integers(0, 256, (2, 3, 32, 64), dtype=np.uint8),
         labels=labels,
-        predictions=rng.integers(0, NUM_CLASSES, (2, 64, 128), dtype=np.uint8),
+        predictions=rng.integers(0, len(CITYSCAPES), (2, 64, 128), dtype=np.uint8),
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from expecting import trial
 
-from tune_bisenet.classes import CLASS_NAMES, NUM_CLASSES, ClassSet, LabelClass
+from tune_bisenet.classes import CITYSCAPES, ClassSet, LabelClass
 from tune_bisenet.report.noise import repeat_noise
 from tune_bisenet.report.read import ReportedTrial
 
@@ -22,12 +22,12 @@ def trained(name: str, seed: int, ious: Sequence[Sequence[float | None]]) -> Rep
 
 def repeats(values: np.ndarray, *, name: str = "r01") -> list[ReportedTrial]:
     """Return trials of one epoch with IoUs, seeds x classes, after a first epoch without any of this noise."""
-    return [trained(name, seed, [[0.0] * NUM_CLASSES, iou.tolist()]) for seed, iou in enumerate(values)]
+    return [trained(name, seed, [[0.0] * len(CITYSCAPES), iou.tolist()]) for seed, iou in enumerate(values)]
 
 
 def test_shares_are_those_of_the_variance_of_miou_within_rows() -> None:
     rng = np.random.default_rng(0)
-    values = rng.normal(50, np.linspace(0.1, 3, NUM_CLASSES), (2, 4, NUM_CLASSES))
+    values = rng.normal(50, np.linspace(0.1, 3, len(CITYSCAPES)), (2, 4, len(CITYSCAPES)))
     values[1] += 20  # rows differ: that is no noise
     noise = repeat_noise(repeats(values[0]) + repeats(values[1], name="x"), 0.5)
     assert noise is not None
@@ -37,8 +37,8 @@ def test_shares_are_those_of_the_variance_of_miou_within_rows() -> None:
     assert noise.sd == pytest.approx(np.sqrt((means**2).sum() / 6))
     shares = {of.name: of.share for of in noise.classes}
     sds = {of.name: of.sd for of in noise.classes}
-    for index, name in enumerate(CLASS_NAMES):
-        covariance = (within[:, index] / NUM_CLASSES * means).sum() / 6
+    for index, name in enumerate(CITYSCAPES.names):
+        covariance = (within[:, index] / len(CITYSCAPES) * means).sum() / 6
         assert shares[name] == pytest.approx(100 * covariance / noise.sd**2)
         assert sds[name] == pytest.approx(np.sqrt((within[:, index] ** 2).sum() / 6))
     assert sum(shares.values()) == pytest.approx(100)
@@ -46,7 +46,7 @@ def test_shares_are_those_of_the_variance_of_miou_within_rows() -> None:
 
 
 def test_one_class_can_be_all_of_the_noise_and_more() -> None:
-    values = np.full((3, NUM_CLASSES), 60.0)
+    values = np.full((3, len(CITYSCAPES)), 60.0)
     values[:, 16] = [36, 74, 50]
     values[:, 15] = [61, 60, 60.5]
     noise = repeat_noise(repeats(values), 0.5)
@@ -66,13 +66,13 @@ def test_a_class_that_some_epoch_lacks_is_left_out() -> None:
 
 
 def test_nothing_is_known_where_nothing_repeats() -> None:
-    values = np.random.default_rng(0).normal(50, 1, (2, NUM_CLASSES))
+    values = np.random.default_rng(0).normal(50, 1, (2, len(CITYSCAPES)))
     once, other = repeats(values)[0], repeats(values, name="x")[1]
     assert repeat_noise([once, other], 0.5) is None
     stopped = replace(repeats(values)[1], state=replace(once.state, status="stopped"))
     assert repeat_noise([once, stopped], 0.5) is None
     assert repeat_noise(repeats(values[[0, 0]]), 0.5) is None, "the same to the last bit"
-    absent = [trained("r01", seed, [[None] * NUM_CLASSES, [None] * NUM_CLASSES]) for seed in (0, 1)]
+    absent = [trained("r01", seed, [[None] * len(CITYSCAPES), [None] * len(CITYSCAPES)]) for seed in (0, 1)]
     assert repeat_noise(absent, 0.5) is None
 
 

@@ -10,7 +10,7 @@ from expecting import R01, claim, gaining, row, trial
 from searches import write_search
 
 from search_spaces.runs10 import SPACE
-from tune_bisenet.classes import CLASS_NAMES
+from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.config import Expect, Run
 from tune_bisenet.report.claims import Claim
 from tune_bisenet.report.page import Report
@@ -19,12 +19,12 @@ from tune_bisenet.report.read import ReportedTrial
 from tune_bisenet.report.tables import file_tables
 from tune_bisenet.report.verdicts import Judgement, format_expected, judge
 
-QUIET = tuple(name for name in CLASS_NAMES if name not in ("truck", "bus", "train"))
+QUIET = tuple(name for name in CITYSCAPES.names if name not in ("truck", "bus", "train"))
 
 
 def trained(name: str, seed: int, quiet: float | None, *, loud: float) -> ReportedTrial:
     """Return a finished trial whose 16 quiet classes have this IoU, and the other three the loud one."""
-    ious = [quiet if name in QUIET else loud for name in CLASS_NAMES]
+    ious = [quiet if name in QUIET else loud for name in CITYSCAPES.names]
     known = [iou for iou in ious if iou is not None]
     made = trial(name, seed, [sum(known) / len(known)])
     return replace(made, epochs=[replace(epoch, iou=tuple(ious)) for epoch in made.epochs])

@@ -23,7 +23,7 @@ from searches import (
     write_trial,
 )
 
-from tune_bisenet.classes import CLASS_NAMES
+from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.records import TRIAL
 from tune_bisenet.report.read import SearchRecord, read_search
 from tune_bisenet.report.tables import (
@@ -128,7 +128,7 @@ def test_every_table_has_its_lines(search: SearchRecord) -> None:
     last = tables["epochs"][-1]
     assert (last["trial"], last["run"], last["seed"], last["epoch"], last["miou"]) == ("r02-s1", "r02", 1, 3, 53.5)
     ious = [line for line in tables["iou"] if line["trial"] == "r01-s1"]
-    assert [line["class"] for line in ious] == list(CLASS_NAMES)
+    assert [line["class"] for line in ious] == list(CITYSCAPES.names)
     assert [line["iou"] for line in ious] == [51.0] * 18 + [None]
     gains = {line["trial"]: line["gain"] for line in tables["leaderboard"]}
     assert (gains["r02-s1"], gains["r01-s1"]) == (2.5, None)

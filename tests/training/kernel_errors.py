@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID
 from tune_bisenet.training import kernels, losses
 
 CASES = [  # factor, h, w, images, type of the logits, classes; odd sizes, one logit a side, more cells than a program
-    (2, 5, 9, 2, torch.float32, NUM_CLASSES),
-    (2, 3, 7, 1, torch.bfloat16, NUM_CLASSES),
-    (4, 1, 8, 1, torch.float32, NUM_CLASSES),
-    (8, 1, 2, 1, torch.float32, NUM_CLASSES),
-    (16, 1, 1, 1, torch.float32, NUM_CLASSES),
+    (2, 5, 9, 2, torch.float32, len(CITYSCAPES)),
+    (2, 3, 7, 1, torch.bfloat16, len(CITYSCAPES)),
+    (4, 1, 8, 1, torch.float32, len(CITYSCAPES)),
+    (8, 1, 2, 1, torch.float32, len(CITYSCAPES)),
+    (16, 1, 1, 1, torch.float32, len(CITYSCAPES)),
     *((2, 2, 3, 1, torch.float32, num_classes) for num_classes in (2, 5, 20)),
 ]
 

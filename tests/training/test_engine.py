@@ -14,7 +14,7 @@ from torch import nn
 from trainings import SIZE, begin, flat, rate_by_hand, recorded_inputs, small, trained, weights_of
 
 from tune_bisenet import spaces
-from tune_bisenet.classes import CITYSCAPES, NUM_CLASSES, VOID, ClassSet
+from tune_bisenet.classes import CITYSCAPES, VOID, ClassSet
 from tune_bisenet.config import OHEM, SGD, AdamW, Augment, CrossEntropy, Loss, Run, WarmupPoly, WeightedCrossEntropy
 from tune_bisenet.data.batches import augment_batch, epoch_draw
 from tune_bisenet.data.packed import Packed
@@ -215,7 +215,7 @@ def test_an_epoch_is_told_completely(run: Run, small_data: Packed) -> None:
     epoch = end.epoch
     assert epoch.loss == pytest.approx(epoch.loss_main + 0.4 * (epoch.loss_aux1 + epoch.loss_aux2), rel=1e-5)
     assert min(epoch.loss_main, epoch.loss_aux1, epoch.loss_aux2, epoch.grad_norm) > 0
-    assert len(epoch.iou) == NUM_CLASSES
+    assert len(epoch.iou) == len(CITYSCAPES)
     occurring = [value for value in epoch.iou if value is not None]
     assert epoch.miou == pytest.approx(sum(occurring) / len(occurring))
     assert epoch.images_per_second == pytest.approx(12 / epoch.train_seconds)
@@ -249,7 +249,7 @@ def test_validation_scores_whole_images_at_the_resolution_of_their_labels(run: R
     training = begin(run.model_copy(update={"num_epochs": 1}), small_data)
     (end,) = engine.fit(training)
     training.model.eval()
-    literal = np.zeros((4, NUM_CLASSES, NUM_CLASSES), np.int64)
+    literal = np.zeros((4, len(CITYSCAPES), len(CITYSCAPES)), np.int64)
     for index in range(4):
         pixels = torch.from_numpy(small_data.val.images[index].copy()).float() / 255
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -261,7 +261,7 @@ def test_validation_scores_whole_images_at_the_resolution_of_their_labels(run: R
         np.add.at(literal[index], (label[label != VOID], prediction[label != VOID]), 1)
     assert literal.sum() > 0.8 * 4 * 64 * 128
     assert np.abs(end.confusion.numpy() - literal).sum() <= 4  # scores of one image alone differ in the last bit
-    assert end.confusion.shape == (4, NUM_CLASSES, NUM_CLASSES)
+    assert end.confusion.shape == (4, len(CITYSCAPES), len(CITYSCAPES))
     assert end.confusion.dtype == torch.int64
     labelled = [int((label != VOID).sum()) for label in small_data.val.labels]
     assert end.confusion.sum((1, 2)).tolist() == labelled
@@ -278,7 +278,7 @@ def test_validation_labels_of_different_sizes_are_each_scored_at_their_own(run: 
     for index, (size, label) in enumerate(zip(sizes, labels, strict=True)):
         image = torch.from_numpy(small_data.val.images[index].copy()).unsqueeze(0)
         prediction = engine.predict(training.model, image, size, precision="fp32")
-        counts = metrics.confusion(prediction, torch.from_numpy(label.copy()).unsqueeze(0), NUM_CLASSES)[0]
+        counts = metrics.confusion(prediction, torch.from_numpy(label.copy()).unsqueeze(0), len(CITYSCAPES))[0]
         assert (end.confusion[index] - counts).abs().sum() <= 4  # scores of one image alone differ in the last bit
         assert index not in end.samples or end.samples[index].shape == size
 

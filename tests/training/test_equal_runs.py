@@ -21,7 +21,7 @@ from trainings import (
     weights_of,
 )
 
-from tune_bisenet.classes import NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID
 from tune_bisenet.config import OHEM, AdamW, CrossEntropy, Loss, Run, WarmupPoly, WeightedCrossEntropy
 from tune_bisenet.data.packed import Packed
 from tune_bisenet.data.streets import Streets
@@ -180,7 +180,7 @@ def test_two_micro_batches_give_the_gradient_of_one_batch_of_both(run: Run, smal
     """With BatchNorm frozen and equally many labelled pixels: both are what accumulation cannot make equal."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(8, 3, *SIZE, generator=generator)
-    labels = torch.randint(NUM_CLASSES, (8, *SIZE), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(len(CITYSCAPES), (8, *SIZE), generator=generator, dtype=torch.uint8)
     labels[:, :10] = VOID
     gradients = []
     for size in (8, 4):
@@ -200,13 +200,14 @@ def test_two_micro_batches_give_the_gradient_of_one_batch_of_both(run: Run, smal
 def test_class_weights_come_from_the_counts_kept_with_the_data(run: Run, small_data: Packed, exponent: float) -> None:
     loss = WeightedCrossEntropy(aux_weight=1.0, exponent=exponent)
     weighted = begin(run.model_copy(update={"loss": loss}), small_data)
-    counts = np.zeros(NUM_CLASSES, np.int64)
+    counts = np.zeros(len(CITYSCAPES), np.int64)
     streets = Streets(num_train=12, num_val=4, frame_size=(64, 128))
     for index in range(12):
-        counts += np.bincount(streets.load("train", index).label.ravel(), minlength=256)[:NUM_CLASSES]
+        counts += np.bincount(streets.load("train", index).label.ravel(), minlength=256)[: len(CITYSCAPES)]
     assert weighted.class_weights is not None
     assert weighted.class_weights.tolist() == pytest.approx(
-        [(counts.sum() / (NUM_CLASSES * count)) ** exponent if count else 0.0 for count in counts.tolist()], rel=1e-6
+        [(counts.sum() / (len(CITYSCAPES) * count)) ** exponent if count else 0.0 for count in counts.tolist()],
+        rel=1e-6,
     )
 
 
@@ -216,7 +217,7 @@ def test_other_losses_weigh_no_class_and_the_main_head_has_the_runs_width(
 ) -> None:
     training = begin(run.model_copy(update={"loss": loss, "head_width": 48}), small_data)
     assert training.class_weights is None
-    assert training.model.head[1].weight.shape == (NUM_CLASSES, 48, 1, 1)
+    assert training.model.head[1].weight.shape == (len(CITYSCAPES), 48, 1, 1)
 
 
 def test_a_backbone_is_where_training_starts(run: Run, small_data: Packed) -> None:

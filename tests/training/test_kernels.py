@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.training import kernels
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +57,8 @@ def compiled_usage(
 
 
 POINTERS = {"logits": "*bf16", "classes": "*i64", "weights": "*fp32", "corners": "*fp32", "sums": "*fp32", "out": "*u8"}
-CELLS = {"C": NUM_CLASSES, "S": 8, "PADDED": 32, "BLOCK": kernels.CELLS}
-PIXELS = {"C": NUM_CLASSES, "PADDED": 32, "BLOCK": kernels.PIXELS}
+CELLS = {"C": len(CITYSCAPES), "S": 8, "PADDED": 32, "BLOCK": kernels.CELLS}
+PIXELS = {"C": len(CITYSCAPES), "PADDED": 32, "BLOCK": kernels.PIXELS}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -78,6 +78,6 @@ def test_kernels_compile_for_cards_without_spilling(
 
 
 def test_kernels_are_not_used_where_the_factor_is_odd_or_no_whole_number_or_on_a_cpu() -> None:
-    logits = torch.zeros(1, NUM_CLASSES, 2, 3)
+    logits = torch.zeros(1, len(CITYSCAPES), 2, 3)
     for size in [(16, 24), (16, 32), (6, 9), (3, 5), (1, 1), (17, 24)]:
         assert not kernels.supports(logits, size)

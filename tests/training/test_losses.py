@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tune_bisenet.classes import CLASS_NAMES, MAX_CLASSES, NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, MAX_CLASSES, VOID
 from tune_bisenet.config import OHEM, CrossEntropy, WeightedCrossEntropy
 from tune_bisenet.training import losses as losses_module
 from tune_bisenet.training.losses import (
@@ -27,7 +27,7 @@ from tune_bisenet.training.losses import (
 )
 from tune_bisenet.training.model import Logits, upsample
 
-CLASS_WEIGHTS = torch.linspace(0.1, 50.0, NUM_CLASSES)
+CLASS_WEIGHTS = torch.linspace(0.1, 50.0, len(CITYSCAPES))
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "plain": cross_entropy,
     "weighted": partial(cross_entropy, class_weights=CLASS_WEIGHTS),
@@ -40,7 +40,7 @@ def random_scores(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
     return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_targets(*shape: int, classes: int = NUM_CLASSES, void_share: float = 0.0, seed: int = 1) -> Tensor:
+def random_targets(*shape: int, classes: int = len(CITYSCAPES), void_share: float = 0.0, seed: int = 1) -> Tensor:
     """Return int64 B x H x W with ids below `classes`, a share of them replaced by void."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(classes, shape, generator=generator)
@@ -73,16 +73,16 @@ def test_void_pixels_change_neither_loss_nor_gradient_and_alone_they_make_both_z
     loss_of: Callable[[Tensor, Tensor], Tensor], in_bands: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses_module, "in_bands", lambda _device: in_bands)
-    scores, targets = random_scores(2, NUM_CLASSES, 8, 8), random_targets(2, 8, 8, void_share=0.4)
+    scores, targets = random_scores(2, len(CITYSCAPES), 8, 8), random_targets(2, 8, 8, void_share=0.4)
     void = (targets == VOID).unsqueeze(1)
-    others = scores.where(~void, 100.0 * random_scores(2, NUM_CLASSES, 8, 8, seed=7))
+    others = scores.where(~void, 100.0 * random_scores(2, len(CITYSCAPES), 8, 8, seed=7))
     loss, gradient = with_gradient(lambda given: loss_of(given, targets), scores)
     other_loss, other_gradient = with_gradient(lambda given: loss_of(given, targets), others)
     assert loss == other_loss
     assert torch.equal(gradient, other_gradient)
     assert not gradient.where(void, 0.0).any()
     targets = torch.full((2, 4, 4), VOID)
-    loss, gradient = with_gradient(lambda given: loss_of(given, targets), random_scores(2, NUM_CLASSES, 4, 4))
+    loss, gradient = with_gradient(lambda given: loss_of(given, targets), random_scores(2, len(CITYSCAPES), 4, 4))
     assert loss == 0.0
     assert not gradient.any()
 
@@ -102,8 +102,8 @@ def literal_cross_entropy(scores: Tensor, targets: Tensor, class_weights: list[f
 
 
 def test_cross_entropy_is_the_mean_over_the_labelled_pixels_divided_by_their_weights() -> None:
-    scores, targets = random_scores(2, NUM_CLASSES, 6, 5), random_targets(2, 6, 5, void_share=0.3)
-    plain = literal_cross_entropy(scores, targets, [1.0] * NUM_CLASSES)
+    scores, targets = random_scores(2, len(CITYSCAPES), 6, 5), random_targets(2, 6, 5, void_share=0.3)
+    plain = literal_cross_entropy(scores, targets, [1.0] * len(CITYSCAPES))
     weighted = literal_cross_entropy(scores, targets, CLASS_WEIGHTS.tolist())
     assert cross_entropy(scores, targets).item() == pytest.approx(plain, rel=1e-6)
     assert cross_entropy(scores, targets, CLASS_WEIGHTS).item() == pytest.approx(weighted, rel=1e-5)
@@ -118,10 +118,10 @@ def test_weighted_cross_entropy_of_two_pixels_by_hand() -> None:
 
 
 def test_cross_entropy_where_every_labelled_class_weighs_nothing_is_zero_with_a_zero_gradient() -> None:
-    class_weights = torch.ones(NUM_CLASSES)
+    class_weights = torch.ones(len(CITYSCAPES))
     class_weights[3] = 0.0
     targets = torch.full((1, 4, 4), 3)
-    scores = random_scores(1, NUM_CLASSES, 4, 4)
+    scores = random_scores(1, len(CITYSCAPES), 4, 4)
     loss, gradient = with_gradient(lambda given: cross_entropy(given, targets, class_weights), scores)
     assert loss == 0.0
     assert not gradient.any()
@@ -134,7 +134,7 @@ def test_the_shares_of_cityscapes_give_the_known_weights() -> None:
     shares = [36.88, 6.09, 22.82, 0.656, 0.878, 1.227, 0.208, 0.551, 15.92, 1.159, 4.009, 1.219, 0.135, 7.00]
     shares += [0.268, 0.235, 0.233, 0.099, 0.414]
     counts = torch.tensor([round(share * 55_000_000) for share in shares])  # some 5.5e9 pixels: more than int32 holds
-    weights = dict(zip(CLASS_NAMES, class_weights_from(counts, 1.0).tolist(), strict=True))
+    weights = dict(zip(CITYSCAPES.names, class_weights_from(counts, 1.0).tolist(), strict=True))
     assert weights["road"] == pytest.approx(0.143, abs=5e-4)
     assert weights["motorcycle"] == pytest.approx(53.3, rel=5e-3)  # the shares have three digits
     assert min(weights, key=weights.__getitem__) == "road"
@@ -195,12 +195,19 @@ def assert_lovasz_is_that_of_the_paper(scores: Tensor, targets: Tensor, *, toler
 
 @pytest.mark.parametrize(
     ("classes", "void_share", "spread"),
-    [(NUM_CLASSES, 0.0, 2.0), (NUM_CLASSES, 0.3, 2.0), (3, 0.3, 2.0), (1, 0.0, 2.0), (5, 0.99, 2.0), (7, 0.2, 0.1)],
+    [
+        (len(CITYSCAPES), 0.0, 2.0),
+        (len(CITYSCAPES), 0.3, 2.0),
+        (3, 0.3, 2.0),
+        (1, 0.0, 2.0),
+        (5, 0.99, 2.0),
+        (7, 0.2, 0.1),
+    ],
     ids=["all classes", "void", "few classes", "one class", "nearly all void", "undecided"],
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_lovasz_softmax_is_that_of_the_paper(classes: int, void_share: float, spread: float, seed: int) -> None:
-    scores = random_scores(2, NUM_CLASSES, 15, 16, seed=seed, spread=spread)
+    scores = random_scores(2, len(CITYSCAPES), 15, 16, seed=seed, spread=spread)
     targets = random_targets(2, 15, 16, classes=classes, void_share=void_share, seed=seed + 10)
     assert_lovasz_is_that_of_the_paper(scores, targets, tolerance=1e-3)
 
@@ -208,13 +215,13 @@ def test_lovasz_softmax_is_that_of_the_paper(classes: int, void_share: float, sp
 def test_lovasz_softmax_of_a_confident_network_is_that_of_the_paper() -> None:
     """After 35 epochs of cross-entropy most errors are tiny and share few ranks: the hardest case for counting them."""
     targets = random_targets(2, 15, 16, classes=6, void_share=0.1)
-    scores = random_scores(2, NUM_CLASSES, 15, 16, spread=1.5)
-    scores += 9.0 * F.one_hot(targets.where(targets != VOID, 0), NUM_CLASSES).movedim(3, 1)
+    scores = random_scores(2, len(CITYSCAPES), 15, 16, spread=1.5)
+    scores += 9.0 * F.one_hot(targets.where(targets != VOID, 0), len(CITYSCAPES)).movedim(3, 1)
     assert_lovasz_is_that_of_the_paper(scores, targets, tolerance=2e-3)
 
 
 def test_lovasz_softmax_of_one_labelled_pixel_is_its_error() -> None:
-    scores, targets = random_scores(2, NUM_CLASSES, 3, 3), torch.full((2, 3, 3), VOID)
+    scores, targets = random_scores(2, len(CITYSCAPES), 3, 3), torch.full((2, 3, 3), VOID)
     targets[1, 2, 0] = 4
     loss, gradient = with_gradient(lambda given: lovasz_softmax(given, targets), scores)
     assert loss.item() == pytest.approx(1.0 - scores.softmax(dim=1)[1, 4, 2, 0].item(), abs=1e-6)
@@ -224,7 +231,7 @@ def test_lovasz_softmax_of_one_labelled_pixel_is_its_error() -> None:
 
 def hard_scores(predictions: Tensor) -> Tensor:
     """Return scores whose softmax is 1 at the predicted class and 0 elsewhere, to the last bit of float32."""
-    return 1000.0 * F.one_hot(predictions, NUM_CLASSES).movedim(3, 1).float()
+    return 1000.0 * F.one_hot(predictions, len(CITYSCAPES)).movedim(3, 1).float()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -243,7 +250,7 @@ def test_lovasz_softmax_of_hard_predictions_is_the_mean_jaccard_loss_of_the_clas
 
 def test_lovasz_softmax_counts_the_classes_of_the_whole_batch() -> None:
     """Per image it would be another loss."""
-    scores, targets = random_scores(2, NUM_CLASSES, 8, 8), random_targets(2, 8, 8, classes=4)
+    scores, targets = random_scores(2, len(CITYSCAPES), 8, 8), random_targets(2, 8, 8, classes=4)
     targets[0] = targets[0].clamp_max(1)
     per_image = torch.stack([lovasz_softmax(scores[[image]], targets[[image]]) for image in range(2)]).mean()
     exact = literal_lovasz_softmax(scores.double(), targets)
@@ -252,7 +259,7 @@ def test_lovasz_softmax_counts_the_classes_of_the_whole_batch() -> None:
 
 
 def test_the_gradient_of_lovasz_softmax_says_how_the_loss_changes() -> None:
-    scores = random_scores(1, NUM_CLASSES, 12, 12)
+    scores = random_scores(1, len(CITYSCAPES), 12, 12)
     targets = random_targets(1, 12, 12, classes=5, void_share=0.1)
     _, gradient = with_gradient(lambda given: lovasz_softmax(given, targets), scores)
     steepest = gradient / gradient.norm()
@@ -262,7 +269,7 @@ def test_the_gradient_of_lovasz_softmax_says_how_the_loss_changes() -> None:
 
 def test_following_the_gradient_of_lovasz_softmax_lets_the_iou_rise() -> None:
     targets = random_targets(1, 8, 8, classes=4, void_share=0.1)
-    scores = random_scores(1, NUM_CLASSES, 8, 8).requires_grad_()
+    scores = random_scores(1, len(CITYSCAPES), 8, 8).requires_grad_()
     optimizer = torch.optim.Adam([scores], lr=0.3)
     first = lovasz_softmax(scores, targets).item()
     for _ in range(60):
@@ -304,8 +311,8 @@ def test_losses_and_predictions_are_right_for_other_numbers_of_classes(
 
 def random_logits() -> Logits:
     """Return the heads of a 16 x 32 image: the main one and the first auxiliary one at 1/8, the second at 1/16."""
-    aux = (random_scores(2, NUM_CLASSES, 2, 4, seed=1), random_scores(2, NUM_CLASSES, 1, 2, seed=2))
-    return Logits(random_scores(2, NUM_CLASSES, 2, 4, seed=0), aux)
+    aux = (random_scores(2, len(CITYSCAPES), 2, 4, seed=1), random_scores(2, len(CITYSCAPES), 1, 2, seed=2))
+    return Logits(random_scores(2, len(CITYSCAPES), 2, 4, seed=0), aux)
 
 
 LABELS = random_targets(2, 16, 32, classes=6, void_share=0.1).to(torch.uint8)
@@ -333,7 +340,7 @@ def test_class_weights_act_on_all_three_heads_and_to_the_power_of_0_on_none() ->
     parts = head_losses(logits, LABELS, loss, class_weights=CLASS_WEIGHTS, epoch=1)
     expected = [alone(head, CLASS_WEIGHTS) for head in (logits.main, *logits.aux)]
     assert [part.item() for part in parts[1:]] == pytest.approx(expected, rel=1e-5)
-    counts = torch.bincount(LABELS.flatten().long(), minlength=VOID + 1)[:NUM_CLASSES]
+    counts = torch.bincount(LABELS.flatten().long(), minlength=VOID + 1)[: len(CITYSCAPES)]
     assert not counts.all(), "some class never occurs"
     plain, weighted = (
         head_losses(random_logits(), LABELS, loss, class_weights=class_weights, epoch=1)
@@ -401,8 +408,8 @@ SIZES = [((12, 24), (96, 192)), ((6, 12), (96, 192)), ((2, 4), (32, 64)), ((13, 
 
 def random_case(small: tuple[int, int], large: tuple[int, int]) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    logits = 3 * torch.randn(3, NUM_CLASSES, *small, generator=generator)
-    targets = torch.randint(0, NUM_CLASSES, (3, *large), generator=generator)
+    logits = 3 * torch.randn(3, len(CITYSCAPES), *small, generator=generator)
+    targets = torch.randint(0, len(CITYSCAPES), (3, *large), generator=generator)
     targets[:, :3] = VOID
     targets[1] = VOID
     return logits, targets
@@ -410,7 +417,7 @@ def random_case(small: tuple[int, int], large: tuple[int, int]) -> tuple[Tensor,
 
 def use_several_bands(large: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a band have five rows; the last one is short."""
-    monkeypatch.setattr(losses_module, "BAND_ELEMENTS", 3 * NUM_CLASSES * large[1] * 5)
+    monkeypatch.setattr(losses_module, "BAND_ELEMENTS", 3 * len(CITYSCAPES) * large[1] * 5)
 
 
 def assert_close(
@@ -429,7 +436,7 @@ def test_loss_and_gradient_equal_those_of_upsampling_first(
 ) -> None:
     use_several_bands(large, monkeypatch)
     logits, targets = random_case(small, large)
-    weights = torch.linspace(0, 2, NUM_CLASSES, dtype=torch.float64) if weighted else None
+    weights = torch.linspace(0, 2, len(CITYSCAPES), dtype=torch.float64) if weighted else None
 
     def exact_loss(exact: Tensor) -> Tensor:
         full_size = F.interpolate(exact, size=large, mode="bilinear", align_corners=False)
@@ -492,11 +499,11 @@ def test_where_all_pixels_are_kept_it_is_plain_cross_entropy(threshold: float, m
 
 
 def test_pixels_as_hard_as_the_last_one_kept_are_kept_too() -> None:
-    logits = torch.zeros(1, NUM_CLASSES, 4, 8)
-    targets = torch.arange(32 * 64).reshape(1, 32, 64) % NUM_CLASSES
+    logits = torch.zeros(1, len(CITYSCAPES), 4, 8)
+    targets = torch.arange(32 * 64).reshape(1, 32, 64) % len(CITYSCAPES)
     hard = partial(hard_cross_entropy, targets=targets, threshold=0.01, min_kept=0.1)
     loss, gradient = with_gradient(hard, logits)
-    assert loss.item() == pytest.approx(math.log(NUM_CLASSES), rel=1e-6)
+    assert loss.item() == pytest.approx(math.log(len(CITYSCAPES)), rel=1e-6)
     assert torch.equal(gradient, with_gradient(lambda given: cross_entropy(given, targets), logits)[1])
 
 
@@ -612,8 +619,8 @@ def test_on_a_gpu_that_must_repeat_its_results_no_loss_uses_a_kernel_that_cannot
 
 def test_upsampling_by_matrices_equals_that_of_interpolate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses_module, "_must_repeat", lambda _device: True)
-    scores = random_scores(2, NUM_CLASSES, 8, 16)
-    weights = random_scores(2, NUM_CLASSES, 64, 128, seed=1)
+    scores = random_scores(2, len(CITYSCAPES), 8, 16)
+    weights = random_scores(2, len(CITYSCAPES), 64, 128, seed=1)
     by_matrices, interpolated = losses_module._full_size, upsample
     assert torch.allclose(by_matrices(scores, (64, 128)), interpolated(scores, (64, 128)), atol=1e-5)
     _, found = with_gradient(lambda scores: (by_matrices(scores, (64, 128)) * weights).sum(), scores)

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tune_bisenet.classes import CLASS_NAMES, CLASSES, MAX_CLASSES, NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, MAX_CLASSES, VOID
 from tune_bisenet.data.streets import Streets
 from tune_bisenet.training import metrics
 from tune_bisenet.training.metrics import confusion, iou_per_class, mean_iou, pixel_accuracy
 
-CAR = CLASS_NAMES.index("car")
+CAR = CITYSCAPES.names.index("car")
 
 
-def random_ids(*shape: int, classes: int = NUM_CLASSES, void_share: float = 0.0, seed: int = 0) -> Tensor:
+def random_ids(*shape: int, classes: int = len(CITYSCAPES), void_share: float = 0.0, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(classes, shape, generator=generator, dtype=torch.uint8)
     return ids.masked_fill(torch.rand(shape, generator=generator) < void_share, VOID)
@@ -26,7 +26,7 @@ def random_ids(*shape: int, classes: int = NUM_CLASSES, void_share: float = 0.0,
 
 def matrix_of(entries: dict[tuple[int, int], int]) -> Tensor:
     """Return a confusion matrix with these counts at (label, prediction)."""
-    matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
+    matrix = torch.zeros(len(CITYSCAPES), len(CITYSCAPES), dtype=torch.int64)
     for place, count in entries.items():
         matrix[place] = count
     return matrix
@@ -34,13 +34,13 @@ def matrix_of(entries: dict[tuple[int, int], int]) -> Tensor:
 
 def test_the_confusion_matrix_counts_each_labelled_pixel_of_each_image_once() -> None:
     labels, predictions = random_ids(3, 9, 7, void_share=0.2), random_ids(3, 9, 7, seed=1)
-    literal = np.zeros((3, NUM_CLASSES, NUM_CLASSES), np.int64)
+    literal = np.zeros((3, len(CITYSCAPES), len(CITYSCAPES)), np.int64)
     for image in range(3):
         pairs = zip(labels[image].flatten().tolist(), predictions[image].flatten().tolist(), strict=True)
         for label, prediction in pairs:
             if label != VOID:
                 literal[image, label, prediction] += 1
-    found = confusion(predictions, labels, NUM_CLASSES)
+    found = confusion(predictions, labels, len(CITYSCAPES))
     assert found.dtype == torch.int64
     assert found.tolist() == literal.tolist()
 
@@ -56,14 +56,14 @@ def test_predictions_at_void_pixels_change_nothing() -> None:
     labels, predictions = random_ids(2, 9, 7, void_share=0.5), random_ids(2, 9, 7, seed=1)
     others = predictions.where(labels != VOID, random_ids(2, 9, 7, seed=2))
     assert not torch.equal(predictions, others)
-    assert torch.equal(confusion(predictions, labels, NUM_CLASSES), confusion(others, labels, NUM_CLASSES))
+    assert torch.equal(confusion(predictions, labels, len(CITYSCAPES)), confusion(others, labels, len(CITYSCAPES)))
 
 
 def test_an_image_of_nothing_but_void_counts_for_nothing() -> None:
     labels = torch.full((1, 4, 4), VOID, dtype=torch.uint8)
-    matrix = confusion(torch.zeros_like(labels), labels, NUM_CLASSES)[0]
+    matrix = confusion(torch.zeros_like(labels), labels, len(CITYSCAPES))[0]
     assert not matrix.any()
-    assert iou_per_class(matrix) == [None] * NUM_CLASSES
+    assert iou_per_class(matrix) == [None] * len(CITYSCAPES)
     assert math.isnan(mean_iou(iou_per_class(matrix)))
     assert math.isnan(pixel_accuracy(matrix))
 
@@ -72,7 +72,7 @@ def test_counts_and_iou_stay_exact_beyond_what_float32_can_hold() -> None:
     side, many = 4099, 2**33 + 1  # 4099 ** 2 is odd and larger than 2 ** 24
     image = torch.full((1, side, side), 5, dtype=torch.uint8)
     assert side**2 > 2**24
-    assert confusion(image, image, NUM_CLASSES)[0, 5, 5].item() == side**2
+    assert confusion(image, image, len(CITYSCAPES))[0, 5, 5].item() == side**2
     iou = iou_per_class(matrix_of({(0, 0): many, (0, 1): 1, (1, 1): 1}))
     assert iou[0] == pytest.approx(100 * many / (many + 1), abs=1e-12)
     assert iou[1] == 50.0
@@ -90,7 +90,7 @@ def test_a_class_in_neither_labels_nor_predictions_has_no_iou_and_no_part_in_the
     iou = iou_per_class(matrix_of({(0, 0): 3, (4, 0): 1}))
     assert iou[0] == 75.0
     assert iou[4] == 0.0  # labelled and never found
-    assert [iou[train_id] for train_id in range(NUM_CLASSES) if train_id not in (0, 4)] == [None] * 17
+    assert [iou[train_id] for train_id in range(len(CITYSCAPES)) if train_id not in (0, 4)] == [None] * 17
     assert mean_iou(iou) == 37.5
     only_predicted = iou_per_class(matrix_of({(0, 0): 3, (0, 7): 1}))
     assert only_predicted[7] == 0.0
@@ -107,7 +107,7 @@ def plausible_prediction(label: Tensor, seed: int) -> Tensor:
 
 def write_label_ids(path: Path, train_ids: Tensor) -> None:
     label_ids = np.zeros(256, np.uint8)  # void becomes labelId 0, "unlabeled"
-    for train_id, street_class in enumerate(CLASSES):
+    for train_id, street_class in enumerate(CITYSCAPES.classes):
         label_ids[train_id] = street_class.id
     Image.fromarray(label_ids[train_ids.numpy()]).save(path)
 
@@ -130,7 +130,7 @@ def test_cityscapes_scripts_find_the_same_scores(
     num_frames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streets = Streets(num_train=1, num_val=num_frames, frame_size=(96, 192))
-    matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
+    matrix = torch.zeros(len(CITYSCAPES), len(CITYSCAPES), dtype=torch.int64)
     labels = [tmp_path / f"ulm_{index:06d}_000019_gtFine_labelIds.png" for index in range(num_frames)]
     predictions = [tmp_path / f"ulm_{index:06d}_000019_predicted.png" for index in range(num_frames)]
     for index in range(num_frames):
@@ -140,14 +140,14 @@ def test_cityscapes_scripts_find_the_same_scores(
         prediction = plausible_prediction(label, seed=index)
         write_label_ids(labels[index], label)
         write_label_ids(predictions[index], prediction)
-        matrix += confusion(prediction.unsqueeze(0), label.unsqueeze(0), NUM_CLASSES)[0]
+        matrix += confusion(prediction.unsqueeze(0), label.unsqueeze(0), len(CITYSCAPES))[0]
 
     referee = referee_scores(predictions, labels, monkeypatch)
     iou = iou_per_class(matrix)
 
     assert 20 < mean_iou(iou) < 95
     assert mean_iou(iou) / 100 == pytest.approx(referee["mean"], abs=1e-6)
-    for name, value in zip(CLASS_NAMES, iou, strict=True):
+    for name, value in zip(CITYSCAPES.names, iou, strict=True):
         if value is None:
             assert np.isnan(referee[name])
         else:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from tune_bisenet.classes import NUM_CLASSES
+from tune_bisenet.classes import CITYSCAPES
 from tune_bisenet.training.model import BiSeNet, upsample
 
 
@@ -68,7 +68,7 @@ def test_every_block_has_the_published_number_of_parameters(network: BiSeNet) ->
 def test_a_channel_of_the_main_heads_hidden_layer_costs_2325_parameters(head_width: int) -> None:
     network = BiSeNet(head_width=head_width, auxiliary_heads=False)
     assert num_parameters(network) == 13_275_539 + 2_325 * (head_width - 256)
-    assert network.eval()(images(1, 32, 64)).main.shape == (1, NUM_CLASSES, 4, 8)
+    assert network.eval()(images(1, 32, 64)).main.shape == (1, len(CITYSCAPES), 4, 8)
 
 
 def test_there_are_36_batchnorm_layers_and_only_the_classifiers_have_biases_beside_them(network: BiSeNet) -> None:
@@ -82,10 +82,10 @@ def test_there_are_36_batchnorm_layers_and_only_the_classifiers_have_biases_besi
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), (128, 64)])
 def test_scores_leave_at_an_eighth_and_a_sixteenth(network: BiSeNet, height: int, width: int, training: bool) -> None:
     logits = network.train(training)(images(2, height, width))
-    assert logits.main.shape == (2, NUM_CLASSES, height // 8, width // 8)
+    assert logits.main.shape == (2, len(CITYSCAPES), height // 8, width // 8)
     assert [tuple(aux.shape) for aux in logits.aux] == [
-        (2, NUM_CLASSES, height // 8, width // 8),
-        (2, NUM_CLASSES, height // 16, width // 16),
+        (2, len(CITYSCAPES), height // 8, width // 8),
+        (2, len(CITYSCAPES), height // 16, width // 16),
     ]
 
 
@@ -143,9 +143,9 @@ def test_a_backbone_computes_in_the_network_what_it_computes_alone() -> None:
 
 
 def test_upsampling_is_bilinear_between_pixel_centres_and_contiguous_whatever_the_layout() -> None:
-    strided = torch.randn(2, NUM_CLASSES, 4, 8).contiguous(memory_format=torch.channels_last)
+    strided = torch.randn(2, len(CITYSCAPES), 4, 8).contiguous(memory_format=torch.channels_last)
     full_size = upsample(strided, (32, 64))
     assert full_size.is_contiguous()
-    assert full_size.shape == (2, NUM_CLASSES, 32, 64)
+    assert full_size.shape == (2, len(CITYSCAPES), 32, 64)
     assert torch.equal(full_size, upsample(strided.contiguous(), (32, 64)))
     assert upsample(torch.tensor([[[[0.0, 1.0]]]]), (1, 4)).flatten().tolist() == [0.0, 0.25, 0.75, 1.0]

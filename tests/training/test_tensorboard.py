@@ -18,7 +18,7 @@ import pytest
 from helpers.rows import plain_epoch, plain_row
 from PIL import Image
 
-from tune_bisenet.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, VOID
+from tune_bisenet.classes import CITYSCAPES, VOID
 from tune_bisenet.config import AdamW, Run, WarmupPoly, WeightedCrossEntropy
 from tune_bisenet.records import Epoch
 from tune_bisenet.storage import Storage
@@ -48,7 +48,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (8, 24, 3), dtype=np.uint8)
 
 
 def epoch(number: int, miou: float, loss: float = 1.0) -> Epoch:
-    iou = (*(50.0 for _ in range(NUM_CLASSES - 1)), None)
+    iou = (*(50.0 for _ in range(len(CITYSCAPES) - 1)), None)
     return plain_epoch(number, miou, loss=loss, iou=iou, train_seconds=3.0, val_seconds=0.5)
 
 
@@ -154,7 +154,7 @@ def board(request: pytest.FixtureRequest, search_dir: Path) -> Iterator[Board]:
 def test_runs_are_shown_by_name_with_all_scalars(board: Board) -> None:
     tags = board.ask("scalars/tags")
     assert set(tags) - {"."} == {"r01", "r02", "r03"}
-    shown = {f"iou/{name}" for name in CLASS_NAMES[:-1]}  # the last class had no pixels
+    shown = {f"iou/{name}" for name in CITYSCAPES.names[:-1]}  # the last class had no pixels
     shown |= {"loss/total", "loss/main", "loss/aux1", "loss/aux2", "lr", "grad_norm", "miou", "best_miou"}
     shown |= {"pixel_accuracy", "speed/images_per_second", "speed/epoch_seconds"}
     assert set(tags["r01"]) == shown
@@ -174,7 +174,7 @@ def test_a_loss_that_is_nan_is_shown_and_how_each_trial_ended(board: Board) -> N
 
 
 def test_a_diverged_epoch_has_no_scores(board: Board) -> None:
-    for tag in ("miou", "pixel_accuracy", f"iou/{CLASS_NAMES[0]}"):
+    for tag in ("miou", "pixel_accuracy", f"iou/{CITYSCAPES.names[0]}"):
         assert [step for step, _ in board.points("r03", tag)] == [1]
     assert board.points("r03", "best_miou") == [(1, 1.0), (2, 1.0)]
 
@@ -265,8 +265,8 @@ def test_a_triptych_shows_picture_label_and_prediction_in_cityscapes_colours() -
     assert picture.shape == (2, 3 * 4 + 2 * GAP, 3)
     assert picture.dtype == np.uint8
     assert (picture[:, :4] == (10, 20, 30)).all()
-    assert (picture[:, 4 + GAP : 8 + GAP] == CLASSES[0].colour).all()
-    assert (picture[:, 8 + 2 * GAP :] == CLASSES[13].colour).all()
+    assert (picture[:, 4 + GAP : 8 + GAP] == CITYSCAPES.classes[0].colour).all()
+    assert (picture[:, 8 + 2 * GAP :] == CITYSCAPES.classes[13].colour).all()
     assert (picture[:, 4 : 4 + GAP] == 255).all()
 
 
@@ -284,7 +284,7 @@ def test_labels_are_resized_to_the_picture_and_a_large_picture_is_shrunk() -> No
     picture = triptych(np.zeros((3, 4, 4), dtype=np.uint8), label, prediction)
     truth, guess = picture[:, 4 + GAP : 8 + GAP], picture[:, 8 + 2 * GAP :]
     assert (truth == guess).all()
-    assert (truth[3, 3] == CLASSES[3].colour).all()
+    assert (truth[3, 3] == CITYSCAPES.classes[3].colour).all()
     frame = np.zeros((3, 1024, 2048), dtype=np.uint8)
     picture = triptych(frame, frame[0], np.zeros((128, 256), dtype=np.uint8))
     assert picture.shape == (TRIPTYCH_HEIGHT, 3 * 512 + 2 * GAP, 3)
